@@ -1,0 +1,176 @@
+"""Configuration of the image model: typed defaults in one place, impossible combinations refused when it is built."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.backbone_utils import consolidate_backbone_kwargs_to_config
+
+
+_DEFAULT_BACKBONE: dict[str, Any] = {
+    "depths": [2, 2, 18, 2],
+    "drop_path_rate": 0.3,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+PIXEL_DECODERS = ("msdeform", "fpn")
+NUM_NORM_GROUPS = 32  # groups of every GroupNorm in the pixel decoders
+
+
+@strict
+class Mask2FormerConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`Mask2FormerModel`] and [`Mask2FormerForUniversalSegmentation`].
+
+    Fields and defaults are those of `transformers`' `Mask2FormerConfig`; a configuration saved by it
+    (`model_type="mask2former"`) is read as it is. Added here: `pixel_decoder` and `freeze_backbone_norm`.
+
+    Args:
+        backbone_config: configuration (or its dict) of any `AutoBackbone` with four feature maps at strides 4, 8, 16
+            and 32. Default: Swin-S.
+        feature_size: channels of the pixel decoder; a multiple of 32 (its GroupNorms have 32 groups).
+        mask_feature_size: channels of the mask features and of the mask embeddings.
+        hidden_dim: width of the transformer decoder; a multiple of 4 (position encoding) and of the heads.
+        encoder_feedforward_dim: feed-forward width of the deformable encoder layers.
+        activation_function: activation of the decoder's feed-forward blocks.
+        encoder_layers: deformable attention layers in the pixel decoder (`pixel_decoder="msdeform"` only).
+        decoder_layers: number of predictions; there are `decoder_layers - 1` decoder layers, since the raw queries
+            predict too (paper, section 3.2.1).
+        num_attention_heads: heads of the deformable encoder and of the decoder.
+        dropout: dropout probability everywhere outside the backbone, in [0, 1).
+        dim_feedforward: feed-forward width of the decoder layers.
+        pre_norm: LayerNorm before instead of after each decoder block.
+        enforce_input_projection: 1x1 convolutions before the decoder even where the widths agree.
+        common_stride: stride of the mask features; only 4 exists.
+        ignore_value: label value that means "no label" in label maps.
+        num_queries: number of object queries.
+        no_object_weight: weight of the "no object" class in the cross-entropy.
+        class_weight, mask_weight, dice_weight: weights of the three loss terms and of the matching costs.
+        train_num_points: points sampled for each mask in matching and loss.
+        oversample_ratio: candidates for each sampled point, at least 1.
+        importance_sample_ratio: share of points chosen for their uncertainty, in [0, 1].
+        init_std, init_xavier_std: scales of the initial weights.
+        use_auxiliary_loss: whether every prediction, or only the last, enters the loss.
+        feature_strides: strides of the backbone's feature maps.
+        output_auxiliary_logits: whether `forward` also returns the earlier layers' logits.
+        pixel_decoder: `"msdeform"` (paper's default) or `"fpn"` (the original's plain feature pyramid).
+        freeze_backbone_norm: whether the backbone's batch norms keep their statistics and affine parameters in
+            training (the original's FrozenBN).
+
+    Raises:
+        ValueError: a combination that no model can be built from; the message names the field to change.
+    """
+
+    model_type = "m2f"
+    attribute_map: ClassVar = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}
+    sub_configs: ClassVar = {"backbone_config": AutoConfig}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    feature_size: int = 256
+    mask_feature_size: int = 256
+    hidden_dim: int = 256
+    encoder_feedforward_dim: int = 1024
+    activation_function: str = "relu"
+    encoder_layers: int = 6
+    decoder_layers: int = 10
+    num_attention_heads: int = 8
+    dropout: float | int = 0.0
+    dim_feedforward: int = 2048
+    pre_norm: bool = False
+    enforce_input_projection: bool = False
+    common_stride: int = 4
+    ignore_value: int = 255
+    num_queries: int = 100
+    no_object_weight: float | int = 0.1
+    class_weight: float | int = 2.0
+    mask_weight: float | int = 5.0
+    dice_weight: float | int = 5.0
+    train_num_points: int = 12544
+    oversample_ratio: float | int = 3.0
+    importance_sample_ratio: float | int = 0.75
+    init_std: float | int = 0.02
+    init_xavier_std: float | int = 1.0
+    use_auxiliary_loss: bool = True
+    feature_strides: list[int] | tuple[int, ...] = (4, 8, 16, 32)
+    output_auxiliary_logits: bool | None = None
+    pixel_decoder: str = "msdeform"
+    freeze_backbone_norm: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Stock configurations saved before transformers 5 name their backbone in several fields; one place knows them.
+        self.backbone_config, kwargs = consolidate_backbone_kwargs_to_config(
+            backbone_config=self.backbone_config,
+            default_config_type="swin",
+            default_config_kwargs=_DEFAULT_BACKBONE,
+            **kwargs,
+        )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in `transformers`; a `mask2former` configuration is read as one of ours with fewer fields."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == "mask2former":
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        return config_dict, kwargs
+
+    def validate_architecture(self) -> None:
+        """Refuse impossible combinations (`@strict` calls this after construction).
+
+        Raises:
+            ValueError: naming the field at fault and a value that works.
+        """
+        super().validate_architecture()
+        self._validate_widths()
+        self._validate_counts()
+        self._validate_backbone()
+
+    def _validate_widths(self) -> None:
+        heads = self.num_attention_heads
+        for name, value, divisor, reason in (
+            ("hidden_dim", self.hidden_dim, 4, "the position encoding has sine and cosine for y and x"),
+            ("hidden_dim", self.hidden_dim, heads, "of num_attention_heads"),
+            ("feature_size", self.feature_size, NUM_NORM_GROUPS, "the pixel decoder's GroupNorms have 32 groups"),
+            ("feature_size", self.feature_size, heads, "of num_attention_heads"),
+        ):
+            if value < 1 or divisor < 1 or value % divisor:
+                better = max(round(value / max(divisor, 1)), 1) * max(divisor, 1)
+                raise ValueError(
+                    f"`{name}`={value} must be a multiple of {divisor} ({reason}); use {better}, for example."
+                )
+
+    def _validate_counts(self) -> None:
+        for name in ("decoder_layers", "num_queries", "train_num_points", "mask_feature_size", "dim_feedforward"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
+        if self.pixel_decoder not in PIXEL_DECODERS:
+            raise ValueError(f"`pixel_decoder`={self.pixel_decoder!r} is not known; use one of {list(PIXEL_DECODERS)}.")
+        if self.pixel_decoder == "msdeform" and self.encoder_layers < 1:
+            raise ValueError(
+                f"`encoder_layers`={self.encoder_layers} must be at least 1; for a pixel decoder without deformable "
+                "attention set `pixel_decoder='fpn'`."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout`={self.dropout} must lie in [0, 1).")
+        if not 0 <= self.importance_sample_ratio <= 1:
+            raise ValueError(f"`importance_sample_ratio`={self.importance_sample_ratio} must lie in [0, 1].")
+        if self.oversample_ratio < 1:
+            raise ValueError(f"`oversample_ratio`={self.oversample_ratio} must be at least 1.")
+        if not any((self.class_weight, self.mask_weight, self.dice_weight)):
+            raise ValueError("`class_weight`, `mask_weight` and `dice_weight` are all 0: nothing would be learned.")
+        if self.common_stride != 4 or tuple(self.feature_strides) != (4, 8, 16, 32):
+            raise ValueError(
+                f"`common_stride`={self.common_stride} and `feature_strides`={list(self.feature_strides)}: only 4 and "
+                "[4, 8, 16, 32] exist."
+            )
+
+    def _validate_backbone(self) -> None:
+        out_features = getattr(self.backbone_config, "out_features", None)
+        if out_features is not None and len(out_features) != len(self.feature_strides):
+            raise ValueError(
+                f"The backbone gives {len(out_features)} feature map(s) ({list(out_features)}), but four at strides "
+                f"4, 8, 16 and 32 are needed. Set its `out_features`, for example to ['stage1', 'stage2', 'stage3', "
+                f"'stage4']."
+            )
+
+
+__all__ = ["Mask2FormerConfig"]
