@@ -1,0 +1,168 @@
+"""Losses of Mask2Former: classes of all queries, masks of the matched ones at sampled points (section 3.3)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .matcher import Mask2FormerHungarianMatcher, Matching, Targets, pack_targets
+from .point_sampling import draw_uniform_points, sample_masks, sample_points, select_uncertain_points
+
+
+class Mask2FormerLoss(nn.Module):
+    """Cross-entropy, mask and dice losses of every output of the decoder after bipartite matching.
+
+    - `loss_cross_entropy`: mean over all queries of the classes' cross-entropy, weighted with `empty_weight` of the
+      target class; unmatched queries are to say "no object".
+    - `loss_mask`, `loss_dice`: binary cross-entropy (mean over points) and dice loss of the matched masks, summed and
+      divided by the number of targets.
+
+    Computed in float32 whatever the model's dtype, autocast or not. Where `torch.distributed` is initialised, the
+    number of targets and the sum of class weights are averaged over the processes, hence the mean of the processes'
+    losses is the loss of their batches put together, and every process must call the criterion. (The original averages
+    the former only; for one process there is no difference.)
+
+    Memory: mask logits are written down for matched queries only, one output at a time, and none is kept for the
+    backward pass. On the way to the loss the device is read once, for the matching costs.
+
+    Args:
+        config: Uses `num_labels`, `no_object_weight`, `class_weight`, `mask_weight`, `dice_weight`,
+            `train_num_points`, `oversample_ratio`, `importance_sample_ratio`.
+        weight_dict: What the model multiplies `loss_cross_entropy`, `loss_mask` and `loss_dice` with.
+
+    Attributes:
+        draw_points: Where random points come from, a `point_sampling.DrawPoints`. Replace it to repeat or to share
+            points.
+    """
+
+    empty_weight: Tensor
+
+    def __init__(self, config: Any, weight_dict: dict[str, float]):
+        super().__init__()
+        self.num_labels = config.num_labels
+        self.weight_dict = weight_dict
+        empty_weight = torch.ones(config.num_labels + 1)
+        empty_weight[-1] = config.no_object_weight
+        self.register_buffer("empty_weight", empty_weight)
+
+        self.num_candidates = int(config.train_num_points * config.oversample_ratio)
+        self.num_uncertain = int(config.train_num_points * config.importance_sample_ratio)
+        self.num_random = config.train_num_points - self.num_uncertain
+        self.draw_points = draw_uniform_points
+        self.matcher = Mask2FormerHungarianMatcher(
+            cost_class=config.class_weight,
+            cost_mask=config.mask_weight,
+            cost_dice=config.dice_weight,
+            num_points=config.train_num_points,
+        )
+
+    def forward(
+        self,
+        class_queries_logits: Tensor,
+        mask_embeddings: Tensor,
+        mask_features: Tensor,
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Computes the losses of L outputs of the decoder, the final one last.
+
+        Args:
+            class_queries_logits: (L, B, Q, num_labels+1), the last class is "no object".
+            mask_embeddings: (L, B, Q, C); a query's mask logits are its embedding times the mask features.
+            mask_features: (B, C, H, W).
+            mask_labels: For each image (N, height, width), bool or 0 and 1 in another dtype, at the padded input size
+                (any size that covers the same area will do). N may be 0, or exceed Q.
+            class_labels: For each image (N,) integers from 0 to num_labels-1.
+
+        Returns:
+            Unweighted float32 scalars `loss_cross_entropy`, `loss_mask`, `loss_dice` of the last output, and the same
+            with the suffix `_0`, `_1`, … of the ones before it.
+
+        Raises:
+            ValueError: If targets don't fit the batch or each other, or are out of range.
+            ImportError: If SciPy is not installed.
+        """
+        batch_size, device = mask_features.shape[0], mask_features.device
+        targets = pack_targets(mask_labels, class_labels, batch_size, device)
+        with torch.autocast(device.type, enabled=False):
+            class_queries_logits, mask_embeddings = class_queries_logits.float(), mask_embeddings.float()
+            mask_features = mask_features.float()
+            matching = self.matcher(class_queries_logits, mask_embeddings, mask_features, targets, self.draw_points)
+            cross_entropy, class_weight = self.loss_labels(class_queries_logits, targets, matching)
+            mask, dice = self.loss_masks(mask_embeddings, mask_features, targets, matching)
+
+            num_masks = class_weight.new_full((1,), sum(targets.counts))
+            num_masks, class_weight = average_over_processes(torch.cat([num_masks, class_weight])).split_with_sizes(
+                [1, len(class_weight)]
+            )
+            # Without any target and with a no-object weight of 0 there is nothing to average: 0, not 0 / 0.
+            cross_entropy = cross_entropy / class_weight.clamp(min=torch.finfo(torch.float32).tiny)
+            mask, dice = mask / num_masks.clamp(min=1), dice / num_masks.clamp(min=1)
+        losses = {"loss_cross_entropy": cross_entropy, "loss_mask": mask, "loss_dice": dice}
+        suffixes = ["", *(f"_{i}" for i in range(len(cross_entropy) - 1))]
+        return {
+            name + suffix: loss[layer]
+            for layer, suffix in zip([-1, *range(len(cross_entropy) - 1)], suffixes, strict=True)
+            for name, loss in losses.items()
+        }
+
+    def loss_labels(self, class_queries_logits: Tensor, targets: Targets, matching: Matching) -> tuple[Tensor, Tensor]:
+        """Weighted cross-entropies, summed over images and queries, and the sums of the weights: two of (L,)."""
+        classes = class_queries_logits.new_full(class_queries_logits.shape[:3], self.num_labels, dtype=torch.int64)
+        layers = torch.arange(len(classes), device=classes.device)[:, None]  # (L, 1), broadcast with (L, M)
+        classes[layers, matching.images, matching.queries] = targets.labels[matching.targets]
+        weight = self.empty_weight.float()
+        # (L, B, Q, K+1) -> (L, B*Q, K+1) -> (L, K+1, B*Q), where cross_entropy looks for the classes
+        cross_entropy = F.cross_entropy(
+            class_queries_logits.flatten(1, 2).mT, classes.flatten(1), weight, reduction="none"
+        )
+        return cross_entropy.sum(1), weight[classes].sum((1, 2))
+
+    def loss_masks(
+        self, mask_embeddings: Tensor, mask_features: Tensor, targets: Targets, matching: Matching
+    ) -> tuple[Tensor, Tensor]:
+        """Binary cross-entropies and dice losses at points, summed over the matched masks: two of (L,)."""
+        images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
+        # Unbound once: the gradients of all outputs add up image by image before they are put together.
+        features_by_image = mask_features.unbind()
+        mask_losses, dice_losses = [], []
+        for layer, embeddings in enumerate(mask_embeddings):
+            matched = embeddings[matching.images, matching.queries[layer]].split(matching.counts)
+            # (M_i, C) x (C, H, W) -> (M_i, H, W), of all images -> (M, 1, H, W)
+            logits = torch.cat(
+                [torch.einsum("mc,chw->mhw", *pair) for pair in zip(matched, features_by_image, strict=True)]
+            ).unsqueeze(1)
+            points = self.select_points(logits, layer, images)
+            point_logits = sample_points(logits, points).squeeze(1)  # (M, P)
+            point_labels = sample_masks(targets.masks, matching.targets[layer], points)
+            mask_losses.append(sigmoid_cross_entropy(point_logits, point_labels).sum())
+            dice_losses.append(dice(point_logits, point_labels).sum())
+        return torch.stack(mask_losses), torch.stack(dice_losses)
+
+    @torch.no_grad()
+    def select_points(self, logits: Tensor, layer: int, images: Sequence[int]) -> Tensor:
+        """(M, P, 2) points for (M, 1, H, W) logits, mostly where these are uncertain."""
+        candidates = self.draw_points("candidates", layer, images, self.num_candidates, logits.device)
+        random = self.draw_points("random", layer, images, self.num_random, logits.device)
+        return select_uncertain_points(logits, candidates, random, self.num_uncertain)
+
+
+def sigmoid_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy, mean over points: (M, P) logits, (M, P) labels in [0, 1] -> (M,)."""
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+
+
+def dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """Dice loss over points, smoothed by 1: (M, P) logits, (M, P) labels in [0, 1] -> (M,) in [0, 1)."""
+    probabilities = logits.sigmoid()
+    return 1 - (2 * (probabilities * labels).sum(1) + 1) / (probabilities.sum(1) + labels.sum(1) + 1)
+
+
+def average_over_processes(values: Tensor) -> Tensor:
+    """The mean over all processes where `torch.distributed` is initialised, `values` itself elsewhere."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    torch.distributed.all_reduce(values)
+    return values / torch.distributed.get_world_size()

@@ -1,0 +1,247 @@
+"""Bipartite matching of queries and targets (Mask2Former, section 3.3; DETR, section 3.1)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .point_sampling import DrawPoints, PackedMasks, draw_uniform_points, pack_masks, sample_masks, sample_points
+
+
+try:
+    from scipy.optimize import linear_sum_assignment
+except ImportError:  # inference does without
+    linear_sum_assignment = None
+
+
+logger = logging.get_logger(__name__)
+
+
+class Targets(NamedTuple):
+    """The targets of a batch, image after image.
+
+    Attributes:
+        masks: The N masks of all images.
+        labels: (N,) int64, contiguous class ids.
+        counts: How many of them belong to each image.
+    """
+
+    masks: PackedMasks
+    labels: Tensor
+    counts: list[int]
+
+
+class Matching(NamedTuple):
+    """Which queries answer for which targets: M pairs for each of L outputs, image after image, query ascending.
+
+    Attributes:
+        images: (M,) int64, position in the batch.
+        queries: (L, M) int64, 0 to Q-1.
+        targets: (L, M) int64, index into the `Targets`.
+        counts: How many pairs each image has: the smaller of its targets and the queries.
+    """
+
+    images: Tensor
+    queries: Tensor
+    targets: Tensor
+    counts: list[int]
+
+
+def pack_targets(
+    mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor], batch_size: int, device: torch.device
+) -> Targets:
+    """Puts a batch's targets together on the device.
+
+    Args:
+        mask_labels: For each image (N, H, W), bool or 0 and 1 in another dtype. N may be 0.
+        class_labels: For each image (N,), integers.
+        batch_size: Number of images that the model saw.
+        device: Where the predictions are.
+
+    Raises:
+        ValueError: If lengths or shapes don't fit each other, or class labels aren't integers.
+    """
+    if not len(mask_labels) == len(class_labels) == batch_size:
+        raise ValueError(
+            "`mask_labels` and `class_labels` must be lists with one tensor per image: the batch has "
+            f"{batch_size} images, but they have {len(mask_labels)} and {len(class_labels)} entries."
+        )
+    for image, (masks, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
+        if masks.ndim != 3 or labels.ndim != 1 or len(masks) != len(labels):
+            raise ValueError(
+                f"Image {image}: `mask_labels` must be (N, H, W) and `class_labels` (N,) with the same N, "
+                f"but they are {tuple(masks.shape)} and {tuple(labels.shape)}."
+            )
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"Image {image}: `class_labels` must be integers, but are {labels.dtype}.")
+    labels = torch.cat([labels.to(device, torch.int64) for labels in class_labels])
+    return Targets(pack_masks(mask_labels, device), labels, [len(labels) for labels in class_labels])
+
+
+class Mask2FormerHungarianMatcher(nn.Module):
+    """One-to-one assignment of targets to queries at the lowest total cost, for all outputs of the decoder at once.
+
+    The cost of a pair is `cost_mask` x the mean binary cross-entropy + `cost_dice` x the dice loss, both at random
+    points, - `cost_class` x the probability of the target's class. Mask features are sampled at the points and only
+    then multiplied with the queries' mask embeddings, so that no query's mask is ever written down. All costs leave
+    the device in a single copy.
+
+    Args:
+        cost_class, cost_mask, cost_dice: Weights of the three costs, not all 0.
+        num_points: Number of points. Each image and output has its own, shared by all of its queries and targets.
+    """
+
+    def __init__(
+        self, cost_class: float = 1.0, cost_mask: float = 1.0, cost_dice: float = 1.0, num_points: int = 12544
+    ):
+        super().__init__()
+        if cost_class == cost_mask == cost_dice == 0:
+            raise ValueError("At least one of `cost_class`, `cost_mask` and `cost_dice` must differ from 0.")
+        self.cost_class = cost_class
+        self.cost_mask = cost_mask
+        self.cost_dice = cost_dice
+        self.num_points = num_points
+
+    @torch.no_grad()
+    def forward(
+        self,
+        class_queries_logits: Tensor,
+        mask_embeddings: Tensor,
+        mask_features: Tensor,
+        targets: Targets,
+        draw_points: DrawPoints = draw_uniform_points,
+    ) -> Matching:
+        """Matches each of L outputs of the decoder with the targets.
+
+        Args:
+            class_queries_logits: (L, B, Q, K+1), the last class is "no object".
+            mask_embeddings: (L, B, Q, C); a query's mask logits are its embedding times the mask features.
+            mask_features: (B, C, H, W).
+            targets: The targets of the B images.
+            draw_points: Where points come from.
+
+        Costs are computed in float32. Those that are not finite are warned of with their number, and such pairs are
+        matched only where nothing else is left.
+
+        Raises:
+            ImportError: If SciPy is not installed.
+            ValueError: If a class label is outside 0..K-1, or a mask's value outside 0..1.
+        """
+        if linear_sum_assignment is None:
+            raise ImportError("The loss needs SciPy for the assignment: `pip install scipy`.")
+        device = mask_features.device
+        num_layers, _, num_queries, num_classes = class_queries_logits.shape
+        counts = [min(count, num_queries) for count in targets.counts]
+        if sum(counts) == 0:
+            none = torch.zeros(num_layers, 0, dtype=torch.int64, device=device)
+            return Matching(none.new_zeros(0), none, none, counts)
+
+        costs = self.compute_costs(class_queries_logits, mask_embeddings, mask_features, targets, draw_points)
+        values = targets.masks.values
+        # The checks ride along with the costs: reading labels or masks by themselves would be further copies.
+        ranges = [*targets.labels.aminmax(), *(values.aminmax() if values.dtype != torch.bool else ())]
+        on_host = torch.cat([costs.flatten(), torch.stack([bound.float() for bound in ranges])]).cpu().numpy()
+        check_ranges(on_host[costs.numel() :], num_labels=num_classes - 1)
+        queries, matched = assign(on_host[: costs.numel()].reshape(costs.shape), targets.counts)
+
+        images = np.repeat(np.arange(len(counts)), counts)
+        indices = torch.from_numpy(np.concatenate([images[None], queries, matched])).to(device)
+        return Matching(indices[0], indices[1 : 1 + num_layers], indices[1 + num_layers :], counts)
+
+    def compute_costs(
+        self,
+        class_queries_logits: Tensor,
+        mask_embeddings: Tensor,
+        mask_features: Tensor,
+        targets: Targets,
+        draw_points: DrawPoints,
+    ) -> Tensor:
+        """(L, B, Q, N) float32 costs, with N the largest number of targets of an image; columns beyond an image's own
+        targets mean nothing."""
+        device = mask_features.device
+        num_layers, batch_size, _, num_classes = class_queries_logits.shape
+        positions = [(image, slot) for image, count in enumerate(targets.counts) for slot in range(count)]
+        image, slot = torch.tensor(positions).T.to(device)
+        rows = torch.arange(len(positions), device=device)
+
+        # Out-of-range labels are reported later; on a GPU indexing with them would abort the process.
+        labels = torch.zeros(batch_size, max(targets.counts), dtype=torch.int64, device=device)
+        labels[image, slot] = targets.labels.clamp(0, num_classes - 2)
+        probabilities = class_queries_logits.float().softmax(-1)
+
+        costs = []
+        for layer in range(num_layers):
+            points = draw_points("matching", layer, range(batch_size), self.num_points, device)  # (B, P, 2)
+            # (B, Q, C) x (B, C, P) -> (B, Q, P)
+            point_logits = mask_embeddings[layer].float() @ sample_points(mask_features, points)
+            point_labels = point_logits.new_zeros(*labels.shape, self.num_points)  # (B, N, P)
+            point_labels[image, slot] = sample_masks(targets.masks, rows, points[image])
+            costs.append(
+                self.cost_mask * pairwise_cross_entropy(point_logits, point_labels)
+                + self.cost_dice * pairwise_dice(point_logits, point_labels)
+                # (B, Q, K+1) at (B, 1, N) -> (B, Q, N)
+                - self.cost_class * probabilities[layer].take_along_dim(labels[:, None], dim=2)
+            )
+        return torch.stack(costs)
+
+
+def pairwise_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean binary cross-entropy over P points of each pair: (B, Q, P) logits, (B, N, P) labels in [0, 1] -> (B, Q, N).
+
+    With s the softplus, the cross-entropy is s(x) - x y: one product gives all pairs.
+    """
+    return (F.softplus(logits).sum(-1, keepdim=True) - logits @ labels.mT) / logits.shape[-1]
+
+
+def pairwise_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """Dice loss over P points of each pair: (B, Q, P) logits, (B, N, P) labels in [0, 1] -> (B, Q, N)."""
+    probabilities = logits.sigmoid()
+    total = probabilities.sum(-1)[:, :, None] + labels.sum(-1)[:, None]
+    return 1 - (2 * probabilities @ labels.mT + 1) / (total + 1)
+
+
+def check_ranges(ranges: np.ndarray, num_labels: int) -> None:
+    """Raises ValueError unless the smallest and largest label, and mask value where given, are possible ones."""
+    smallest, largest = ranges[:2]
+    if smallest < 0 or largest >= num_labels:
+        raise ValueError(
+            f"`class_labels` must lie in 0..{num_labels - 1} (the config's num_labels is {num_labels}), but range from "
+            f"{smallest:.0f} to {largest:.0f}. Leave ignored or void segments out of the targets."
+        )
+    # NaN fails every comparison, so ask for what is right.
+    if len(ranges) > 2 and not (ranges[2] >= 0 and ranges[3] <= 1):
+        raise ValueError(f"`mask_labels` must be bool, or lie in 0..1, but range from {ranges[2]:g} to {ranges[3]:g}.")
+
+
+def assign(costs: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Solves the assignment problems of (L, B, Q, N) costs, where image b has `counts[b]` targets.
+
+    Returns:
+        (L, M) queries and (L, M) targets, the latter counted over the whole batch.
+    """
+    starts = np.cumsum([0, *counts])[:-1]
+    valid = [costs[:, image, :, :count] for image, count in enumerate(counts)]
+    num_bad = sum(int((~np.isfinite(cost)).sum()) for cost in valid)
+    if num_bad:
+        logger.warning(
+            f"{num_bad} of {sum(cost.size for cost in valid)} matching costs are not finite: mask or class logits "
+            "overflow or are NaN. The training has probably diverged; lower the learning rate or clip gradients."
+        )
+    queries, targets = [], []
+    for layer in range(len(costs)):
+        pairs = [linear_sum_assignment(_replace_non_finite(cost[layer])) for cost in valid]
+        queries.append(np.concatenate([query for query, _ in pairs]))
+        targets.append(np.concatenate([start + target for start, (_, target) in zip(starts, pairs, strict=True)]))
+    return np.stack(queries), np.stack(targets)
+
+
+def _replace_non_finite(cost: np.ndarray) -> np.ndarray:
+    """A copy with non-finite costs so high that any assignment with fewer of them is cheaper."""
+    is_finite = np.isfinite(cost)
+    cost = np.where(is_finite, cost, 0).astype(np.float64)
+    cost[~is_finite] = 1 + 2 * min(cost.shape) * np.abs(cost).max(initial=0)
+    return cost
