@@ -1,0 +1,258 @@
+"""Generated panoptic scenes: things that only their shape tells apart, on stuff that only its pattern tells apart.
+
+Colours and textures of things come from one distribution for all four classes, so a model cannot name a thing without
+seeing its outline. Every scene is a function of `(seed, index)` alone.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw
+from torch.utils.data import Dataset
+
+
+CATEGORIES: list[dict[str, Any]] = [
+    {"id": 0, "name": "circle", "isthing": 1, "color": [220, 20, 60]},
+    {"id": 1, "name": "rectangle", "isthing": 1, "color": [0, 114, 189]},
+    {"id": 2, "name": "triangle", "isthing": 1, "color": [237, 177, 32]},
+    {"id": 3, "name": "star", "isthing": 1, "color": [126, 47, 142]},
+    {"id": 4, "name": "striped ground", "isthing": 0, "color": [119, 172, 48]},
+    {"id": 5, "name": "dotted ground", "isthing": 0, "color": [77, 190, 238]},
+    {"id": 6, "name": "blotchy ground", "isthing": 0, "color": [162, 142, 120]},
+]
+"""The seven classes in COCO's form; `id` is contiguous and doubles as the model's label."""
+
+SHAPES: tuple[str, ...] = tuple(category["name"] for category in CATEGORIES if category["isthing"])
+NUM_THINGS = (3, 8)
+"""Fewest and most things in a scene."""
+THING_SIZE = (0.08, 0.50)
+"""Smallest and largest diameter of a thing, as a share of the image's side."""
+THING_TEXTURES = ("plain", "gradient", "striped", "dotted", "blotchy")
+"""Textures of things, drawn alike for every class; the three of the stuff classes are among them."""
+
+_SUPERSAMPLING = 3
+_MIN_VISIBLE_SHARE = 0.4
+_PLACEMENT_TRIES = 12
+
+
+def smooth_field(rng: Generator, size: int, cells: int) -> np.ndarray:
+    """Smooth random field with about `cells` bumps along a side: (size, size) float32, roughly unit variance."""
+    coarse = Image.fromarray(rng.standard_normal((cells + 1, cells + 1)).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def pattern(rng: Generator, size: int, kind: str) -> np.ndarray:
+    """Blending weight of a texture's second colour: (size, size) float32 in [0, 1].
+
+    `kind` is "plain", "gradient", "striped", "dotted" or "blotchy". Periods are in pixels of a 160-pixel image and
+    scale with `size`.
+    """
+    if kind == "plain":
+        return np.zeros((size, size), dtype=np.float32)
+    if kind == "blotchy":
+        return np.clip(0.5 + 0.6 * smooth_field(rng, size, int(rng.integers(14, 24))), 0.0, 1.0)
+
+    angle = rng.uniform(0.0, math.pi)
+    axis = np.arange(size, dtype=np.float32)
+    along = math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]
+    if kind == "gradient":
+        return (along - along.min()) / (along.max() - along.min())
+    period = rng.uniform(7.0, 13.0) * size / 160
+    first = np.sin(2 * math.pi / period * along + rng.uniform(0.0, 2 * math.pi))
+    if kind == "striped":
+        return np.clip(0.5 + 1.5 * first, 0.0, 1.0)
+    if kind == "dotted":
+        across = math.cos(angle) * axis[:, None] - math.sin(angle) * axis[None, :]
+        second = np.sin(2 * math.pi / period * across + rng.uniform(0.0, 2 * math.pi))
+        return np.clip(2.0 * (first + second) - 1.0, 0.0, 1.0)
+    raise ValueError(f"Unknown texture {kind!r}: use 'plain', 'gradient', 'striped', 'dotted' or 'blotchy'.")
+
+
+def texture(rng: Generator, size: int, kind: str, base: np.ndarray) -> np.ndarray:
+    """Paint `kind` with the colour `base` (3,) and a second one not far from it: (size, size, 3) float32."""
+    direction = rng.standard_normal(3)
+    second = base + rng.uniform(50.0, 90.0) * direction / np.linalg.norm(direction)
+    first, second = base.astype(np.float32), np.clip(second, 0.0, 255.0).astype(np.float32)
+    weight = pattern(rng, size, kind).astype(np.float32)[..., None]
+    return first + weight * (second - first)
+
+
+def distinct_color(rng: Generator, others: Sequence[np.ndarray]) -> np.ndarray:
+    """Random colour (3,) in [0, 255]: of six draws the one farthest from all `others`, so that edges can be seen."""
+    draws = rng.uniform(20.0, 235.0, (6, 3))
+    if not others:
+        return draws[0]
+    distance = np.linalg.norm(draws[:, None] - np.stack(others)[None], axis=-1).min(axis=1)  # (6, N, 3) -> (6,)
+    return draws[int(distance.argmax())]
+
+
+def outline(rng: Generator, shape: str) -> np.ndarray:
+    """Corners of a randomly turned `shape` in the unit circle: (N, 2) float64; the circle is a 48-gon."""
+    if shape == "circle":
+        angles = np.arange(48) * 2 * math.pi / 48
+        radii = np.ones(48)
+    elif shape == "rectangle":
+        half = math.atan(rng.uniform(0.5, 1.0))
+        angles = np.array([half, math.pi - half, math.pi + half, -half])
+        radii = np.ones(4)
+    elif shape == "triangle":
+        angles = math.pi / 2 + np.arange(3) * 2 * math.pi / 3 + rng.uniform(-0.25, 0.25, 3)
+        radii = np.ones(3)
+    elif shape == "star":
+        angles = np.arange(10) * math.pi / 5
+        radii = np.where(np.arange(10) % 2 == 0, 1.0, rng.uniform(0.38, 0.5))
+    else:
+        raise ValueError(f"Unknown shape {shape!r}: use one of {', '.join(SHAPES)}.")
+    angles = angles + rng.uniform(0.0, 2 * math.pi)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=-1)
+
+
+def draw_shape(rng: Generator, shape: str, size: int, center: tuple[float, float], diameter: float) -> np.ndarray:
+    """Coverage of each pixel by `shape` with its circumscribed circle at `center` (x, y): (size, size) float32."""
+    corners = (outline(rng, shape) * diameter / 2 + np.asarray(center)) * _SUPERSAMPLING
+    canvas = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING))
+    ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in corners], fill=255)
+    return np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
+
+
+def draw_ground(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Cover the image with one to three stuff classes with irregular borders.
+
+    Returns the colours (size, size, 3) float32, the category id of each pixel (size, size) int64 and the main colours.
+    """
+    stuff = np.array([category["id"] for category in CATEGORIES if not category["isthing"]])
+    chosen = rng.permutation(stuff)[: int(rng.integers(1, len(stuff) + 1))]
+    relief = np.stack([smooth_field(rng, size, 2) + 0.25 * smooth_field(rng, size, 9) for _ in chosen])  # (S, H, W)
+    # A strip a few pixels wide would be a segment that nobody can name.
+    large_enough = np.bincount(relief.argmax(axis=0).ravel(), minlength=len(chosen)) >= 0.08 * size**2
+    chosen, relief = chosen[large_enough], relief[large_enough]
+    owner = relief.argmax(axis=0)  # (S, H, W) -> (H, W)
+
+    color = np.empty((size, size, 3), dtype=np.float32)
+    bases: list[np.ndarray] = []
+    for index, category_id in enumerate(chosen):
+        bases.append(distinct_color(rng, bases))
+        region = owner == index
+        kind = CATEGORIES[category_id]["name"].split()[0]
+        color[region] = texture(rng, size, kind, bases[-1])[region]
+    return color, chosen[owner], bases
+
+
+def place_thing(rng: Generator, size: int, ids: np.ndarray, areas: Sequence[int]) -> tuple[np.ndarray, str]:
+    """Find a place for one more thing on top of the things in `ids` ((H, W), 0 = none), whose full areas are `areas`.
+
+    Overlap is wanted, but a place that would hide most of an earlier thing is tried again a few times. Returns the
+    coverage (H, W) and the shape's name.
+    """
+    shape = str(rng.choice(SHAPES))
+    diameter = rng.uniform(*THING_SIZE) * size
+    for _ in range(_PLACEMENT_TRIES):
+        margin = 0.35 * diameter
+        center = rng.uniform(margin, size - margin, 2)
+        alpha = draw_shape(rng, shape, size, (center[0], center[1]), diameter)
+        remaining = np.bincount(ids[alpha < 0.5], minlength=len(areas) + 1)[1:]
+        if all(left >= _MIN_VISIBLE_SHARE * area for left, area in zip(remaining, areas, strict=True)):
+            break
+    return alpha, shape
+
+
+def render_scene(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Draw one scene.
+
+    Returns the image (size, size, 3) uint8, the segment ids (size, size) int32 and the category id of each segment;
+    ids count from 1 in the order of that list, stuff first. A thing that others hide completely keeps its place in the
+    list but has no pixel.
+    """
+    color, category_map, bases = draw_ground(rng, size)
+    stuff = np.unique(category_map)
+    segment_ids = (np.searchsorted(stuff, category_map) + 1).astype(np.int32)
+    categories = stuff.tolist()
+
+    thing_ids = np.zeros((size, size), dtype=np.int64)
+    areas: list[int] = []
+    for number in range(1, int(rng.integers(NUM_THINGS[0], NUM_THINGS[1], endpoint=True)) + 1):
+        alpha, shape = place_thing(rng, size, thing_ids, areas)
+        base = distinct_color(rng, bases)
+        bases.append(base)
+        thing_color = texture(rng, size, str(rng.choice(THING_TEXTURES)), base)
+        touched = alpha > 0
+        color[touched] += alpha[touched, None] * (thing_color[touched] - color[touched])
+        covered = alpha >= 0.5
+        thing_ids[covered] = number
+        segment_ids[covered] = len(stuff) + number
+        categories.append(SHAPES.index(shape))
+        areas.append(int(covered.sum()))
+
+    light = np.clip(1.0 + 0.18 * smooth_field(rng, size, 2), 0.55, 1.35)[..., None]
+    noise = rng.standard_normal(color.shape, dtype=np.float32) * rng.uniform(2.0, 10.0)
+    return np.clip(color * light + noise, 0, 255).astype(np.uint8), segment_ids, categories
+
+
+def describe_segments(segment_ids: np.ndarray, category_of: dict[int, int]) -> list[dict[str, Any]]:
+    """COCO's `segments_info` of a panoptic map (H, W): one entry per id present in it, 0 (void) left out.
+
+    `category_of` maps a segment id to its category id. `bbox` is x, y, width, height in pixels, `area` is in pixels.
+    """
+    segments = []
+    for segment_id in np.unique(segment_ids):
+        if segment_id == 0:
+            continue
+        mask = segment_ids == segment_id
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        x, y = int(columns[0]), int(rows[0])
+        category_id = int(category_of[int(segment_id)])
+        segments.append(
+            {
+                "id": int(segment_id),
+                "category_id": category_id,
+                "isthing": CATEGORIES[category_id]["isthing"],
+                "iscrowd": 0,
+                "area": int(mask.sum()),
+                "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
+            }
+        )
+    return segments
+
+
+class ShapesDataset(Dataset[dict[str, Any]]):
+    """Map-style dataset of `num_scenes` generated scenes of `image_size` x `image_size` pixels.
+
+    Scene `index` depends on `(seed, index, image_size)` only, so it is the same in every process and whatever was drawn
+    before; other seeds give other scenes. An item has
+
+    - `image`: `PIL.Image.Image`, RGB;
+    - `segmentation_map`: (H, W) int32 of segment ids, every pixel >= 1;
+    - `segments_info`: a list of dicts in COCO's form: `id`, `category_id` (see `CATEGORIES`), `isthing`, `iscrowd`,
+      `area` in pixels, `bbox` as x, y, width, height in pixels; things that others hide completely are left out;
+    - `image_id`: int, the index.
+
+    Raises:
+        ValueError: if `num_scenes` is negative or `image_size` is below 32 (the smallest thing would have no shape).
+    """
+
+    def __init__(self, num_scenes: int, image_size: int = 160, seed: int = 0) -> None:
+        if num_scenes < 0:
+            raise ValueError(f"num_scenes must be 0 or more, got {num_scenes}.")
+        if image_size < 32:
+            raise ValueError(f"image_size must be at least 32 pixels for shapes to be seen, got {image_size}.")
+        self.num_scenes = num_scenes
+        self.image_size = image_size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.num_scenes:
+            raise IndexError(f"Scene {index} of {self.num_scenes}: indices run from 0 to {self.num_scenes - 1}.")
+        rng = np.random.default_rng((self.seed, index))
+        pixels, segment_ids, categories = render_scene(rng, self.image_size)
+        return {
+            "image": Image.fromarray(pixels),
+            "segmentation_map": segment_ids,
+            "segments_info": describe_segments(segment_ids, dict(enumerate(categories, start=1))),
+            "image_id": index,
+        }
