@@ -172,6 +172,8 @@ class Mask2FormerHungarianMatcher(nn.Module):
         labels = torch.zeros(batch_size, max(targets.counts), dtype=torch.int64, device=device)
         labels[image, slot] = targets.labels.clamp(0, num_classes - 2)
         probabilities = class_queries_logits.float().softmax(-1)
+        # Read once a point and channel: several times faster where a point's channels lie together.
+        mask_features = mask_features.float().contiguous(memory_format=torch.channels_last)
 
         costs = []
         for layer in range(num_layers):

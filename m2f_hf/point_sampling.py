@@ -140,16 +140,22 @@ def sample_masks(masks: PackedMasks, rows: Tensor, points: Tensor) -> Tensor:
         (M, P) float32.
     """
     offsets, heights, widths = masks.offsets[rows, None], masks.heights[rows, None], masks.widths[rows, None]
-    x = points[..., 0].float() * widths - 0.5
-    y = points[..., 1].float() * heights - 0.5
-    left, top = x.floor(), y.floor()
-    sampled = torch.zeros_like(x)
-    for column, x_weight in ((left, left + 1 - x), (left + 1, x - left)):
-        for row, y_weight in ((top, top + 1 - y), (top + 1, y - top)):
-            is_inside = (column >= 0) & (column < widths) & (row >= 0) & (row < heights)
-            pixels = offsets + row.long() * widths + column.long()
-            sampled += x_weight * y_weight * masks.values[pixels.where(is_inside, offsets)] * is_inside
+    columns = _neighbours(points[..., 0].float() * widths - 0.5, widths)
+    lines = _neighbours(points[..., 1].float() * heights - 0.5, heights)
+    sampled = points.new_zeros(points.shape[:2], dtype=torch.float32)
+    for line, line_weight in lines:
+        start = offsets + line * widths
+        for column, column_weight in columns:
+            sampled += line_weight * column_weight * masks.values[start + column]
     return sampled
+
+
+def _neighbours(position: Tensor, size: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two pixels on either side of each position along one axis, and their weights, 0 where there is no pixel."""
+    low = position.floor()
+    pairs = ((low, low + 1 - position), (low + 1, position - low))
+    is_inside = [(pixel >= 0) & (pixel < size) for pixel, _ in pairs]
+    return [(pixel.where(ok, 0).long(), weight * ok) for (pixel, weight), ok in zip(pairs, is_inside, strict=True)]
 
 
 def select_uncertain_points(logits: Tensor, candidates: Tensor, random: Tensor, num_uncertain: int) -> Tensor:
