@@ -1,0 +1,447 @@
+"""Read a config of the original and say it in the terms of our model and processor.
+
+Only the options named in `DEFAULTS` are looked at. An option whose value our model cannot express is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig, ResNetConfig, SwinConfig
+
+
+# What detectron2 and the original assume for an option that a config leaves out.
+DEFAULTS: dict[str, Any] = {
+    "DATASETS.TRAIN": (),
+    "DATASETS.TEST": (),
+    "INPUT.FORMAT": "BGR",
+    "INPUT.MIN_SIZE_TEST": 800,
+    "INPUT.MAX_SIZE_TEST": 1333,
+    "TEST.DETECTIONS_PER_IMAGE": 100,
+    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+    "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+    "MODEL.RESNETS.NUM_GROUPS": 1,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+    "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    "MODEL.RESNETS.RES4_DILATION": 1,
+    "MODEL.RESNETS.RES5_DILATION": 1,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, False],
+    "MODEL.SWIN.PRETRAIN_IMG_SIZE": 224,
+    "MODEL.SWIN.PATCH_SIZE": 4,
+    "MODEL.SWIN.EMBED_DIM": 96,
+    "MODEL.SWIN.DEPTHS": [2, 2, 6, 2],
+    "MODEL.SWIN.NUM_HEADS": [3, 6, 12, 24],
+    "MODEL.SWIN.WINDOW_SIZE": 7,
+    "MODEL.SWIN.MLP_RATIO": 4.0,
+    "MODEL.SWIN.QKV_BIAS": True,
+    "MODEL.SWIN.QK_SCALE": None,
+    "MODEL.SWIN.DROP_RATE": 0.0,
+    "MODEL.SWIN.ATTN_DROP_RATE": 0.0,
+    "MODEL.SWIN.DROP_PATH_RATE": 0.3,
+    "MODEL.SWIN.APE": False,
+    "MODEL.SWIN.PATCH_NORM": True,
+    "MODEL.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.SEM_SEG_HEAD.NAME": "SemSegFPNHead",
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 54,
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": 255,
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 4,
+    "MODEL.SEM_SEG_HEAD.NORM": "GN",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 128,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 256,
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder",
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 0,
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
+    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "res5",
+    "MODEL.MASK_FORMER.DEEP_SUPERVISION": True,
+    "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": 0.1,
+    "MODEL.MASK_FORMER.CLASS_WEIGHT": 1.0,
+    "MODEL.MASK_FORMER.MASK_WEIGHT": 20.0,
+    "MODEL.MASK_FORMER.DICE_WEIGHT": 1.0,
+    "MODEL.MASK_FORMER.NHEADS": 8,
+    "MODEL.MASK_FORMER.DROPOUT": 0.1,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 2048,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 6,
+    "MODEL.MASK_FORMER.PRE_NORM": False,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 256,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 100,
+    "MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ": False,
+    "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": 32,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 12544,
+    "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": 3.0,
+    "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": 0.75,
+    "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": True,
+    "MODEL.MASK_FORMER.TEST.INSTANCE_ON": False,
+    "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": False,
+    "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": 0.0,
+    "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": 0.0,
+    "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
+}
+
+# The only values that our model has an equivalent of. Options of the other backbone don't matter.
+_FOUR_STAGES = ["res2", "res3", "res4", "res5"]
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "INPUT.FORMAT": ("RGB", "BGR"),
+    "MODEL.META_ARCHITECTURE": ("MaskFormer",),
+    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "D2SwinTransformer"),
+    "MODEL.RESNETS.NORM": ("FrozenBN", "SyncBN", "BN"),
+    "MODEL.RESNETS.OUT_FEATURES": (_FOUR_STAGES,),
+    "MODEL.RESNETS.NUM_GROUPS": (1,),
+    "MODEL.RESNETS.RES4_DILATION": (1,),
+    "MODEL.RESNETS.RES5_DILATION": (1,),
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False] * 4,),
+    "MODEL.SWIN.PATCH_SIZE": (4,),
+    "MODEL.SWIN.QK_SCALE": (None,),
+    "MODEL.SWIN.APE": (False,),
+    "MODEL.SWIN.PATCH_NORM": (True,),
+    "MODEL.SWIN.OUT_FEATURES": (_FOUR_STAGES,),
+    "MODEL.SEM_SEG_HEAD.NAME": ("MaskFormerHead",),
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": (_FOUR_STAGES,),
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": (4,),
+    "MODEL.SEM_SEG_HEAD.NORM": ("GN",),
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": ("MSDeformAttnPixelDecoder", "BasePixelDecoder"),
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": (["res3", "res4", "res5"],),
+    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": ("MultiScaleMaskedTransformerDecoder",),
+    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": ("multi_scale_pixel_decoder",),
+}
+_VIDEO_ARCHITECTURE = "VideoMaskFormer"
+_PIXEL_DECODERS = {"MSDeformAttnPixelDecoder": "msdeform", "BasePixelDecoder": "fpn"}
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+_RESNETS = {
+    18: ("basic", [2, 2, 2, 2]),
+    34: ("basic", [3, 4, 6, 3]),
+    50: ("bottleneck", [3, 4, 6, 3]),
+    101: ("bottleneck", [3, 4, 23, 3]),
+    152: ("bottleneck", [3, 8, 36, 3]),
+}
+
+# Which classes of the panoptic data sets of the released checkpoints are things; the others are stuff:
+# start of the data set's name -> number of classes, ranges of thing ids (both ends included).
+_THINGS = {
+    "coco_2017": (133, "0-79"),
+    "cityscapes_fine": (19, "11-18"),
+    "ade20k": (
+        150,
+        "7-8,10,12,14-15,18-20,22-24,27,30-33,35-39,41-45,47,49-50,53,55-58,62,64-67,69-76,78,80-83,85-90,92-93,95,"
+        "97-98,102-104,107-108,110-112,115-116,118-121,123-127,129-130,132-139,142-144,146-149",
+    ),
+    "mapillary_vistas": (65, "0-1,8,19-23,32-42,44-57,59-62"),
+}
+
+
+class UnsupportedOptionError(ValueError):
+    """The config has an option that our model has no equivalent of; the message names it."""
+
+
+class Label(NamedTuple):
+    """One class: its name, and whether it is a thing (countable) or stuff; None where the file doesn't say."""
+
+    name: str
+    is_thing: bool | None
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a config of the original, its bases included, and check that our model can express it.
+
+    Args:
+        path: A YAML file, complete or with a `_BASE_` relative to itself. Tags that ask for code are never executed.
+
+    Returns:
+        The value of every option of `DEFAULTS`, by dotted name.
+
+    Raises:
+        FileNotFoundError: The file or one of its bases is missing.
+        ImportError: PyYAML is not installed.
+        UnsupportedOptionError: An option has a value without an equivalent, or one that only code could tell.
+        ValueError: The file is no YAML mapping, or its bases go round in a circle.
+    """
+    options = {**DEFAULTS, **_flatten(_read_with_bases(Path(path), ()))}
+    options = {name: options[name] for name in DEFAULTS}
+    for name, value in options.items():
+        if _has_unread(value):
+            raise UnsupportedOptionError(
+                f"{name} in {path} is an expression to execute. Write its value instead; nothing in a config is run."
+            )
+    _check_supported(options)
+    return options
+
+
+def read_labels(path: str | Path, num_labels: int) -> list[Label]:
+    """Read the classes of a checkpoint from a JSON file.
+
+    Args:
+        path: A list of `{"id": int, "name": str, "isthing": bool}` or an object that holds one as `categories`. Ids run
+            from 0 without a gap. Only a panoptic checkpoint needs `isthing`.
+        num_labels: How many classes the checkpoint has.
+
+    Raises:
+        ValueError: Another number of classes, a gap in the ids, or an entry without id or name.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        categories = content["categories"] if isinstance(content, dict) else content
+        by_id = {int(entry["id"]): Label(str(entry["name"]), entry.get("isthing")) for entry in categories}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f'{path} is no list of labels: expected [{{"id": 0, "name": "cat", "isthing": true}}, …] ({error!r}).'
+        ) from error
+    if sorted(by_id) != list(range(num_labels)) or len(categories) != num_labels:
+        raise ValueError(
+            f"{path} has {len(categories)} labels; the checkpoint needs ids 0 to {num_labels - 1}, once each."
+        )
+    return [by_id[i] for i in range(num_labels)]
+
+
+def config_from_yaml(options: Mapping[str, Any], labels: list[Label] | None = None) -> dict[str, Any]:
+    """Give the arguments of `Mask2FormerConfig` for a config that `read_config` returned.
+
+    Without `labels` the classes are called `LABEL_0`, `LABEL_1`, … as in `transformers`. A dropout other than 0 acts in
+    the transformer decoder too, where the original has none; outputs in evaluation are the same.
+    """
+    head, former = _section(options, "MODEL.SEM_SEG_HEAD"), _section(options, "MODEL.MASK_FORMER")
+    names = [label.name for label in labels] if labels else [f"LABEL_{i}" for i in range(head["NUM_CLASSES"])]
+    backbone_config, freeze_backbone_norm = _backbone(options)
+    return {
+        "backbone_config": backbone_config,
+        "freeze_backbone_norm": freeze_backbone_norm,
+        "pixel_decoder": _PIXEL_DECODERS[head["PIXEL_DECODER_NAME"]],
+        "feature_size": head["CONVS_DIM"],
+        "mask_feature_size": head["MASK_DIM"],
+        "hidden_dim": former["HIDDEN_DIM"],
+        "encoder_feedforward_dim": 1024,  # the original passes no other width to its deformable encoder
+        "encoder_layers": head["TRANSFORMER_ENC_LAYERS"],
+        "decoder_layers": former["DEC_LAYERS"],
+        "num_attention_heads": former["NHEADS"],
+        "dropout": former["DROPOUT"],
+        "dim_feedforward": former["DIM_FEEDFORWARD"],
+        "pre_norm": former["PRE_NORM"],
+        "enforce_input_projection": former["ENFORCE_INPUT_PROJ"],
+        "ignore_value": head["IGNORE_VALUE"],
+        "num_queries": former["NUM_OBJECT_QUERIES"],
+        "no_object_weight": former["NO_OBJECT_WEIGHT"],
+        "class_weight": former["CLASS_WEIGHT"],
+        "mask_weight": former["MASK_WEIGHT"],
+        "dice_weight": former["DICE_WEIGHT"],
+        "train_num_points": former["TRAIN_NUM_POINTS"],
+        "oversample_ratio": former["OVERSAMPLE_RATIO"],
+        "importance_sample_ratio": former["IMPORTANCE_SAMPLE_RATIO"],
+        "use_auxiliary_loss": former["DEEP_SUPERVISION"],
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def processor_from_yaml(options: Mapping[str, Any], labels: list[Label] | None = None) -> dict[str, Any]:
+    """Give the arguments of `M2FImageProcessor` for a config that `read_config` returned.
+
+    Raises:
+        UnsupportedOptionError: A panoptic checkpoint of an unknown data set without labels: its stuff is not known.
+    """
+    test = _section(options, "MODEL.MASK_FORMER.TEST")
+    task = _task(test)
+    return {
+        "task": task,
+        "label_ids_to_fuse": _stuff_ids(options, labels) if task == "panoptic" else None,
+        "threshold": test["OBJECT_MASK_THRESHOLD"],
+        "overlap_mask_area_threshold": test["OVERLAP_THRESHOLD"],
+        "max_detections": options["TEST.DETECTIONS_PER_IMAGE"],
+        # The original never keeps the padded frame when it also has instances or segments to tell.
+        "semantic_resize_before_inference": bool(
+            test["SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE"] or test["PANOPTIC_ON"] or test["INSTANCE_ON"]
+        ),
+        "channel_order": options["INPUT.FORMAT"],
+        "size": {"shortest_edge": options["INPUT.MIN_SIZE_TEST"], "longest_edge": options["INPUT.MAX_SIZE_TEST"]},
+        "size_divisor": options["MODEL.MASK_FORMER.SIZE_DIVISIBILITY"],
+        "image_mean": _per_unit(options["MODEL.PIXEL_MEAN"]),
+        "image_std": _per_unit(options["MODEL.PIXEL_STD"]),
+        "ignore_index": options["MODEL.SEM_SEG_HEAD.IGNORE_VALUE"],
+    }
+
+
+def _backbone(options: Mapping[str, Any]) -> tuple[PreTrainedConfig, bool]:
+    """Give the backbone's config, and whether its batch norms are frozen in training."""
+    if _is_swin(options):
+        return _swin(_section(options, "MODEL.SWIN")), False
+    section = _section(options, "MODEL.RESNETS")
+    return _resnet(section), section["NORM"] == "FrozenBN"
+
+
+def _swin(section: Mapping[str, Any]) -> SwinConfig:
+    return SwinConfig(
+        image_size=section["PRETRAIN_IMG_SIZE"],
+        patch_size=section["PATCH_SIZE"],
+        embed_dim=section["EMBED_DIM"],
+        depths=list(section["DEPTHS"]),
+        num_heads=list(section["NUM_HEADS"]),
+        window_size=section["WINDOW_SIZE"],
+        mlp_ratio=section["MLP_RATIO"],
+        qkv_bias=section["QKV_BIAS"],
+        hidden_dropout_prob=section["DROP_RATE"],
+        attention_probs_dropout_prob=section["ATTN_DROP_RATE"],
+        drop_path_rate=section["DROP_PATH_RATE"],
+        out_features=_STAGES,
+    )
+
+
+def _resnet(section: Mapping[str, Any]) -> ResNetConfig:
+    layer_type, depths = _RESNETS[section["DEPTH"]]
+    return ResNetConfig(
+        embedding_size=section["STEM_OUT_CHANNELS"],
+        hidden_sizes=[section["RES2_OUT_CHANNELS"] * 2**stage for stage in range(4)],
+        depths=depths,
+        layer_type=layer_type,
+        downsample_in_bottleneck=section["STRIDE_IN_1X1"],
+        out_features=_STAGES,
+    )
+
+
+def _task(test: Mapping[str, Any]) -> str:
+    for task in ("panoptic", "instance", "semantic"):  # the widest one the checkpoint was tested on
+        if test[f"{task.upper()}_ON"]:
+            return task
+    raise UnsupportedOptionError(
+        "MODEL.MASK_FORMER.TEST has PANOPTIC_ON, INSTANCE_ON and SEMANTIC_ON all off: set the checkpoint's task."
+    )
+
+
+def _stuff_ids(options: Mapping[str, Any], labels: list[Label] | None) -> list[int]:
+    num_labels = options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]
+    if labels and all(label.is_thing is not None for label in labels):
+        return [i for i, label in enumerate(labels) if not label.is_thing]
+    for name in (*options["DATASETS.TEST"], *options["DATASETS.TRAIN"]):
+        for start, (count, ranges) in _THINGS.items():
+            if name.startswith(start) and count == num_labels:
+                things = _expand(ranges)
+                return [i for i in range(num_labels) if i not in things]
+    raise UnsupportedOptionError(
+        f"DATASETS.TEST is {list(options['DATASETS.TEST'])} with {num_labels} classes (NUM_CLASSES): which of them are "
+        "things is not known. Pass --labels with `isthing` for each class."
+    )
+
+
+def _expand(ranges: str) -> set[int]:
+    ends = [[int(end) for end in part.split("-")] for part in ranges.split(",")]
+    return {i for end in ends for i in range(end[0], end[-1] + 1)}
+
+
+def _per_unit(values: list[float]) -> list[float]:
+    """From the original's 0–255 to our 0–1; rounded so that 123.675 becomes the usual 0.485."""
+    return [round(value / 255, 10) for value in values]
+
+
+def _is_swin(options: Mapping[str, Any]) -> bool:
+    return options["MODEL.BACKBONE.NAME"] == "D2SwinTransformer"
+
+
+def _section(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {
+        option.removeprefix(f"{name}."): value for option, value in options.items() if option.startswith(f"{name}.")
+    }
+
+
+def _check_supported(options: Mapping[str, Any]) -> None:
+    if options["MODEL.META_ARCHITECTURE"] == _VIDEO_ARCHITECTURE:
+        raise UnsupportedOptionError(
+            f"MODEL.META_ARCHITECTURE is {_VIDEO_ARCHITECTURE}: a video checkpoint. Only image checkpoints convert."
+        )
+    unused_backbone = "MODEL.RESNETS." if _is_swin(options) else "MODEL.SWIN."
+    for name, supported in _SUPPORTED.items():
+        value = list(options[name]) if isinstance(options[name], tuple) else options[name]
+        if value not in supported and not name.startswith(unused_backbone):
+            choices = " or ".join(repr(choice) for choice in supported)
+            raise UnsupportedOptionError(f"{name} is {value!r}; our model has an equivalent of {choices} only.")
+    if not _is_swin(options):
+        _check_resnet(_section(options, "MODEL.RESNETS"))
+    for name in ("INPUT.MIN_SIZE_TEST", "MODEL.MASK_FORMER.SIZE_DIVISIBILITY"):
+        if options[name] < 1:
+            raise UnsupportedOptionError(f"{name} is {options[name]}; give the number of pixels, at least 1.")
+
+
+def _check_resnet(section: Mapping[str, Any]) -> None:
+    if section["DEPTH"] not in _RESNETS:
+        raise UnsupportedOptionError(f"MODEL.RESNETS.DEPTH is {section['DEPTH']}; known are {list(_RESNETS)}.")
+    layer_type, _ = _RESNETS[section["DEPTH"]]
+    if layer_type == "bottleneck" and section["RES2_OUT_CHANNELS"] != 4 * section["WIDTH_PER_GROUP"]:
+        raise UnsupportedOptionError(
+            f"MODEL.RESNETS.WIDTH_PER_GROUP is {section['WIDTH_PER_GROUP']}; our bottleneck blocks are a quarter of "
+            f"RES2_OUT_CHANNELS wide, which is {section['RES2_OUT_CHANNELS']}."
+        )
+
+
+class _Unread:
+    """What stands in the place of a YAML node that only code could evaluate."""
+
+
+def _has_unread(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_has_unread(item) for item in value)
+    return isinstance(value, _Unread)
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"{path} is its own _BASE_, by way of {', '.join(str(other) for other in seen)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config {path}" + (f", the _BASE_ of {seen[-1]}." if seen else "."))
+    config = _parse(path)
+    base = config.pop("_BASE_", None)
+    if base is None:
+        return config
+    if not isinstance(base, str) or "://" in base:
+        raise UnsupportedOptionError(f"_BASE_ in {path} is {base!r}; only the path of a local file is followed.")
+    return _merged(_read_with_bases(path.parent / Path(base).expanduser(), (*seen, path)), config)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    yaml, loader = _yaml()
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML file ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no config of the original: expected options by name.")
+    return config
+
+
+def _yaml() -> tuple[Any, Callable[..., Any]]:
+    """Give the YAML module, and a safe loader that makes `_Unread` of tags it doesn't know (`!!python/object…`)."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("Reading the original's configs needs PyYAML: pip install 'm2f_hf[convert]'.") from error
+
+    class InertLoader(yaml.SafeLoader):
+        pass
+
+    InertLoader.add_constructor(None, lambda loader, node: _Unread())
+    return yaml, InertLoader
