@@ -50,7 +50,7 @@ def grid_sample_deformable_attention(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The reference form of [`multi_scale_deformable_attention`], same arguments and result, one level after another."""
+    """The reference form of [`multi_scale_deformable_attention`], same arguments and result, level by level."""
     batch, _, heads, width_of_head = value.shape
     queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
     grids = (2 * sampling_locations - 1).to(value.dtype)
@@ -113,7 +113,7 @@ class _Corners:
     """
 
     def __init__(self, locations: Tensor, sizes: list[int]) -> None:
-        queries, levels, points, _ = locations.shape
+        queries, _, points, _ = locations.shape
         heights, widths = torch.tensor(sizes, dtype=torch.int32).view(-1, 2).unbind(-1)  # (L,) each
         rows = (heights + 2) * (widths + 2)
         # Written out for each sample: elementwise kernels are several times slower where they must broadcast.

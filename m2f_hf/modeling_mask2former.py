@@ -1,0 +1,1056 @@
+"""The image model, in the order of the paper's figure 2: backbone, pixel decoder, masked-attention decoder, heads.
+
+Paper: Masked-attention Mask Transformer for Universal Image Segmentation, arXiv 2112.01527.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
+from .criterion import Mask2FormerLoss
+from .multi_scale_deformable_attention import multi_scale_deformable_attention
+
+
+NUM_FEATURE_LEVELS = 3  # strides 32, 16 and 8 feed the decoder (paper, section 3.2.2)
+NUM_SAMPLING_POINTS = 4  # of deformable attention, for each head and level
+PADDING_DIVISOR = 32  # an image's own padding; what a batch adds beyond it is hidden
+
+
+# --- Outputs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Mask2FormerPixelDecoderOutput(ModelOutput):
+    """
+    Args:
+        multi_scale_features: three maps (B, feature_size, H/32, W/32), (…, H/16, W/16), (…, H/8, W/8).
+        mask_features: (B, mask_feature_size, H/4, W/4).
+    """
+
+    multi_scale_features: tuple[Tensor, ...] | None = None
+    mask_features: Tensor | None = None
+
+
+@dataclass
+class Mask2FormerPixelLevelModuleOutput(ModelOutput):
+    """
+    Args:
+        encoder_last_hidden_state: the backbone's coarsest map (B, C, H/32, W/32).
+        encoder_hidden_states: the backbone's four maps, finest first.
+        decoder_last_hidden_state: mask features (B, mask_feature_size, H/4, W/4).
+        decoder_hidden_states: the pixel decoder's three maps, coarsest first.
+    """
+
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_last_hidden_state: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class Mask2FormerMaskedAttentionDecoderOutput(ModelOutput):
+    """
+    L = decoder_layers predictions, the first from the raw queries.
+
+    Args:
+        last_hidden_state: (B, Q, hidden_dim), before the final LayerNorm.
+        hidden_states: decoder layers' inputs and the last output, (Q, B, hidden_dim) each.
+        attentions: self-attention weights of each layer, (B, heads, Q, Q).
+        cross_attentions: masked attention weights of each layer, (B, heads, Q, height x width of its level).
+        intermediate_hidden_states: L normalised states (Q, B, hidden_dim), what the heads read.
+        mask_embeddings: L tensors (B, Q, mask_feature_size).
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    intermediate_hidden_states: tuple[Tensor, ...] | None = None
+    mask_embeddings: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class Mask2FormerModelOutput(ModelOutput):
+    """
+    L = decoder_layers predictions, the first from the raw queries.
+
+    Args:
+        encoder_last_hidden_state: the backbone's coarsest map (B, C, H/32, W/32).
+        pixel_decoder_last_hidden_state: mask features (B, mask_feature_size, H/4, W/4).
+        transformer_decoder_last_hidden_state: (B, Q, hidden_dim), before the final LayerNorm.
+        encoder_hidden_states: the backbone's maps, finest first; with `output_hidden_states`.
+        pixel_decoder_hidden_states: the pixel decoder's three maps, coarsest first; with `output_hidden_states`.
+        transformer_decoder_hidden_states: decoder states (Q, B, hidden_dim); with `output_hidden_states`.
+        transformer_decoder_intermediate_states: L normalised states (Q, B, hidden_dim), what the heads read.
+        masks_queries_logits: mask logits (B, Q, H/4, W/4) of the last prediction alone, or of all L with
+            `output_auxiliary_logits`.
+        attentions: self-attention weights (B, heads, Q, Q) of each decoder layer; with `output_attentions`.
+        cross_attentions: masked attention weights (B, heads, Q, positions); with `output_attentions`.
+        mask_embeddings: L tensors (B, Q, mask_feature_size); their product with the mask features gives mask logits.
+        image_sizes: (B, 2) int64, height and width of each image before padding.
+    """
+
+    encoder_last_hidden_state: Tensor | None = None
+    pixel_decoder_last_hidden_state: Tensor | None = None
+    transformer_decoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_intermediate_states: tuple[Tensor, ...] | None = None
+    masks_queries_logits: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    mask_embeddings: tuple[Tensor, ...] | None = None
+    image_sizes: Tensor | None = None
+
+
+@dataclass
+class Mask2FormerForUniversalSegmentationOutput(ModelOutput):
+    """
+    What the `post_process_*` methods of the image processor read.
+
+    Args:
+        loss: 0-dim fp32, the weighted sum of `loss_dict`; with labels.
+        class_queries_logits: (B, Q, num_labels + 1), the last class is "no object".
+        masks_queries_logits: mask logits (B, Q, H/4, W/4).
+        auxiliary_logits: the earlier predictions as dicts of the two above; with `output_auxiliary_logits`.
+        encoder_last_hidden_state: the backbone's coarsest map (B, C, H/32, W/32).
+        pixel_decoder_last_hidden_state: mask features (B, mask_feature_size, H/4, W/4).
+        transformer_decoder_last_hidden_state: (B, Q, hidden_dim), before the final LayerNorm.
+        encoder_hidden_states: the backbone's maps, finest first; with `output_hidden_states`.
+        pixel_decoder_hidden_states: the pixel decoder's maps, coarsest first; with `output_hidden_states`.
+        transformer_decoder_hidden_states: decoder states (Q, B, hidden_dim); with `output_hidden_states`.
+        attentions: self-attention weights (B, heads, Q, Q) of each decoder layer; with `output_attentions`.
+        cross_attentions: masked attention weights (B, heads, Q, positions); with `output_attentions`.
+        loss_dict: the unweighted terms, `loss_{cross_entropy,mask,dice}` of the last prediction and the same with
+            suffix `_0` (raw queries), `_1`, … of the earlier ones; with labels.
+        image_sizes: (B, 2) int64, height and width of each image before padding.
+    """
+
+    loss: Tensor | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    pixel_decoder_last_hidden_state: Tensor | None = None
+    transformer_decoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    image_sizes: Tensor | None = None
+
+
+# --- Padding ---------------------------------------------------------------------------------------------------------
+
+
+def image_sizes_from_mask(pixel_mask: Tensor) -> Tensor:
+    """Height and width of each image: (B, H, W), nonzero = image, at the top left -> (B, 2) int64."""
+    image = pixel_mask.bool()
+    return torch.stack([image.any(dim=2).sum(dim=1), image.any(dim=1).sum(dim=1)], dim=1)
+
+
+def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+    """Where a map lies beyond an image's own multiple of 32: (B, 2) -> (B, height, width) bool, True = padding.
+
+    An image alone is padded to a multiple of 32 and the original attends there; what a batch adds beyond that must not
+    move the result.
+    """
+    valid = (image_sizes + PADDING_DIVISOR - 1) // PADDING_DIVISOR * (PADDING_DIVISOR // stride)  # (B, 2)
+    rows, columns = (torch.arange(length, device=image_sizes.device) for length in size)
+    return (rows[:, None] >= valid[:, :1, None]) | (columns >= valid[:, 1:, None])
+
+
+def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | None) -> Tensor:
+    """GroupNorm whose statistics leave padding out, and zeros there: (B, C, H, W), (B, H, W) -> (B, C, H, W)."""
+    if padding is None:
+        return norm(features)
+    grouped = features.unflatten(1, (norm.num_groups, -1)).float()  # (B, G, C/G, H, W)
+    image = ~padding[:, None, None]  # (B, 1, 1, H, W)
+    count = image.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
+    mean = (grouped * image).sum(dim=(2, 3, 4), keepdim=True) / count
+    centred = (grouped - mean) * image
+    variance = centred.square().sum(dim=(2, 3, 4), keepdim=True) / count
+    normalised = (centred * torch.rsqrt(variance + norm.eps)).flatten(1, 2).to(features.dtype)
+    return (normalised * norm.weight[:, None, None] + norm.bias[:, None, None]) * image[:, 0]
+
+
+def continue_edges(features: Tensor, padding: Tensor | None) -> Tensor:
+    """Repeat each image's last row and column into its padding, as interpolation does at the edge of a map."""
+    if padding is None:
+        return features
+    last_row, last_column = (~padding[:, :, 0]).sum(1) - 1, (~padding[:, 0]).sum(1) - 1  # (B,) each
+    rows = torch.arange(features.shape[2], device=features.device).minimum(last_row[:, None])
+    columns = torch.arange(features.shape[3], device=features.device).minimum(last_column[:, None])
+    batch = torch.arange(len(features), device=features.device)[:, None, None]
+    # advanced indices around a slice put the batch and the map first: (B, H, W, C)
+    return features[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+# --- Position encoding -----------------------------------------------------------------------------------------------
+
+
+class Mask2FormerSinePositionEmbedding(nn.Module):
+    """Sine position encoding of DETR, normalised to 2 pi over each image; y before x, sine and cosine interleaved.
+
+    Args:
+        num_position_features: channels for each of y and x.
+    """
+
+    temperature = 10000
+    scale = 2 * math.pi
+    eps = 1e-6
+
+    def __init__(self, num_position_features: int) -> None:
+        super().__init__()
+        self.num_position_features = num_position_features
+
+    def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
+        """For a map (B, C, H, W) -> (1 or B, 2 * num_position_features, H, W) in its dtype; B with padding."""
+        height, width = features.shape[-2:]
+        device = features.device
+        y = torch.arange(1, height + 1, device=device, dtype=torch.float32)
+        x = torch.arange(1, width + 1, device=device, dtype=torch.float32)
+        last_y, last_x = y[-1:], x[-1:]
+        if padding is not None:
+            last_y, last_x = ((~side).sum(1, keepdim=True).float() for side in (padding[:, :, 0], padding[:, 0]))
+        y_angles = self._angles(y / (last_y + self.eps) * self.scale)  # (1 or B, H, F), (F,) without a batch
+        x_angles = self._angles(x / (last_x + self.eps) * self.scale)
+        y_part = y_angles.transpose(1, 2)[..., None].expand(-1, -1, -1, width)
+        x_part = x_angles.transpose(1, 2)[..., None, :].expand(-1, -1, height, -1)
+        return torch.cat([y_part, x_part], dim=1).to(features.dtype)
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        """(n,) or (B, n) -> (1 or B, n, num_position_features)."""
+        pair = torch.arange(self.num_position_features // 2, device=positions.device, dtype=torch.float32)
+        frequency = self.temperature ** (2 * pair / self.num_position_features)
+        angles = positions.view(-1, positions.shape[-1], 1) / frequency
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+# --- Pixel decoder ---------------------------------------------------------------------------------------------------
+
+
+class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
+    """Multi-scale deformable self-attention over the three coarse maps (arXiv 2010.04159, equation 3)."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        samples = num_heads * NUM_FEATURE_LEVELS * NUM_SAMPLING_POINTS
+        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
+        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: list[tuple[int, int]],
+        padding: Tensor | None,
+    ) -> Tensor:
+        """(B, S, C), encoding (B or 1, S, C), points (S, 2), padding (B, S) True = padding -> (B, S, C)."""
+        queries = hidden_states + position_embeddings
+        value = self.value_proj(hidden_states)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        samples = (self.num_heads, NUM_FEATURE_LEVELS, NUM_SAMPLING_POINTS)
+        offsets = self.sampling_offsets(queries).unflatten(-1, (*samples, 2))  # in pixels of the level they read
+        weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        map_sizes = offsets.new_tensor([(width, height) for height, width in spatial_shapes])  # (L, 2)
+        locations = reference_points[:, None, None, None] + offsets / map_sizes[:, None]
+        output = multi_scale_deformable_attention(
+            value.unflatten(-1, (self.num_heads, -1)), spatial_shapes, locations, weights.unflatten(-1, samples[1:])
+        )
+        return self.output_proj(output)
+
+
+class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        width = config.feature_size
+        self.self_attn = Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(width, config.num_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, config.encoder_feedforward_dim)
+        self.fc2 = nn.Linear(config.encoder_feedforward_dim, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: list[tuple[int, int]],
+        padding: Tensor | None,
+    ) -> Tensor:
+        attended = self.self_attn(hidden_states, position_embeddings, reference_points, spatial_shapes, padding)
+        hidden_states = self.self_attn_layer_norm(hidden_states + self._drop(attended))
+        expanded = self._drop(nn.functional.relu(self.fc1(hidden_states)))
+        return self.final_layer_norm(hidden_states + self._drop(self.fc2(expanded)))
+
+    def _drop(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.dropout(hidden_states, self.dropout, self.training)
+
+
+class Mask2FormerPixelDecoderEncoderOnly(nn.Module):
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Mask2FormerPixelDecoderEncoderLayer(config) for _ in range(config.encoder_layers)])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Tensor,
+        spatial_shapes: list[tuple[int, int]],
+        padding: Tensor | None,
+    ) -> Tensor:
+        """(B, S, C) -> (B, S, C), the three maps flattened and concatenated."""
+        reference_points = self.reference_points(spatial_shapes, hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_embeddings, reference_points, spatial_shapes, padding)
+        return hidden_states
+
+    @staticmethod
+    def reference_points(spatial_shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
+        """Centre of every position as (x, y) in [0, 1] of its map: (S, 2).
+
+        Padding shifts nothing here: a point and the map it is read from are scaled by the same padded size.
+        """
+        points = []
+        for height, width in spatial_shapes:
+            y = (torch.arange(height, device=like.device, dtype=torch.float32) + 0.5) / height
+            x = (torch.arange(width, device=like.device, dtype=torch.float32) + 0.5) / width
+            points.append(
+                torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)
+            )
+        return torch.cat(points)
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution and GroupNorm, then ReLU if asked; padding is left out of the statistics and comes out as zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool, relu: bool = False) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
+            nn.GroupNorm(NUM_NORM_GROUPS, out_channels),
+        )
+        self.relu = relu
+
+    def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
+        normalised = masked_group_norm(self[0](features), self[1], padding)
+        return normalised.relu_() if self.relu and not self.training else normalised.relu() if self.relu else normalised
+
+
+class Mask2FormerPixelDecoder(nn.Module):
+    """Deformable attention over strides 32, 16 and 8, then one feature-pyramid step to stride 4 (section 3.2.2)."""
+
+    def __init__(self, config: Mask2FormerConfig, feature_channels: list[int]) -> None:
+        super().__init__()
+        width = config.feature_size
+        self.position_embedding = Mask2FormerSinePositionEmbedding(width // 2)
+        self.level_embed = nn.Parameter(torch.empty(NUM_FEATURE_LEVELS, width))
+        self.input_projections = nn.ModuleList(
+            [ConvNorm(channels, width, kernel_size=1, bias=True) for channels in feature_channels[:0:-1]]
+        )
+        self.encoder = Mask2FormerPixelDecoderEncoderOnly(config)
+        self.adapter_1 = ConvNorm(feature_channels[0], width, kernel_size=1, bias=False)
+        self.layer_1 = ConvNorm(width, width, kernel_size=3, bias=False, relu=True)
+        self.mask_projection = nn.Conv2d(width, config.mask_feature_size, kernel_size=1)
+
+    def forward(
+        self, features: tuple[Tensor, ...], paddings: tuple[Tensor | None, ...]
+    ) -> Mask2FormerPixelDecoderOutput:
+        """Backbone maps and their paddings, finest first -> mask features and three maps, coarsest first."""
+        finest, *coarse = features
+        coarse_paddings = paddings[:0:-1]
+        projected = [
+            projection(level, padding)
+            for projection, level, padding in zip(self.input_projections, coarse[::-1], coarse_paddings, strict=True)
+        ]
+        spatial_shapes = [(level.shape[2], level.shape[3]) for level in projected]
+        encoded = self.encoder(
+            flatten_levels(projected),
+            flatten_levels(
+                [
+                    self.position_embedding(level, padding) + embed[:, None, None]
+                    for level, padding, embed in zip(projected, coarse_paddings, self.level_embed, strict=True)
+                ]
+            ),
+            spatial_shapes,
+            None if coarse_paddings[0] is None else torch.cat([pad.flatten(1) for pad in coarse_paddings], dim=1),
+        )
+        sizes = [height * width for height, width in spatial_shapes]
+        # (B, S, C) -> three (B, C, H, W)
+        maps = tuple(
+            level.transpose(1, 2).unflatten(2, shape)
+            for level, shape in zip(encoded.split(sizes, dim=1), spatial_shapes, strict=True)
+        )
+        lateral = self.adapter_1(finest, paddings[0])
+        upsampled = nn.functional.interpolate(
+            continue_edges(maps[-1], coarse_paddings[-1]), size=lateral.shape[-2:], mode="bilinear", align_corners=False
+        )
+        fused = lateral + upsampled
+        if paddings[0] is not None:
+            fused = fused.masked_fill(paddings[0][:, None], 0.0)
+        return Mask2FormerPixelDecoderOutput(
+            multi_scale_features=maps, mask_features=self.mask_projection(self.layer_1(fused, paddings[0]))
+        )
+
+
+class Mask2FormerFPNPixelDecoder(nn.Module):
+    """The original's plain feature pyramid: no attention, nearest upsampling, a 3x3 mask projection."""
+
+    def __init__(self, config: Mask2FormerConfig, feature_channels: list[int]) -> None:
+        super().__init__()
+        width = config.feature_size
+        self.num_levels = len(feature_channels)
+        # Numbered from the finest map. The coarsest has nothing to be added to, hence no adapter.
+        for level, channels in enumerate(feature_channels[:-1], start=1):
+            self.add_module(f"adapter_{level}", ConvNorm(channels, width, kernel_size=1, bias=False))
+            self.add_module(f"layer_{level}", ConvNorm(width, width, kernel_size=3, bias=False, relu=True))
+        self.add_module(
+            f"layer_{self.num_levels}", ConvNorm(feature_channels[-1], width, kernel_size=3, bias=False, relu=True)
+        )
+        self.mask_projection = nn.Conv2d(width, config.mask_feature_size, kernel_size=3, padding=1)
+
+    def forward(
+        self, features: tuple[Tensor, ...], paddings: tuple[Tensor | None, ...]
+    ) -> Mask2FormerPixelDecoderOutput:
+        """Backbone maps and their paddings, finest first -> mask features and three maps, coarsest first."""
+        coarsest, padding = features[-1], paddings[-1]
+        if padding is not None:
+            coarsest = coarsest.masked_fill(padding[:, None], 0.0)
+        maps = [getattr(self, f"layer_{self.num_levels}")(coarsest, padding)]
+        for level in range(self.num_levels - 1, 0, -1):
+            padding = paddings[level - 1]
+            lateral = getattr(self, f"adapter_{level}")(features[level - 1], padding)
+            # Nearest upsampling by two carries the zeros of the padding along.
+            upsampled = nn.functional.interpolate(maps[-1], size=lateral.shape[-2:], mode="nearest")
+            maps.append(getattr(self, f"layer_{level}")(lateral + upsampled, padding))
+        return Mask2FormerPixelDecoderOutput(
+            multi_scale_features=tuple(maps[:NUM_FEATURE_LEVELS]), mask_features=self.mask_projection(maps[-1])
+        )
+
+
+PIXEL_DECODER_CLASSES = {"msdeform": Mask2FormerPixelDecoder, "fpn": Mask2FormerFPNPixelDecoder}
+
+
+def flatten_levels(maps: list[Tensor]) -> Tensor:
+    """Maps (B, C, H, W) -> (B, S, C), one after another."""
+    return torch.cat([level.flatten(2) for level in maps], dim=2).transpose(1, 2)
+
+
+class Mask2FormerPixelLevelModule(nn.Module):
+    """Backbone and pixel decoder."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = AutoBackbone.from_config(config.backbone_config)
+        self.decoder = PIXEL_DECODER_CLASSES[config.pixel_decoder](config, feature_channels=self.encoder.channels)
+        for name, parameter in self.encoder.named_parameters():
+            # Swin's last norm belongs to classification; DDP would wait for its gradient for ever.
+            if name.rpartition("swin.")[2].startswith("layernorm."):
+                parameter.requires_grad_(False)
+        if config.freeze_backbone_norm:
+            for norm in self._batch_norms():
+                norm.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Mask2FormerPixelLevelModule":
+        """As `nn.Module.train`; frozen batch norms go on using their running statistics."""
+        super().train(mode)
+        if self.config.freeze_backbone_norm:
+            for norm in self._batch_norms():
+                norm.eval()
+        return self
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def forward(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Mask2FormerPixelLevelModuleOutput:
+        """(B, 3, H, W); with (B, 2) image sizes, padding beyond each image's own multiple of 32 is hidden."""
+        features = self.encoder(pixel_values).feature_maps
+        paddings: tuple[Tensor | None, ...] = (None,) * len(features)
+        if image_sizes is not None:
+            paddings = tuple(
+                hidden_padding(image_sizes, stride, (level.shape[2], level.shape[3]))
+                for stride, level in zip(self.config.feature_strides, features, strict=True)
+            )
+        decoded = self.decoder(features, paddings)
+        return Mask2FormerPixelLevelModuleOutput(
+            encoder_last_hidden_state=features[-1],
+            encoder_hidden_states=tuple(features),
+            decoder_last_hidden_state=decoded.mask_features,
+            decoder_hidden_states=decoded.multi_scale_features,
+        )
+
+
+# --- Masked-attention decoder ----------------------------------------------------------------------------------------
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None, dropout: float, eager: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Multi-head attention: (B, heads, Q, D), (B, heads, S, D) twice, (B, 1, Q, S) True = blocked -> (B, Q, heads * D).
+
+    The second value holds the weights (B, heads, Q, S) in eager attention, None otherwise.
+    """
+    weights = None
+    if eager:
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        if blocked is not None:
+            scores = scores.masked_fill(blocked, float("-inf"))
+        weights = nn.functional.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
+        output = weights @ value
+    else:
+        attendable = None if blocked is None else ~blocked
+        output = nn.functional.scaled_dot_product_attention(query, key, value, attendable, dropout)
+    return output.transpose(1, 2).flatten(2), weights
+
+
+class Mask2FormerAttention(nn.Module):
+    """Self-attention of the queries; their position embeddings join queries and keys, not values."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.config = config
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, hidden_states: Tensor, query_position_embeddings: Tensor, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, Q, C), (Q, C) -> (B, Q, C) and the weights (B, heads, Q, Q) in eager attention."""
+        positioned = hidden_states + query_position_embeddings
+        query, key, value = (
+            split_heads(projection, self.config.num_attention_heads)
+            for projection in (self.q_proj(positioned), self.k_proj(positioned), self.v_proj(hidden_states))
+        )
+        dropout = self.config.dropout if self.training else 0.0
+        output, weights = attend(query, key, value, None, dropout, is_eager(self.config, output_attentions))
+        return self.out_proj(output), weights
+
+
+class Mask2FormerMaskedAttention(nn.Module):
+    """Cross-attention that reads a level only where the previous mask is (equation 2).
+
+    The parameters are named and laid out as in `nn.MultiheadAttention`.
+    """
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.config = config
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, Q, C), (B, S, C) twice, (B, 1, Q, S) True = blocked -> (B, Q, C), and (B, heads, Q, S) weights if eager."""
+        projected = (
+            nn.functional.linear(states, weight, bias)
+            for states, weight, bias in zip(
+                (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
+            )
+        )
+        heads = (split_heads(states, self.config.num_attention_heads) for states in projected)
+        dropout = self.config.dropout if self.training else 0.0
+        output, weights = attend(*heads, blocked, dropout, is_eager(self.config, output_attentions))
+        return self.out_proj(output), weights
+
+
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads)."""
+    return states.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def is_eager(config: Mask2FormerConfig, output_attentions: bool) -> bool:
+    """Whether to write the attention weights down: chosen so, or asked for them."""
+    return output_attentions or config._attn_implementation == "eager"
+
+
+class Mask2FormerMaskedAttentionDecoderLayer(GradientCheckpointingLayer):
+    """Masked cross-attention, self-attention, feed-forward: that order (section 3.2.3)."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.pre_norm = config.pre_norm
+        self.dropout = config.dropout
+        self.activation_fn = ACT2FN[config.activation_function]
+        self.cross_attn = Mask2FormerMaskedAttention(config)
+        self.cross_attn_layer_norm = nn.LayerNorm(width)
+        self.self_attn = Mask2FormerAttention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, config.dim_feedforward)
+        self.fc2 = nn.Linear(config.dim_feedforward, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        query_position_embeddings: Tensor,
+        source: Tensor,
+        source_position_embeddings: Tensor,
+        blocked: Tensor,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, Q, C), (Q, C), level (B, S, C), its encoding (1 or B, S, C), (B, 1, Q, S) True = blocked.
+
+        Returns:
+            (B, Q, C), and self- and cross-attention weights in eager attention.
+        """
+
+        def cross_attention(states: Tensor) -> tuple[Tensor, Tensor | None]:
+            query = states + query_position_embeddings
+            return self.cross_attn(query, source + source_position_embeddings, source, blocked, output_attentions)
+
+        def self_attention(states: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.self_attn(states, query_position_embeddings, output_attentions)
+
+        def feed_forward(states: Tensor) -> tuple[Tensor, None]:
+            return self.fc2(self._drop(self.activation_fn(self.fc1(states)))), None
+
+        hidden_states, cross_weights = self._block(hidden_states, cross_attention, self.cross_attn_layer_norm)
+        hidden_states, self_weights = self._block(hidden_states, self_attention, self.self_attn_layer_norm)
+        hidden_states, _ = self._block(hidden_states, feed_forward, self.final_layer_norm)
+        return hidden_states, self_weights, cross_weights
+
+    def _block(self, hidden_states: Tensor, function: Any, norm: nn.LayerNorm) -> tuple[Tensor, Tensor | None]:
+        update, weights = function(norm(hidden_states) if self.pre_norm else hidden_states)
+        hidden_states = hidden_states + self._drop(update)
+        return (hidden_states if self.pre_norm else norm(hidden_states)), weights
+
+    def _drop(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.dropout(hidden_states, self.dropout, self.training)
+
+
+class Mask2FormerPredictionBlock(nn.Sequential):
+    """Linear layer and activation, named as one block of `transformers`' prediction head."""
+
+    def __init__(self, in_dim: int, out_dim: int, activation: nn.Module) -> None:
+        super().__init__(nn.Linear(in_dim, out_dim), activation)
+
+
+class Mask2FormerMLPPredictionHead(nn.Sequential):
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__(
+            Mask2FormerPredictionBlock(input_dim, hidden_dim, nn.ReLU()),
+            Mask2FormerPredictionBlock(hidden_dim, hidden_dim, nn.ReLU()),
+            Mask2FormerPredictionBlock(hidden_dim, output_dim, nn.Identity()),
+        )
+
+
+class Mask2FormerMaskPredictor(nn.Module):
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        self.mask_embedder = Mask2FormerMLPPredictionHead(
+            config.hidden_dim, config.hidden_dim, config.mask_feature_size
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Mask embeddings: (B, Q, hidden_dim) -> (B, Q, mask_feature_size)."""
+        return self.mask_embedder(hidden_states)
+
+    @staticmethod
+    @torch.no_grad()
+    def blocked_positions(mask_embeddings: Tensor, level_features: Tensor, padding: Tensor | None) -> Tensor:
+        """Where a query must not look: (B, Q, C), (B, C, S), (B, S) True = padding -> (B, 1, Q, S), True = blocked.
+
+        Blocked is where the mask probability is below one half (equation 3). A query whose mask is empty on this level
+        looks everywhere. `level_features` are the mask features resized to the level: resizing is linear in space and
+        the product linear in the channels, so the resized features give the resized logits.
+        """
+        # (B, Q, C) x (B, C, S) -> (B, Q, S)
+        blocked = mask_embeddings @ level_features < 0
+        if padding is not None:
+            blocked |= padding[:, None]
+        blocked &= ~blocked.all(dim=-1, keepdim=True)
+        if padding is not None:
+            blocked |= padding[:, None]
+        return blocked[:, None]
+
+
+class Mask2FormerMaskedAttentionDecoder(nn.Module):
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [Mask2FormerMaskedAttentionDecoderLayer(config) for _ in range(config.decoder_layers - 1)]
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_dim)
+        self.mask_predictor = Mask2FormerMaskPredictor(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        query_position_embeddings: Tensor,
+        sources: list[Tensor],
+        source_position_embeddings: list[Tensor],
+        level_features: list[Tensor],
+        paddings: tuple[Tensor | None, ...],
+        output_attentions: bool = False,
+    ) -> Mask2FormerMaskedAttentionDecoderOutput:
+        """Queries (B, Q, C) and (Q, C) read three levels in turn, coarsest first: each a source (B, S, C), its encoding
+        (1 or B, S, C), the mask features at its size (B, mask_feature_size, S) and its padding (B, S)."""
+        all_states, self_weights, cross_weights = [hidden_states], [], []
+        intermediate = [self.layernorm(hidden_states)]
+        mask_embeddings = [self.mask_predictor(intermediate[0])]
+        for index, layer in enumerate(self.layers):
+            level = index % len(sources)
+            blocked = self.mask_predictor.blocked_positions(mask_embeddings[-1], level_features[level], paddings[level])
+            hidden_states, layer_self_weights, layer_cross_weights = layer(
+                hidden_states,
+                query_position_embeddings,
+                sources[level],
+                source_position_embeddings[level],
+                blocked,
+                output_attentions,
+            )
+            all_states.append(hidden_states)
+            self_weights.append(layer_self_weights)
+            cross_weights.append(layer_cross_weights)
+            intermediate.append(self.layernorm(hidden_states))
+            mask_embeddings.append(self.mask_predictor(intermediate[-1]))
+        return Mask2FormerMaskedAttentionDecoderOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(states.transpose(0, 1) for states in all_states),
+            attentions=tuple(self_weights) if output_attentions else None,
+            cross_attentions=tuple(cross_weights) if output_attentions else None,
+            intermediate_hidden_states=tuple(states.transpose(0, 1) for states in intermediate),
+            mask_embeddings=tuple(mask_embeddings),
+        )
+
+
+class Mask2FormerTransformerModule(nn.Module):
+    """Object queries, and what the masked-attention decoder reads of each level."""
+
+    def __init__(self, in_features: int, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.position_embedder = Mask2FormerSinePositionEmbedding(width // 2)
+        self.queries_embedder = nn.Embedding(config.num_queries, width)
+        self.queries_features = nn.Embedding(config.num_queries, width)
+        project = in_features != width or config.enforce_input_projection
+        self.input_projections = nn.ModuleList(
+            [
+                nn.Conv2d(in_features, width, kernel_size=1) if project else nn.Sequential()
+                for _ in range(NUM_FEATURE_LEVELS)
+            ]
+        )
+        self.decoder = Mask2FormerMaskedAttentionDecoder(config)
+        self.level_embed = nn.Embedding(NUM_FEATURE_LEVELS, width)
+
+    def forward(
+        self,
+        multi_scale_features: tuple[Tensor, ...],
+        mask_features: Tensor,
+        image_sizes: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> Mask2FormerMaskedAttentionDecoderOutput:
+        """Three maps (B, feature_size, H, W), coarsest first, and mask features (B, mask_feature_size, H/4, W/4)."""
+        sources, encodings, level_features, paddings = [], [], [], []
+        for index, features in enumerate(multi_scale_features):
+            size = (features.shape[2], features.shape[3])
+            padding = None if image_sizes is None else hidden_padding(image_sizes, PADDING_DIVISOR >> index, size)
+            encodings.append(self.position_embedder(features, padding).flatten(2).transpose(1, 2))
+            # The level embedding joins the source, so it reaches keys and values.
+            projected = self.input_projections[index](features).flatten(2).transpose(1, 2)
+            sources.append(projected + self.level_embed.weight[index])
+            resized = nn.functional.interpolate(mask_features.detach(), size, mode="bilinear", align_corners=False)
+            level_features.append(resized.flatten(2))
+            paddings.append(None if padding is None else padding.flatten(1))
+        return self.decoder(
+            self.queries_features.weight.expand(len(mask_features), -1, -1),
+            self.queries_embedder.weight,
+            sources,
+            encodings,
+            level_features,
+            tuple(paddings),
+            output_attentions=output_attentions,
+        )
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+class Mask2FormerPreTrainedModel(PreTrainedModel):
+    config: Mask2FormerConfig
+    config_class = Mask2FormerConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("Mask2FormerPixelDecoderEncoderLayer", "Mask2FormerMaskedAttentionDecoderLayer")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The original's initial weights; what it leaves at PyTorch's defaults is left there."""
+        gain = self.config.init_xavier_std
+        if isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
+            self._init_deformable_attention(module)
+        elif isinstance(module, Mask2FormerPixelDecoderEncoderLayer):
+            init.xavier_uniform_(module.fc1.weight)
+            init.xavier_uniform_(module.fc2.weight)
+        elif isinstance(module, Mask2FormerMaskedAttentionDecoderLayer):
+            for parameter in module.parameters():
+                if parameter.dim() > 1:
+                    init.xavier_uniform_(parameter, gain=gain)
+            init.zeros_(module.cross_attn.in_proj_bias)
+            for attention in (module.cross_attn, module.self_attn):
+                init.zeros_(attention.out_proj.bias)
+            for projection in (module.self_attn.q_proj, module.self_attn.k_proj, module.self_attn.v_proj):
+                init.zeros_(projection.bias)
+        elif isinstance(module, Mask2FormerPixelDecoder):
+            init.normal_(module.level_embed)
+            for projection in module.input_projections:
+                init.xavier_uniform_(projection[0].weight)
+                init.zeros_(projection[0].bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=1)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, Mask2FormerLoss):
+            weights = torch.ones_like(module.empty_weight)
+            weights[-1] = self.config.no_object_weight
+            init.copy_(module.empty_weight, weights)
+        else:
+            super()._init_weights(module)
+
+    @staticmethod
+    def _init_deformable_attention(module: Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention) -> None:
+        """Heads start out looking in different directions, points at growing distance (arXiv 2010.04159, A.4)."""
+        angle = torch.arange(module.num_heads, dtype=torch.float32) * (2 * math.pi / module.num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # (M, 2)
+        distance = torch.arange(1, NUM_SAMPLING_POINTS + 1, dtype=torch.float32)
+        # (M, 1, 1, 2) x (P, 1) -> (M, L, P, 2)
+        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, NUM_FEATURE_LEVELS, -1, -1)
+        init.zeros_(module.sampling_offsets.weight)
+        init.copy_(module.sampling_offsets.bias, offsets.flatten())
+        init.zeros_(module.attention_weights.weight)
+        init.zeros_(module.attention_weights.bias)
+        for projection in (module.value_proj, module.output_proj):
+            init.xavier_uniform_(projection.weight)
+            init.zeros_(projection.bias)
+
+
+class Mask2FormerModel(Mask2FormerPreTrainedModel):
+    """Backbone, pixel decoder and masked-attention decoder; the class head is the next class's."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__(config)
+        self.pixel_level_module = Mask2FormerPixelLevelModule(config)
+        self.transformer_module = Mask2FormerTransformerModule(in_features=config.feature_size, config=config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Mask2FormerModelOutput | tuple[Any, ...]:
+        """
+        Args:
+            pixel_values: (B, 3, H, W), normalised, padded at the bottom and right (to a multiple of 32, as the
+                processor does).
+            pixel_mask: (B, H, W), nonzero where the image is. With it, padding beyond each image's own multiple of 32
+                is hidden, so that an image gives in a batch what it gives alone. Without it, the original's arithmetic:
+                padding is image.
+            output_hidden_states: whether to return the states of all parts.
+            output_attentions: whether to return attention weights (computed eagerly then).
+            output_auxiliary_logits: whether to return the mask logits of all predictions.
+            return_dict: whether to return an output object or a tuple of what is not None.
+
+        Raises:
+            ValueError: `pixel_values` or `pixel_mask` has another shape.
+        """
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_auxiliary_logits is None:
+            output_auxiliary_logits = config.output_auxiliary_logits
+        return_dict = config.return_dict if return_dict is None else return_dict
+
+        image_sizes = self._image_sizes(pixel_values, pixel_mask)
+        hidden_sizes = None if pixel_mask is None else image_sizes
+        pixel_level = self.pixel_level_module(pixel_values, hidden_sizes)
+        mask_features = pixel_level.decoder_last_hidden_state
+        decoded = self.transformer_module(
+            pixel_level.decoder_hidden_states, mask_features, hidden_sizes, output_attentions=bool(output_attentions)
+        )
+        wanted = decoded.mask_embeddings if output_auxiliary_logits else decoded.mask_embeddings[-1:]
+        output = Mask2FormerModelOutput(
+            encoder_last_hidden_state=pixel_level.encoder_last_hidden_state,
+            pixel_decoder_last_hidden_state=mask_features,
+            transformer_decoder_last_hidden_state=decoded.last_hidden_state,
+            encoder_hidden_states=pixel_level.encoder_hidden_states if output_hidden_states else None,
+            pixel_decoder_hidden_states=pixel_level.decoder_hidden_states if output_hidden_states else None,
+            transformer_decoder_hidden_states=decoded.hidden_states if output_hidden_states else None,
+            transformer_decoder_intermediate_states=decoded.intermediate_hidden_states,
+            # (B, Q, C) x (B, C, H, W) -> (B, Q, H, W)
+            masks_queries_logits=tuple(torch.einsum("bqc,bchw->bqhw", queries, mask_features) for queries in wanted),
+            attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            mask_embeddings=decoded.mask_embeddings,
+            image_sizes=image_sizes,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @staticmethod
+    def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (batch, channels, height, width); "
+                "add the batch with `pixel_values[None]`."
+            )
+        batch, _, height, width = pixel_values.shape
+        if pixel_mask is None:
+            return torch.tensor([[height, width]], device=pixel_values.device).expand(batch, 2)
+        if pixel_mask.shape != (batch, height, width):
+            raise ValueError(
+                f"`pixel_mask` has shape {tuple(pixel_mask.shape)}, expected {(batch, height, width)} like "
+                "`pixel_values`; pass both as the image processor returned them."
+            )
+        return image_sizes_from_mask(pixel_mask)
+
+
+class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
+    """[`Mask2FormerModel`] with a class head and the losses, for panoptic, instance and semantic segmentation."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.weight_dict: dict[str, float] = {
+            "loss_cross_entropy": config.class_weight,
+            "loss_mask": config.mask_weight,
+            "loss_dice": config.dice_weight,
+        }
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.criterion = Mask2FormerLoss(config=config, weight_dict=self.weight_dict)
+        self.post_init()
+
+    def get_loss(self, loss_dict: dict[str, Tensor]) -> Tensor:
+        """Weighted sum of the terms; `loss_mask_3` has the weight of `loss_mask`."""
+        return sum(
+            weight * loss
+            for name, weight in self.weight_dict.items()
+            for key, loss in loss_dict.items()
+            if key.startswith(name)
+        )
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        mask_labels: list[Tensor] | None = None,
+        class_labels: list[Tensor] | None = None,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Mask2FormerForUniversalSegmentationOutput | tuple[Any, ...]:
+        """
+        Args:
+            pixel_values: (B, 3, H, W), normalised, padded at the bottom and right.
+            mask_labels: for each image a (N, H, W) tensor of N target masks, bool, uint8 or float.
+            class_labels: for each image (N,) int64, the class of each mask, in [0, num_labels).
+            pixel_mask: (B, H, W), nonzero where the image is; see [`Mask2FormerModel.forward`].
+            output_hidden_states: whether to return the states of all parts.
+            output_auxiliary_logits: whether to return the logits of all predictions.
+            output_attentions: whether to return attention weights (computed eagerly then).
+            return_dict: whether to return an output object or a tuple of what is not None, the loss first.
+
+        Raises:
+            ValueError: the inputs' shapes or the labels' range are wrong, or one kind of labels is missing.
+        """
+        if (mask_labels is None) != (class_labels is None):
+            missing = "mask_labels" if mask_labels is None else "class_labels"
+            raise ValueError(f"`{missing}` is missing: the loss needs `mask_labels` and `class_labels`, or neither.")
+        config = self.config
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if output_auxiliary_logits is None:
+            output_auxiliary_logits = config.output_auxiliary_logits
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        outputs = self.model(
+            pixel_values,
+            pixel_mask=pixel_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_auxiliary_logits=output_auxiliary_logits,
+            return_dict=True,
+        )
+
+        loss = loss_dict = None
+        supervised = mask_labels is not None and config.use_auxiliary_loss
+        wanted = slice(None) if supervised or output_auxiliary_logits else slice(-1, None)
+        states = torch.stack(outputs.transformer_decoder_intermediate_states[wanted])
+        class_logits = self.class_predictor(states.transpose(1, 2))  # (L or 1, B, Q, num_labels + 1)
+        if mask_labels is not None:
+            predictions = slice(None) if supervised else slice(-1, None)
+            loss_dict = self.criterion(
+                class_queries_logits=class_logits[predictions],
+                mask_embeddings=torch.stack(outputs.mask_embeddings[predictions]),
+                mask_features=outputs.pixel_decoder_last_hidden_state,
+                mask_labels=mask_labels,
+                class_labels=class_labels,
+            )
+            loss = self.get_loss(loss_dict)
+
+        auxiliary_logits = None
+        if output_auxiliary_logits:
+            auxiliary_logits = [
+                {"masks_queries_logits": masks, "class_queries_logits": classes}
+                for masks, classes in zip(outputs.masks_queries_logits[:-1], class_logits[:-1], strict=True)
+            ]
+        output = Mask2FormerForUniversalSegmentationOutput(
+            loss=loss,
+            class_queries_logits=class_logits[-1],
+            masks_queries_logits=outputs.masks_queries_logits[-1],
+            auxiliary_logits=auxiliary_logits,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            pixel_decoder_last_hidden_state=outputs.pixel_decoder_last_hidden_state,
+            transformer_decoder_last_hidden_state=outputs.transformer_decoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            pixel_decoder_hidden_states=outputs.pixel_decoder_hidden_states,
+            transformer_decoder_hidden_states=outputs.transformer_decoder_hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            loss_dict=loss_dict,
+            image_sizes=outputs.image_sizes,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+__all__ = ["Mask2FormerForUniversalSegmentation", "Mask2FormerModel", "Mask2FormerPreTrainedModel"]
