@@ -252,14 +252,14 @@ def _write_labels(
         if cover == 0:
             continue
         taken[spot[0] : spot[0] + label.cells[0], spot[1] : spot[1] + label.cells[1]] = True
-        top = min(spot[0] * stride, height - label.height)
-        left = min(spot[1] * stride, width - label.width)
+        top = min(spot[0] * stride + label.padding, height - label.height)
+        left = min(spot[1] * stride + label.padding, width - label.width)
         label.draw(draw, left, top, background=_darken(palette[segment_id]))
     return picture
 
 
 class _Label:
-    """A text in a box: its size in pixels (`height`, `width`) and in cells of the placement map (`cells`)."""
+    """A text in a box: its size in pixels (`height`, `width`) and, with a margin, in cells of the placement map."""
 
     def __init__(self, text: str, font_size: int, stride: int):
         self.text = text
@@ -270,7 +270,7 @@ class _Label:
         self.left, self.top = text_box[0], line_box[1]
         self.height = int(line_box[3] - self.top) + 2 * self.padding
         self.width = int(text_box[2] - self.left) + 2 * self.padding
-        self.cells = (-(-self.height // stride), -(-self.width // stride))
+        self.cells = (-(-(self.height + 2 * self.padding) // stride), -(-(self.width + 2 * self.padding) // stride))
 
     def draw(self, draw: ImageDraw.ImageDraw, left: int, top: int, background: Color) -> None:
         box = (left, top, left + self.width - 1, top + self.height - 1)
@@ -292,7 +292,7 @@ def _find_spot(mask: np.ndarray, taken: np.ndarray, height: int, width: int) -> 
     row_distance = np.arange(inside.shape[0])[:, None] + height / 2 - rows.mean()
     column_distance = np.arange(inside.shape[1])[None, :] + width / 2 - columns.mean()
     distance = np.hypot(row_distance, column_distance) / np.hypot(*mask.shape)
-    row, column = np.unravel_index(np.argmax(np.where(inside > 0, inside - 0.3 * distance, -1)), inside.shape)
+    row, column = np.unravel_index(np.argmax(np.where(inside > 0, inside - 0.1 * distance, -1)), inside.shape)
     return (int(row), int(column)), float(inside[row, column])
 
 
