@@ -23,7 +23,8 @@ from detectron2_mapping import constants, convert_state_dict
 from safe_pickle import load_state_dict
 from safetensors import safe_open
 
-from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf.image_processing_mask2former import M2FImageProcessor
 
 
 # Some versions of transformers build and save a last norm of the Swin classifier, which a backbone never uses.
@@ -66,7 +67,7 @@ def convert(checkpoint: Path, config_file: Path, output: Path, labels_file: Path
     options = read_config(config_file)
     labels = read_labels(labels_file, options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]) if labels_file else None
     config = Mask2FormerConfig(**config_from_yaml(options, labels))
-    processor = Mask2FormerImageProcessor(**processor_from_yaml(options, labels))
+    processor = M2FImageProcessor(**processor_from_yaml(options, labels))
     original = load_state_dict(checkpoint)
     converted = convert_state_dict(original, config)
     model = _load_strictly(converted, config)
