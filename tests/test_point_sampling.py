@@ -1,0 +1,139 @@
+"""Sampling at points: against `grid_sample`, the original's recorded values and the definition."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from m2f_hf.point_sampling import (
+    SeededPoints,
+    draw_uniform_points,
+    pack_masks,
+    sample_masks,
+    sample_points,
+    select_uncertain_points,
+)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def recorded(goldens):
+    with np.load(goldens / "extra" / "modules.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith(("ps_", "up_"))}
+
+
+def test_sampled_values_are_the_originals(recorded):
+    sampled = sample_points(recorded["ps_input"], recorded["ps_coords"])
+    torch.testing.assert_close(sampled, recorded["ps_out"], rtol=0, atol=1e-6)
+
+
+def test_selected_points_are_the_originals(recorded):
+    candidates, random = recorded["up_rand0"], recorded["up_rand1"]
+    num_uncertain = recorded["up_selected"].shape[1] - random.shape[1]
+    selected = select_uncertain_points(recorded["ps_input"], candidates, random, num_uncertain)
+    in_some_order = lambda points: [sorted(map(tuple, image)) for image in points.tolist()]
+    assert in_some_order(selected) == in_some_order(recorded["up_selected"])
+
+
+def test_values_are_exact_at_pixel_centres_and_fade_to_zero_outside():
+    features = torch.arange(12.0).reshape(1, 1, 3, 4) + 1
+    points = torch.tensor([[[0.5 / 4, 0.5 / 3], [3.5 / 4, 1.5 / 3], [0.5, 0.5], [0.0, 0.5 / 3], [1.5, 0.5]]])
+    # centre of (row 0, column 0), of (1, 3), the middle of the map, half out on the left, far out
+    torch.testing.assert_close(sample_points(features, points), torch.tensor([[[1.0, 8.0, 6.5, 0.5, 0.0]]]))
+
+
+def test_gradient_is_grid_samples():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(3, 40, 2, generator=generator) * 1.2 - 0.1
+    weights = torch.randn(3, 2, 40, generator=generator)
+    ours, theirs = (torch.randn(3, 2, 5, 7, generator=generator.manual_seed(1)).requires_grad_() for _ in range(2))
+    (sample_points(ours, points) * weights).sum().backward()
+    (F.grid_sample(theirs, 2 * points[:, :, None] - 1, align_corners=False).squeeze(3) * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_backward_keeps_points_and_not_maps():
+    features = torch.randn(2, 1, 30, 30, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        sample_points(features * 2, torch.rand(2, 5, 2))
+    assert (2, 5, 2) in kept
+    assert (2, 1, 30, 30) not in kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_maps_are_sampled_in_float32(dtype):
+    features = torch.randn(1, 2, 6, 6).to(dtype).requires_grad_()
+    points = torch.rand(1, 30, 2)
+    sampled = sample_points(features, points)
+    assert sampled.dtype == torch.float32
+    assert torch.equal(sampled, sample_points(features.detach().float(), points))
+    sampled.sum().backward()
+    assert features.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32])
+def test_packed_masks_of_all_sizes_and_dtypes_are_sampled_as_maps_are(dtype):
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(n, *size, generator=generator) > 0.5 for n, size in ((2, (5, 7)), (0, (3, 3)), (3, (8, 1)))]
+    rows = torch.tensor([4, 0, 1, 3, 2, 0])
+    points = torch.rand(len(rows), 60, 2, generator=generator) * 1.4 - 0.2  # some of them outside
+    sampled = sample_masks(pack_masks([mask.to(dtype) for mask in masks], CPU), rows, points)
+    singles = [mask for image in masks for mask in image]
+    expected = [
+        sample_points(singles[row][None, None], point[None])[0, 0] for row, point in zip(rows, points, strict=True)
+    ]
+    torch.testing.assert_close(sampled, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_no_masks_at_all_can_be_packed_and_sampled():
+    packed = pack_masks([torch.zeros(0, 4, 4, dtype=torch.bool)] * 2, CPU)
+    assert sample_masks(packed, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 9, 2)).shape == (0, 9)
+
+
+def test_uncertain_points_are_those_with_logits_nearest_to_zero():
+    # A ramp over x: the logit is 0 at x = 0.5 and grows with the distance from it.
+    logits = torch.linspace(-10, 10, 101).expand(2, 1, 4, 101)
+    candidates, random = torch.rand(2, 60, 2), torch.rand(2, 7, 2)
+    candidates[..., 1] = 0.5  # where values don't fade into the zeros outside
+    selected = select_uncertain_points(logits, candidates, random, 20)
+    assert selected.shape == (2, 27, 2)
+    assert torch.equal(selected[:, 20:], random)
+    distances = (candidates[..., 0] - 0.5).abs().sort(dim=1).values
+    torch.testing.assert_close((selected[:, :20, 0] - 0.5).abs().sort(dim=1).values, distances[:, :20])
+
+
+def test_uniform_points_follow_the_global_seed_and_fill_the_unit_square():
+    torch.manual_seed(0)
+    points = draw_uniform_points("matching", 0, range(4), 500, CPU)
+    assert points.shape == (4, 500, 2)
+    assert points.min() >= 0 and points.max() <= 1
+    torch.testing.assert_close(points.mean((0, 1)), torch.full((2,), 0.5), rtol=0, atol=0.05)
+    torch.manual_seed(0)
+    assert torch.equal(points, draw_uniform_points("random", 3, [0, 0, 1, 2], 500, CPU))
+
+
+def test_seeded_points_do_not_depend_on_how_the_batch_is_split():
+    whole = SeededPoints(seed=7)("candidates", 1, [0, 0, 2, 3], 5, CPU)
+    first = SeededPoints(seed=7)("candidates", 1, [0, 0], 5, CPU)
+    second = SeededPoints(seed=7, first_image=2)("candidates", 1, [0, 1], 5, CPU)
+    assert torch.equal(whole, torch.cat([first, second]))
+    assert SeededPoints(seed=7)("candidates", 1, [], 5, CPU).shape == (0, 5, 2)
+
+
+def test_seeded_points_differ_for_every_purpose_layer_image_row_and_seed():
+    draws = [
+        draw
+        for seed in (0, 1)
+        for purpose in SeededPoints.purposes
+        for layer in (0, 1)
+        for draw in SeededPoints(seed)(purpose, layer, [0, 0, 1], 3, CPU)
+    ]
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws) == 36
