@@ -198,6 +198,47 @@ def continue_edges(features: Tensor, padding: Tensor | None) -> Tensor:
     return features[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+# --- Layers that differ in their first weights alone -----------------------------------------------------------------
+# transformers asks for the first weights of one module after another, and passes over those that own no parameter: what
+# is special about a layer's start must be known from the layer itself.
+
+
+class XavierLinear(nn.Linear):
+    """Linear layer of a transformer: Xavier-uniform weights, bias zero or (feed-forward) PyTorch's default.
+
+    Args:
+        zero_bias: whether the bias starts at zero.
+    """
+
+    def __init__(self, in_features: int, out_features: int, zero_bias: bool = True) -> None:
+        super().__init__(in_features, out_features)
+        self.zero_bias = zero_bias
+
+
+class ZeroLinear(nn.Linear):
+    """Linear layer that starts at zero: deformable attention begins with equal weights."""
+
+
+class SamplingOffsets(nn.Linear):
+    """Offsets that start constant: heads look in different directions, points at growing distance.
+
+    That is the start of deformable attention (arXiv 2010.04159, appendix A.4).
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__(embed_dim, num_heads * NUM_FEATURE_LEVELS * NUM_SAMPLING_POINTS * 2)
+        self.num_heads = num_heads
+
+    def first_bias(self) -> Tensor:
+        """(heads * levels * points * 2,) as (x, y) in pixels of the level that is read."""
+        angle = torch.arange(self.num_heads, dtype=torch.float32, device="cpu") * (2 * math.pi / self.num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # (M, 2)
+        distance = torch.arange(1, NUM_SAMPLING_POINTS + 1, dtype=torch.float32, device="cpu")
+        # (M, 1, 1, 2) x (P, 1) -> (M, L, P, 2)
+        return (direction[:, None, None] * distance[:, None]).expand(-1, NUM_FEATURE_LEVELS, -1, -1).flatten()
+
+
 # --- Position encoding -----------------------------------------------------------------------------------------------
 
 
@@ -249,10 +290,10 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         samples = num_heads * NUM_FEATURE_LEVELS * NUM_SAMPLING_POINTS
-        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
-        self.attention_weights = nn.Linear(embed_dim, samples)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.sampling_offsets = SamplingOffsets(embed_dim, num_heads)
+        self.attention_weights = ZeroLinear(embed_dim, samples)
+        self.value_proj = XavierLinear(embed_dim, embed_dim)
+        self.output_proj = XavierLinear(embed_dim, embed_dim)
 
     def forward(
         self,
@@ -284,8 +325,8 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
         width = config.feature_size
         self.self_attn = Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(width, config.num_attention_heads)
         self.self_attn_layer_norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, config.encoder_feedforward_dim)
-        self.fc2 = nn.Linear(config.encoder_feedforward_dim, width)
+        self.fc1 = XavierLinear(width, config.encoder_feedforward_dim, zero_bias=False)
+        self.fc2 = XavierLinear(config.encoder_feedforward_dim, width, zero_bias=False)
         self.final_layer_norm = nn.LayerNorm(width)
         self.dropout = config.dropout
 
@@ -529,10 +570,10 @@ class Mask2FormerAttention(nn.Module):
         super().__init__()
         width = config.hidden_dim
         self.config = config
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.k_proj = XavierLinear(width, width)
+        self.v_proj = XavierLinear(width, width)
+        self.q_proj = XavierLinear(width, width)
+        self.out_proj = XavierLinear(width, width)
 
     def forward(
         self, hidden_states: Tensor, query_position_embeddings: Tensor, output_attentions: bool = False
@@ -560,12 +601,12 @@ class Mask2FormerMaskedAttention(nn.Module):
         self.config = config
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = XavierLinear(width, width)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, Q, C), (B, S, C) twice, (B, 1, Q, S) True = blocked -> (B, Q, C), and (B, heads, Q, S) weights if eager."""
+        """(B, Q, C), (B, S, C) twice, (B, 1, Q, S) True = blocked -> (B, Q, C) and, eager, (B, heads, Q, S) weights."""
         projected = (
             nn.functional.linear(states, weight, bias)
             for states, weight, bias in zip(
@@ -601,8 +642,8 @@ class Mask2FormerMaskedAttentionDecoderLayer(GradientCheckpointingLayer):
         self.cross_attn_layer_norm = nn.LayerNorm(width)
         self.self_attn = Mask2FormerAttention(config)
         self.self_attn_layer_norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, config.dim_feedforward)
-        self.fc2 = nn.Linear(config.dim_feedforward, width)
+        self.fc1 = XavierLinear(width, config.dim_feedforward, zero_bias=False)
+        self.fc2 = XavierLinear(config.dim_feedforward, width, zero_bias=False)
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(
@@ -805,35 +846,29 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initial weights; what it leaves at PyTorch's defaults is left there."""
-        gain = self.config.init_xavier_std
-        if isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
-            self._init_deformable_attention(module)
-        elif isinstance(module, Mask2FormerPixelDecoderEncoderLayer):
-            init.xavier_uniform_(module.fc1.weight)
-            init.xavier_uniform_(module.fc2.weight)
-        elif isinstance(module, Mask2FormerMaskedAttentionDecoderLayer):
-            for parameter in module.parameters():
-                if parameter.dim() > 1:
-                    init.xavier_uniform_(parameter, gain=gain)
-            init.zeros_(module.cross_attn.in_proj_bias)
-            for attention in (module.cross_attn, module.self_attn):
-                init.zeros_(attention.out_proj.bias)
-            for projection in (module.self_attn.q_proj, module.self_attn.k_proj, module.self_attn.v_proj):
-                init.zeros_(projection.bias)
-        elif isinstance(module, Mask2FormerPixelDecoder):
-            init.normal_(module.level_embed)
-            for projection in module.input_projections:
-                init.xavier_uniform_(projection[0].weight)
-                init.zeros_(projection[0].bias)
+        if isinstance(module, SamplingOffsets):
+            init.zeros_(module.weight)
+            init.copy_(module.bias, module.first_bias())
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, XavierLinear):
+            init.xavier_uniform_(module.weight, gain=self.config.init_xavier_std)
+            init.zeros_(module.bias) if module.zero_bias else self._init_bias(module)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            self._init_bias(module)
+        elif isinstance(module, Mask2FormerMaskedAttention):
+            init.xavier_uniform_(module.in_proj_weight, gain=self.config.init_xavier_std)
+            init.zeros_(module.in_proj_bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=1)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                bound = module.in_features**-0.5
-                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, Mask2FormerPixelDecoder):
+            init.normal_(module.level_embed)
+            for projection in module.input_projections:
+                init.xavier_uniform_(projection[0].weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
         elif isinstance(module, Mask2FormerLoss):
@@ -844,21 +879,9 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @staticmethod
-    def _init_deformable_attention(module: Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention) -> None:
-        """Heads start out looking in different directions, points at growing distance (arXiv 2010.04159, A.4)."""
-        angle = torch.arange(module.num_heads, dtype=torch.float32) * (2 * math.pi / module.num_heads)
-        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # (M, 2)
-        distance = torch.arange(1, NUM_SAMPLING_POINTS + 1, dtype=torch.float32)
-        # (M, 1, 1, 2) x (P, 1) -> (M, L, P, 2)
-        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, NUM_FEATURE_LEVELS, -1, -1)
-        init.zeros_(module.sampling_offsets.weight)
-        init.copy_(module.sampling_offsets.bias, offsets.flatten())
-        init.zeros_(module.attention_weights.weight)
-        init.zeros_(module.attention_weights.bias)
-        for projection in (module.value_proj, module.output_proj):
-            init.xavier_uniform_(projection.weight)
-            init.zeros_(projection.bias)
+    def _init_bias(module: nn.Linear) -> None:
+        bound = module.in_features**-0.5
+        init.uniform_(module.bias, -bound, bound)
 
 
 class Mask2FormerModel(Mask2FormerPreTrainedModel):
