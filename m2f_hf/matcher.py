@@ -78,7 +78,7 @@ def pack_targets(
             )
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"Image {image}: `class_labels` must be integers, but are {labels.dtype}.")
-    labels = torch.cat([labels.to(device, torch.int64) for labels in class_labels])
+    labels = torch.cat([labels.to(device, torch.int64, non_blocking=True) for labels in class_labels])
     return Targets(pack_masks(mask_labels, device), labels, [len(labels) for labels in class_labels])
 
 
@@ -149,7 +149,7 @@ class Mask2FormerHungarianMatcher(nn.Module):
         queries, matched = assign(on_host[: costs.numel()].reshape(costs.shape), targets.counts)
 
         images = np.repeat(np.arange(len(counts)), counts)
-        indices = torch.from_numpy(np.concatenate([images[None], queries, matched])).to(device)
+        indices = torch.from_numpy(np.concatenate([images[None], queries, matched])).to(device, non_blocking=True)
         return Matching(indices[0], indices[1 : 1 + num_layers], indices[1 + num_layers :], counts)
 
     def compute_costs(
@@ -165,7 +165,7 @@ class Mask2FormerHungarianMatcher(nn.Module):
         device = mask_features.device
         num_layers, batch_size, _, num_classes = class_queries_logits.shape
         positions = [(image, slot) for image, count in enumerate(targets.counts) for slot in range(count)]
-        image, slot = torch.tensor(positions).T.to(device)
+        image, slot = torch.tensor(positions).T.to(device, non_blocking=True)
         rows = torch.arange(len(positions), device=device)
 
         # Out-of-range labels are reported later; on a GPU indexing with them would abort the process.

@@ -59,7 +59,7 @@ class SeededPoints:
             key = (self.seed, self.purposes.index(purpose), layer, self.first_image + image)
             generator.manual_seed(hash(key) % 2**63)
             rows.append(torch.rand(images.count(image), num_points, 2, generator=generator))
-        return torch.cat(rows).to(device)
+        return torch.cat(rows).to(device, non_blocking=True)
 
 
 class _SamplePoints(torch.autograd.Function):
@@ -120,12 +120,16 @@ class PackedMasks(NamedTuple):
 
 
 def pack_masks(masks: Sequence[Tensor], device: torch.device) -> PackedMasks:
-    """Packs the masks of a batch, one (N_i, H_i, W_i) tensor per image, in order."""
+    """Packs the masks of a batch, one (N_i, H_i, W_i) tensor per image, in order.
+
+    Uploads don't block: the host would wait for all work queued on the device.
+    """
     sizes = torch.tensor([tuple(image.shape[1:]) for image in masks for _ in range(len(image))], dtype=torch.int64)
     sizes = sizes.reshape(-1, 2)  # without any mask, too
     areas = sizes.prod(1)
-    offsets, heights, widths = torch.stack([areas.cumsum(0) - areas, sizes[:, 0], sizes[:, 1]]).to(device)
-    return PackedMasks(torch.cat([image.to(device).flatten() for image in masks]), offsets, heights, widths)
+    offsets, heights, widths = torch.stack([areas.cumsum(0) - areas, *sizes.T]).to(device, non_blocking=True)
+    values = torch.cat([image.to(device, non_blocking=True).flatten() for image in masks])
+    return PackedMasks(values, offsets, heights, widths)
 
 
 def sample_masks(masks: PackedMasks, rows: Tensor, points: Tensor) -> Tensor:

@@ -404,8 +404,8 @@ class OnAccelerator(torch.Tensor):
 class SimulatedAccelerator(TorchDispatchMode):
     """Runs a second device on the CPU and counts what would make the host wait for it.
 
-    Copies to the host, reading a number, and operations whose output size depends on values wait; mixing devices is
-    an error, as it is on a GPU.
+    Copies to the host, blocking uploads, reading a number, and operations whose output size depends on values wait;
+    mixing devices is an error, as it is on a GPU.
     """
 
     aten = torch.ops.aten
@@ -426,6 +426,8 @@ class SimulatedAccelerator(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in (self.aten._to_copy, self.aten.copy_):
             self.copies_to_host += on_accelerator and device is not None and device.type == "cpu"
+            if device is not None and device.type == "meta" and not kwargs.get("non_blocking"):
+                self.other_waits.append("upload")
         elif on_accelerator:
             strangers = [leaf for leaf in leaves if not isinstance(leaf, OnAccelerator) and leaf.ndim > 0]
             assert not strangers, f"{func} mixes devices"
@@ -469,6 +471,8 @@ def test_the_simulated_accelerator_notices_what_it_should():
         assert bool(tensor[1] > 0)
         tensor[tensor > 1]
         assert len(accelerator.other_waits) == 3
+        torch.ones(4).to("meta")
+        assert accelerator.other_waits.pop() == "upload"
         with pytest.raises(AssertionError, match="mixes devices"):
             tensor + torch.ones(4)
 
@@ -478,7 +482,7 @@ def test_the_simulated_accelerator_notices_what_it_should():
 
 def half_of_the_batch(rank, port):
     """Losses of one of two processes with half of the batch each, and their gradients for the whole batch's inputs."""
-    timeout = timedelta(seconds=120)
+    timeout = timedelta(seconds=300)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout, rank=rank, world_size=2)
     try:
         *predictions, masks, labels = make_batch((4, 0, 1, 2))
