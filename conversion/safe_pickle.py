@@ -9,6 +9,7 @@ nor its module names (`numpy.core` became `numpy._core` in 2.0) matter. Files in
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+
+
+_HOW_TO_TRUST = "Nothing of it was run. If you trust where it came from, save its state dict alone with torch.save."
 
 
 class UnsafeCheckpointError(ValueError):
@@ -50,8 +54,11 @@ def _load_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise ValueError(f"{path} is damaged or no torch checkpoint.") from error
         raise UnsafeCheckpointError(
-            f"{path} was refused: it holds more than tensors and containers ({_first_sentence(error)})."
+            f"{path} was refused: it asks for {asked[1]}, and only tensors and containers are read. {_HOW_TO_TRUST}"
         ) from None
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged or no torch checkpoint ({error}).") from error
@@ -93,7 +100,7 @@ class _DataUnpickler(pickle.Unpickler):
         if allowed is None:
             raise UnsafeCheckpointError(
                 f"{self._path} was refused: it asks for {module}.{name}, and only arrays and containers are read. "
-                "Nothing of it was run. If you trust where it came from, save its state dict with torch.save first."
+                f"{_HOW_TO_TRUST}"
             )
         return allowed
 
@@ -164,8 +171,13 @@ def _scalar(dtype: _DType, raw: bytes) -> _Array:
     return _array_from_buffer(raw, dtype, (), "C")
 
 
+def _no_bytes() -> bytes:
+    """How protocols 0 to 2 write empty bytes."""
+    return b""
+
+
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocols 0 to 2 write bytes."""
+    """How protocols 0 to 2 write other bytes."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"bytes are encoded as latin1, not {encoding!r}")
     return text.encode("latin1")
@@ -179,10 +191,5 @@ _ALLOWED: dict[tuple[str, str], _Constructor] = {
     ("numpy.core.multiarray", "scalar"): _Constructor(_scalar),
     ("numpy.core.numeric", "_frombuffer"): _Constructor(_array_from_buffer),
     ("_codecs", "encode"): _Constructor(_encode),
+    ("__builtin__", "bytes"): _Constructor(_no_bytes),
 }
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    start = text.find("Unsupported")
-    return text[max(start, 0) :].split(". ")[0][:200]
