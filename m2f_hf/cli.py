@@ -1,0 +1,540 @@
+"""The `m2f` command: segment pictures, run the bundled demo, describe a checkpoint.
+
+Exit status: 0, all done; 1, some pictures could not be read or written, the others are done; 2, nothing was started,
+because the arguments, the model, the device or the output folder cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from PIL import Image
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from . import __version__
+from .configuration_mask2former import Mask2FormerConfig
+from .image_processing_mask2former import TASKS, M2FImageProcessor
+from .modeling_mask2former import Mask2FormerForUniversalSegmentation
+from .visualization import contact_sheet, draw_segments, segmentation_to_rgb, semantic_to_segments
+
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED_MODEL = ASSETS / "shapes-panoptic"
+BUNDLED_SCENES = ASSETS / "scenes"
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+OUTPUT_SUFFIXES = (".overlay.png", ".segments.png", ".json")
+INFO_KEYS = ("id", "label_id", "label", "isthing", "score", "area", "bbox", "segmentation")
+# The scenes are small, and their labels are to be read.
+_DEMO_SCALE = 4
+
+Sizes = list[tuple[int, int]]
+Segments = tuple[np.ndarray, list[dict[str, Any]]]
+
+
+class CommandError(Exception):
+    """What was asked for cannot be started; the message says why and what to do, in one line."""
+
+
+class ImageError(Exception):
+    """One picture cannot be segmented or its results not written; the message says why, in one line."""
+
+
+# --- entry ---
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments` (default: the process's) and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except CommandError as error:
+        print(f"m2f: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("m2f: stopped; pictures finished so far are complete", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="m2f", description="Segment pictures with Mask2Former.")
+    parser.add_argument("--version", action="version", version=f"m2f_hf {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    segment = commands.add_parser(
+        "segment",
+        help="segment pictures",
+        description="For photo.jpg, writes photo.overlay.png (coloured segments with labels), photo.segments.png "
+        "(id = R + 256 G + 65536 B) and photo.json (what each segment is).",
+    )
+    segment.add_argument("images", nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
+    segment.add_argument(
+        "--model",
+        default=str(BUNDLED_MODEL),
+        metavar="ID_OR_FOLDER",
+        help="a model on the Hugging Face Hub or a folder; default: the bundled model, which knows generated shapes",
+    )
+    segment.add_argument("--task", choices=TASKS, help="default: what the model was made for")
+    segment.add_argument(
+        "--threshold", type=_probability, help="leave out segments with a lower score, 0 to 1; default: the model's"
+    )
+    segment.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a CUDA GPU where there is one, else cpu")
+    segment.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    segment.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+    segment.set_defaults(run=_segment)
+
+    demo = commands.add_parser("demo", help="segment the bundled scenes with the bundled model, offline")
+    demo.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="describe a model without loading its weights")
+    info.add_argument("model", metavar="MODEL", help="a model on the Hugging Face Hub or a folder")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+# --- m2f segment ---
+
+
+def _segment(options: argparse.Namespace) -> int:
+    paths = _find_images(options.images)
+    _prepare_folder(options.output)
+    if options.model == str(BUNDLED_MODEL):
+        print(
+            "m2f: no --model given: the bundled one knows generated shapes only. For photos, give for example "
+            "--model facebook/mask2former-swin-tiny-coco-panoptic",
+            file=sys.stderr,
+        )
+    segmenter = Segmenter.load(options.model, options.task, options.threshold, options.device, options.dtype)
+
+    num_failed = 0
+    jobs = list(zip(paths, _output_stems(paths, options.output), strict=True))
+    for path, stem in tqdm(jobs, unit="image", disable=len(jobs) == 1):
+        try:
+            image = _open_image(path, segmenter.processor)
+            segmentation, segments_info = segmenter(image)
+            record = {"image": str(path), "model": options.model, "task": segmenter.task}
+            overlay = write_result(options.output, stem, image, segmentation, segments_info, record)
+        except ImageError as error:
+            num_failed += 1
+            tqdm.write(f"m2f: {path}: {error}", file=sys.stderr)
+        else:
+            tqdm.write(f"{path}: {describe(segments_info)} -> {overlay}")
+    if num_failed and len(jobs) > 1:
+        print(f"m2f: {num_failed} of {len(jobs)} images failed, see above", file=sys.stderr)
+    return 1 if num_failed else 0
+
+
+def _find_images(arguments: Iterable[str]) -> list[Path]:
+    """Files as given and the pictures in folders, each once. Files that do not exist are kept, to be reported."""
+    paths: dict[Path, Path] = {}  # resolved -> as given
+    for argument in map(Path, arguments):
+        found = _pictures_in(argument) if argument.is_dir() else [argument]
+        for path in found:
+            paths.setdefault(path.resolve(), path)
+    return list(paths.values())
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    found = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and not path.name.endswith(OUTPUT_SUFFIXES)
+    ]
+    if not found:
+        raise CommandError(f"no picture in the folder {folder}; looked for {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _output_stems(paths: Sequence[Path], folder: Path) -> list[str]:
+    """A name for each picture's files, such that no two pictures share one and no picture is overwritten."""
+    # Compared without case, as some file systems do.
+    taken = {str(path.resolve()).casefold() for path in paths}
+    stems = []
+    for path in paths:
+        stem, number = path.stem, 1
+        while taken & (files := {str((folder / f"{stem}{suffix}").resolve()).casefold() for suffix in OUTPUT_SUFFIXES}):
+            number += 1
+            stem = f"{path.stem}-{number}"
+        taken |= files
+        stems.append(stem)
+    return stems
+
+
+class Segmenter:
+    """A model with its processor: an RGB picture in, an id map and its `segments_info` out."""
+
+    def __init__(
+        self,
+        model: Mask2FormerForUniversalSegmentation,
+        processor: M2FImageProcessor,
+        task: str | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.id2label = _id2label(model.config)
+        self.task = task or processor.task
+        self.threshold = threshold
+
+    @classmethod
+    def load(cls, model: str, task: str | None, threshold: float | None, device: str | None, dtype: str) -> Segmenter:
+        """From a Hub id or folder.
+
+        Raises:
+            CommandError: where the device, the model or its files cannot be used.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_device(device)
+        _check_model(model)
+        with _loading(model):
+            processor = M2FImageProcessor.from_pretrained(model)
+            if (task or processor.task) == "semantic" and threshold is not None:
+                raise CommandError("--threshold has no meaning for semantic segmentation: leave it out")
+            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+                model, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        network, report = loaded
+        if report["missing_keys"]:
+            raise CommandError(
+                f"{model} lacks {len(report['missing_keys'])} of the model's weights, such as "
+                f"{min(report['missing_keys'])}, and would predict noise; save it with save_pretrained"
+            )
+        return cls(network.to(device).eval(), processor, task, threshold)
+
+    def __call__(self, image: Image.Image) -> Segments:
+        """
+        Segment one picture.
+
+        Returns:
+            (height, width) int32 ids, 0 is void, and for each segment a dictionary with `id`, `label_id`, `label`,
+            `isthing` (None where the checkpoint does not tell), `score` (0-1, None for semantic), `area` in pixels,
+            `bbox` as [x, y, width, height]; for instances, which may overlap, also `segmentation` (COCO RLE of the
+            whole mask).
+
+        Raises:
+            ImageError: where the processor refuses the picture.
+        """
+        try:
+            inputs: Any = self.processor(images=image, return_tensors="pt")
+        except ValueError as error:
+            raise ImageError(_first_line(error)) from error
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype)  # the mask, of integers, keeps its type
+        with torch.inference_mode():
+            outputs = self.model(**inputs)
+            segmentation, segments_info = getattr(self, f"_{self.task}")(outputs, [(image.height, image.width)])
+        for info in segments_info:
+            info["label"] = self.id2label[info["label_id"]]
+        return segmentation, [{key: info[key] for key in INFO_KEYS if key in info} for info in segments_info]
+
+    def _panoptic(self, outputs: Any, sizes: Sizes) -> Segments:
+        post_process = self.processor.post_process_panoptic_segmentation
+        result = post_process(outputs, threshold=self.threshold, target_sizes=sizes)[0]
+        return result["segmentation"].cpu().numpy(), result["segments_info"]
+
+    def _instance(self, outputs: Any, sizes: Sizes) -> Segments:
+        post_process = self.processor.post_process_instance_segmentation
+        shared: dict[str, Any] = {"threshold": self.threshold, "target_sizes": sizes}
+        result = post_process(outputs, **shared)[0]
+        encodings = post_process(outputs, **shared, return_coco_annotation=True)[0]["segmentation"]
+        # Instance maps count from 0 with -1 for void; files have 0 for void, as COCO's.
+        infos = [
+            {**info, "id": info["id"] + 1, "segmentation": encoding}
+            for info, encoding in zip(result["segments_info"], encodings, strict=True)
+        ]
+        return result["segmentation"].cpu().numpy() + 1, infos
+
+    def _semantic(self, outputs: Any, sizes: Sizes) -> Segments:
+        semantic_map = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0].cpu().numpy()
+        segmentation, infos = semantic_to_segments(semantic_map, self.id2label)
+        stuff_ids = self.processor.label_ids_to_fuse
+        for info in infos:
+            mask = segmentation == info["id"]
+            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            x, y = int(columns[0]), int(rows[0])
+            info["isthing"] = None if stuff_ids is None else info["label_id"] not in stuff_ids
+            info["score"] = None
+            info["area"] = int(mask.sum())
+            info["bbox"] = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+        return segmentation, infos
+
+
+def _open_image(path: Path, processor: M2FImageProcessor) -> Image.Image:
+    """The picture upright, as 8-bit RGB, whatever it is stored as."""
+    try:
+        pixels = processor.process_image(path)  # (3, H, W)
+    except (FileNotFoundError, ValueError) as error:
+        raise ImageError(_first_line(error).removeprefix(f"{path} ")) from error
+    if pixels.dtype != np.uint8:
+        raise ImageError("its pixels are fractions, whose range is unknown; save it with 8 or 16 bits")
+    return Image.fromarray(pixels.transpose(1, 2, 0))
+
+
+def write_result(
+    folder: Path,
+    stem: str,
+    image: Image.Image,
+    segmentation: np.ndarray,
+    segments_info: Sequence[Mapping[str, Any]],
+    record: Mapping[str, Any],
+    scale: int = 1,
+) -> Path:
+    """
+    Write `<stem>.overlay.png`, `<stem>.segments.png` and `<stem>.json`, and return the first.
+
+    Args:
+        image: RGB picture.
+        segmentation: (height, width) ids of `segments_info`, 0 is void.
+        record: what the JSON says of the picture before its `segments_info`.
+        scale: enlargement of the overlay.
+
+    Raises:
+        ImageError: where the files cannot be written; none is left half-written.
+    """
+    overlay, segments, description = (folder / f"{stem}{suffix}" for suffix in OUTPUT_SUFFIXES)
+    record = {**record, "height": image.height, "width": image.width, "file_name": segments.name}
+    text = json.dumps({**record, "segments_info": list(segments_info)}, indent=1, ensure_ascii=False)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".m2f-") as work:
+            draw_segments(image, segmentation, segments_info, scale=scale).save(Path(work, overlay.name))
+            Image.fromarray(segmentation_to_rgb(segmentation)).save(Path(work, segments.name))
+            Path(work, description.name).write_text(text + "\n", encoding="utf-8")
+            for target in (overlay, segments, description):
+                os.replace(Path(work, target.name), target)
+    except OSError as error:
+        raise ImageError(f"cannot write to {folder} ({_first_line(error)}); free space or name another") from error
+    return overlay
+
+
+# --- words ---
+
+
+def describe(segments_info: Sequence[Mapping[str, Any]]) -> str:
+    """What was found: `3 circles and 1 star on striped ground`; for a semantic result, shares of the labelled area."""
+    if not segments_info:
+        return "nothing found"
+    if segments_info[0]["score"] is None:
+        total = sum(info["area"] for info in segments_info)
+        by_area = sorted(segments_info, key=lambda info: -info["area"])
+        return ", ".join(f"{info['label']} {info['area'] / total:.0%}" for info in by_area)
+    counts = Counter(info["label"] for info in segments_info if info["isthing"])
+    things = [f"{number} {label if number == 1 else plural(label)}" for label, number in counts.most_common()]
+    stuff = [info["label"] for info in segments_info if not info["isthing"]]
+    return " on ".join(_join(words) for words in (things, stuff) if words)
+
+
+def plural(label: str) -> str:
+    """English plural of a class name, by the common rules."""
+    irregular = {"person": "people", "sheep": "sheep", "mouse": "mice", "knife": "knives"}
+    head, space, last = label.rpartition(" ")
+    if last in irregular:
+        return head + space + irregular[last]
+    if label.endswith(("ss", "us", "x", "ch", "sh")):
+        return label + "es"
+    return label if label.endswith("s") else label + "s"
+
+
+def _join(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+# --- m2f demo ---
+
+
+def _demo(options: argparse.Namespace) -> int:
+    scenes = sorted(BUNDLED_SCENES.glob("*.png"))
+    _prepare_folder(options.output)
+    segmenter = Segmenter.load(str(BUNDLED_MODEL), task=None, threshold=None, device="cpu", dtype="float32")
+
+    print(f"{len(scenes)} generated scenes that the bundled model has never seen, each for {len(TASKS)} tasks:")
+    rows = []
+    for scene in scenes:
+        image = _open_image(scene, segmenter.processor)
+        print(f"\n{scene.stem}")
+        row = [image.resize((image.width * _DEMO_SCALE, image.height * _DEMO_SCALE), Image.Resampling.BICUBIC)]
+        for segmenter.task in TASKS:
+            segmentation, segments_info = segmenter(image)
+            record = {"image": scene.name, "model": BUNDLED_MODEL.name, "task": segmenter.task}
+            stem = f"{scene.stem}.{segmenter.task}"
+            try:
+                overlay = write_result(
+                    options.output, stem, image, segmentation, segments_info, record, scale=_DEMO_SCALE
+                )
+            except ImageError as error:
+                raise CommandError(str(error)) from error
+            row.append(Image.open(overlay))
+            print(f"  {segmenter.task:<9} {describe(segments_info)}")
+        rows.append(row)
+    sheet = options.output / "demo.png"
+    contact_sheet(rows, [scene.stem for scene in scenes], ["scene", *TASKS]).save(sheet)
+    print(f"\nSee {sheet}; beside it lie an overlay, an id map and a JSON file for each scene and task.")
+    return 0
+
+
+# --- m2f info ---
+
+
+def _info(options: argparse.Namespace) -> int:
+    _check_model(options.model)
+    with _loading(options.model):
+        config = Mask2FormerConfig.from_pretrained(options.model)
+        processor = M2FImageProcessor.from_pretrained(options.model)
+    for name, text in _facts(options.model, config, processor):
+        print(textwrap.fill(text, 100, initial_indent=f"{name:<16}", subsequent_indent=" " * 16))
+    return 0
+
+
+def _facts(model: str, config: Mask2FormerConfig, processor: M2FImageProcessor) -> Iterator[tuple[str, str]]:
+    """What there is to know before running a model: rows of (name, text)."""
+    stuff_ids = set(processor.label_ids_to_fuse or ())
+    labels = _id2label(config)
+    stuff = [label for label_id, label in labels.items() if label_id in stuff_ids]
+    others = [label for label_id, label in labels.items() if label_id not in stuff_ids]
+    backbone: Any = config.backbone_config
+    layout = [name for name in ("depths", "embed_dim", "hidden_size", "hidden_sizes") if hasattr(backbone, name)]
+    edges = [f"{name.replace('_', ' ')} {length}" for name, length in dict(processor.size).items() if length]
+    num_parameters = _count_parameters(config)
+
+    yield "model", model
+    yield "type", config.model_type
+    yield "task", processor.task
+    yield "classes", str(len(labels))
+    if stuff:
+        yield "things", f"{len(others)}: {', '.join(others)}"
+        yield "stuff", f"{len(stuff)}: {', '.join(stuff)}"
+    else:
+        yield "", ", ".join(others)
+    yield "queries", str(config.num_queries)
+    yield "backbone", ", ".join([backbone.model_type, *(f"{name} {getattr(backbone, name)}" for name in layout)])
+    yield "pixel decoder", config.pixel_decoder
+    yield "decoder", f"{config.decoder_layers - 1} layers, width {config.hidden_dim}"
+    yield "parameters", f"{num_parameters:,}"
+    yield "saved as", str(config.dtype or "float32").removeprefix("torch.")
+    yield "image size", f"{', '.join(sorted(edges, reverse=True))} pixels, {processor.channel_order}"
+    yield (
+        "thresholds",
+        f"panoptic {processor.threshold}, instance {processor.instance_threshold}, mask {processor.mask_threshold}, "
+        f"overlap {processor.overlap_mask_area_threshold}",
+    )
+
+
+def _id2label(config: Mask2FormerConfig) -> dict[int, str]:
+    return {int(label_id): label for label_id, label in (config.id2label or {}).items()}
+
+
+def _count_parameters(config: Mask2FormerConfig) -> int:
+    with torch.device("meta"):
+        model = Mask2FormerForUniversalSegmentation(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- checks before anything is started ---
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Make the output folder and try to write in it, before minutes are spent on results that nothing can hold."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CommandError(f"--output {folder}: a file is in the way; name a folder") from error
+    except OSError as error:
+        raise CommandError(f"--output {folder} cannot be written ({error.strerror}); name another folder") from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = _first_line(error)
+        raise CommandError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
+
+
+def _check_model(model: str) -> None:
+    """Say in one line what `from_pretrained` would say late and at length."""
+    config_file = _find_config(model)
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise CommandError(f"the config.json of {model} is no JSON object ({_first_line(error)})") from error
+    if model_type not in ("m2f", "mask2former"):
+        raise CommandError(f"{model} has model_type {model_type!r}; m2f reads 'm2f' and 'mask2former'")
+
+
+def _find_config(model: str) -> Path:
+    folder = Path(model)
+    if folder.is_file():
+        raise CommandError(f"{model} is a file; give the folder that save_pretrained wrote")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CommandError(f"the folder {model} has no config.json; give one that save_pretrained wrote")
+        return folder / "config.json"
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except HFValidationError as error:
+        raise CommandError(f"there is no folder {model}, and a model on the Hub is named owner/name") from error
+    except GatedRepoError as error:
+        raise CommandError(f"{model} needs its owner's consent: ask on its page, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise CommandError(
+            f"there is no folder {model} and no such model on the Hub; check the spelling (a private one needs "
+            "`hf auth login`)"
+        ) from error
+    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it may be a subclass
+        raise CommandError(
+            f"there is no folder {model}, and the Hub cannot be reached or HF_HUB_OFFLINE is set; check the spelling "
+            "and the connection, or give a folder"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CommandError(f"{model} on the Hub has no config.json: it is not a transformers model") from error
+    except HfHubHTTPError as error:
+        raise CommandError(f"the Hub does not give {model} ({_first_line(error)}); try again later") from error
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """Turn the many errors of damaged or incomplete checkpoints into one line."""
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CommandError(f"{model} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

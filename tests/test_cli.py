@@ -1,0 +1,500 @@
+"""The `m2f` command, run in this process with a small model of random weights and with the bundled one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m2f_hf.cli import ASSETS, BUNDLED_SCENES, CommandError, ImageError, describe, main, plural, write_result
+from m2f_hf.configuration_mask2former import Mask2FormerConfig
+from m2f_hf.data.shapes import CATEGORIES, ShapesDataset
+from m2f_hf.image_processing_mask2former import M2FImageProcessor
+from m2f_hf.modeling_mask2former import Mask2FormerForUniversalSegmentation
+from m2f_hf.visualization import rgb_to_segmentation
+
+
+NAMES = {category["id"]: category["name"] for category in CATEGORIES}
+STUFF = [category["id"] for category in CATEGORIES if not category["isthing"]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with random weights whose processor keeps whatever the model says."""
+    torch.manual_seed(1)
+    config = Mask2FormerConfig(
+        backbone_config={
+            "model_type": "resnet",
+            "layer_type": "basic",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        num_attention_heads=4,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_queries=12,
+        id2label=NAMES,
+        label2id={name: label for label, name in NAMES.items()},
+    )
+    folder = tmp_path_factory.mktemp("models") / "random"
+    network = Mask2FormerForUniversalSegmentation(config)
+    # Classes and masks of random weights hardly differ between queries; spread them.
+    with torch.no_grad():
+        network.class_predictor.weight.mul_(20)
+        network.class_predictor.bias[-1] = -20
+    network.save_pretrained(folder)
+    M2FImageProcessor(
+        label_ids_to_fuse=STUFF,
+        threshold=0.0,
+        instance_threshold=0.05,
+        overlap_mask_area_threshold=0.0,
+        size={"shortest_edge": 64, "longest_edge": 128},
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    path = tmp_path / "in" / "photo.jpg"
+    path.parent.mkdir()
+    ShapesDataset(1, 96, seed=5)[0]["image"].crop((0, 0, 96, 70)).save(path)
+    return path
+
+
+def result(folder: Path, stem: str) -> tuple[dict, np.ndarray]:
+    """The JSON and the id map of a picture."""
+    record = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+    return record, rgb_to_segmentation(Image.open(folder / f"{stem}.segments.png"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# --- what is written ---
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_segment_writes_three_files_that_agree(task, model, photo, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["segment", str(photo), "--model", model, "--task", task, "--output", str(out)]) == 0
+    assert names(out) == ["photo.json", "photo.overlay.png", "photo.segments.png"]
+    with Image.open(out / "photo.overlay.png") as overlay:
+        assert (overlay.mode, overlay.size) == ("RGB", (96, 70))
+
+    record, segmentation = result(out, "photo")
+    assert segmentation.shape == (70, 96)
+    assert {key: record[key] for key in ("task", "height", "width", "file_name")} == {
+        "task": task,
+        "height": 70,
+        "width": 96,
+        "file_name": "photo.segments.png",
+    }
+    infos = record["segments_info"]
+    assert infos, "the random model finds something, or this test shows nothing"
+    ids = [info["id"] for info in infos]
+    assert len(set(ids)) == len(ids)
+    assert min(ids) >= 1
+    assert set(np.unique(segmentation).tolist()) <= {0, *ids}
+    for info in infos:
+        assert info["label"] == NAMES[info["label_id"]]
+        assert info["isthing"] == (info["label_id"] not in STUFF)
+        assert (info["score"] is None) if task == "semantic" else (0 <= info["score"] <= 1)
+        if task != "instance":
+            check_area_and_box(segmentation == info["id"], info)
+            assert "segmentation" not in info
+    assert infos[0]["label"] in capsys.readouterr().out
+
+
+def check_area_and_box(mask: np.ndarray, info: dict) -> None:
+    rows, columns = np.nonzero(mask)
+    assert info["area"] == len(rows)
+    x, y = columns.min(), rows.min()
+    assert info["bbox"] == [x, y, columns.max() + 1 - x, rows.max() + 1 - y]
+
+
+def test_instances_hold_their_whole_mask_and_the_better_lies_on_top(model, photo, tmp_path):
+    coco = pytest.importorskip("pycocotools.mask")
+    assert main(["segment", str(photo), "--model", model, "--task", "instance", "--output", str(tmp_path)]) == 0
+    record, segmentation = result(tmp_path, "photo")
+    expected = np.zeros_like(segmentation)
+    overlap = np.zeros_like(segmentation)
+    scores = [info["score"] for info in record["segments_info"]]
+    assert scores == sorted(scores, reverse=True)
+    for info in record["segments_info"][::-1]:
+        mask = coco.decode(info["segmentation"]).astype(bool)
+        check_area_and_box(mask, info)
+        expected[mask] = info["id"]
+        overlap += mask
+    assert overlap.max() > 1, "nothing overlaps, so nothing is shown"
+    assert np.array_equal(segmentation, expected)
+
+
+def test_result_is_what_model_and_processor_give(model, photo, tmp_path):
+    main(["segment", str(photo), "--model", model, "--output", str(tmp_path)])
+    record, segmentation = result(tmp_path, "photo")
+    processor = M2FImageProcessor.from_pretrained(model)
+    network = Mask2FormerForUniversalSegmentation.from_pretrained(model).eval()
+    with torch.inference_mode():
+        outputs = network(**processor(images=Image.open(photo), return_tensors="pt"))
+    expected = processor.post_process_panoptic_segmentation(outputs, target_sizes=[(70, 96)])[0]
+    assert record["task"] == "panoptic"
+    assert np.array_equal(segmentation, expected["segmentation"].numpy())
+    assert [i["score"] for i in record["segments_info"]] == [i["score"] for i in expected["segments_info"]]
+
+
+def test_threshold_leaves_out_what_is_below(model, photo, tmp_path):
+    arguments = ["segment", str(photo), "--model", model, "--task", "instance", "--output", str(tmp_path)]
+    main(arguments)
+    scores = [info["score"] for info in result(tmp_path, "photo")[0]["segments_info"]]
+    middle = (max(scores) + min(scores)) / 2
+    main([*arguments, "--threshold", str(middle)])
+    kept = [info["score"] for info in result(tmp_path, "photo")[0]["segments_info"]]
+    assert kept == [score for score in scores if score >= middle]
+    assert 0 < len(kept) < len(scores)
+
+
+def test_nothing_found_is_said_and_written(model, photo, tmp_path, capsys):
+    assert main(["segment", str(photo), "--model", model, "--threshold", "1", "--output", str(tmp_path)]) == 0
+    record, segmentation = result(tmp_path, "photo")
+    assert record["segments_info"] == []
+    assert not segmentation.any()
+    assert "nothing found" in capsys.readouterr().out
+
+
+def test_bfloat16_runs(model, photo, tmp_path):
+    assert main(["segment", str(photo), "--model", model, "--dtype", "bfloat16", "--output", str(tmp_path)]) == 0
+    assert result(tmp_path, "photo")[0]["segments_info"]
+
+
+def test_no_temporary_file_stays_and_files_can_be_read_by_others(model, photo, tmp_path):
+    out = tmp_path / "out"
+    main(["segment", str(photo), "--model", model, "--output", str(out)])
+    before = os.umask(0)
+    os.umask(before)
+    assert {(out / name).stat().st_mode & 0o777 for name in names(out)} == {0o666 & ~before}
+
+
+# --- many pictures ---
+
+
+def test_a_folder_is_segmented_and_a_bad_file_reported(model, photo, tmp_path, capsys):
+    shutil.copy(photo, photo.with_name("second.jpeg"))
+    photo.with_name("broken.jpg").write_bytes(photo.read_bytes()[:600])
+    photo.with_name("notes.txt").write_text("not looked at")
+    out = tmp_path / "out"
+    assert main(["segment", str(photo.parent), "--model", model, "--output", str(out)]) == 1
+    assert [name for name in names(out) if name.endswith(".json")] == ["photo.json", "second.json"]
+    error = capsys.readouterr().err
+    assert "broken.jpg" in error
+    assert "1 of 3 images failed" in error
+    assert "2/3" in error or "3/3" in error  # progress
+
+
+def test_results_in_the_folder_of_the_pictures_are_not_segmented_again(model, photo):
+    arguments = ["segment", str(photo.parent), "--model", model, "--output", str(photo.parent)]
+    assert main(arguments) == 0
+    once = names(photo.parent)
+    assert main(arguments) == 0
+    assert names(photo.parent) == once
+    assert len(once) == 4
+
+
+def test_pictures_of_one_name_get_files_of_their_own(model, photo, tmp_path):
+    other = tmp_path / "other" / "PHOTO.png"
+    other.parent.mkdir()
+    Image.new("RGB", (40, 30)).save(other)
+    out = tmp_path / "out"
+    assert main(["segment", str(photo), str(other), str(photo), "--model", model, "--output", str(out)]) == 0
+    records = [json.loads((out / name).read_text()) for name in names(out) if name.endswith(".json")]
+    assert {(record["image"], record["width"]) for record in records} == {(str(photo), 96), (str(other), 40)}
+    assert len(names(out)) == 6
+
+
+def test_a_picture_is_never_overwritten_by_a_result(model, photo):
+    second = photo.with_name("photo.overlay.png")
+    Image.new("RGB", (40, 30), "red").save(second)
+    content = second.read_bytes()
+    assert main(["segment", str(photo), str(second), "--model", model, "--output", str(photo.parent)]) == 0
+    assert second.read_bytes() == content
+    assert photo.with_name("photo-2.overlay.png").exists()
+
+
+# --- bad input ---
+
+
+def bad_file(kind: str, photo: Path) -> Path:
+    if kind == "missing":
+        return photo.with_name("missing.jpg")
+    if kind == "long":
+        path = photo.with_name("long.png")
+        Image.new("L", (20000, 1)).save(path)
+        return path
+    path = photo.with_name("bad.jpg")
+    path.write_bytes(photo.read_bytes()[:900] if kind == "truncated" else b"this is no picture")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("missing", "there is no image file"),
+        ("text", "PNG or JPEG"),
+        ("truncated", "incomplete"),
+        ("long", "too elongated"),
+    ],
+)
+def test_a_bad_picture_is_one_line_and_leaves_no_file(kind, says, model, photo, tmp_path, capsys):
+    out = tmp_path / "out"
+    bad = bad_file(kind, photo)
+    assert main(["segment", str(bad), "--model", model, "--output", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert bad.name in lines[0]
+    assert names(out) == []
+
+
+def test_one_pixel_is_a_picture(model, tmp_path):
+    path = tmp_path / "dot.png"
+    Image.new("RGB", (1, 1)).save(path)
+    assert main(["segment", str(path), "--model", model, "--output", str(tmp_path)]) == 0
+    assert result(tmp_path, "dot")[1].shape == (1, 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
+def test_every_kind_of_picture_gets_an_overlay(mode, model, tmp_path):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    if mode == "I;16":
+        Image.fromarray(np.full((30, 40), 40000, dtype=np.uint16)).save(path)
+    else:
+        Image.new("RGB", (40, 30), "white").convert(mode).save(path)
+    assert main(["segment", str(path), "--model", model, "--threshold", "1", "--output", str(tmp_path)]) == 0
+    overlay = np.asarray(Image.open(tmp_path / "a.overlay.png"))
+    assert overlay.shape == (30, 40, 3)
+    assert np.abs(overlay.astype(int) - (40000 // 257 if mode == "I;16" else 255)).max() <= 1
+
+
+def test_a_turned_photo_is_segmented_upright(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    path = tmp_path / "turned.jpg"
+    Image.new("RGB", (60, 40), "white").save(path, exif=exif)
+    assert main(["segment", str(path), "--model", model, "--output", str(tmp_path)]) == 0
+    assert result(tmp_path, "turned")[1].shape == (60, 40)
+
+
+def test_folder_without_pictures(model, tmp_path, capsys):
+    assert main(["segment", str(tmp_path), "--model", model, "--output", str(tmp_path / "out")]) == 2
+    assert "no picture in the folder" in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_output_that_is_a_file(below, model, photo, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    assert main(["segment", str(photo), "--model", model, "--output", str(taken / below)]) == 2
+    assert "a file is in the way" in capsys.readouterr().err
+    assert taken.read_text() == "mine"
+
+
+def test_output_that_cannot_be_written(photo, tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    # Before the model is even looked for.
+    assert main(["segment", str(photo), "--model", "no/such-model", "--output", str(tmp_path)]) == 2
+    assert "cannot be written (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    image = Image.new("RGB", (4, 3))
+    monkeypatch.setattr(Path, "write_text", fail)  # the last of the three files
+    with pytest.raises(ImageError, match="No space left"):
+        write_result(tmp_path, "a", image, np.zeros((3, 4), dtype=int), [], {})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: "no/such-model", "HF_HUB_OFFLINE"),
+        (lambda path: "not a name!", "owner/name"),
+        (lambda path: str(path / "empty"), "no config.json"),
+        (lambda path: str(path / "file.bin"), "is a file"),
+        (lambda path: str(path / "bert"), "model_type 'bert'"),
+        (lambda path: str(path / "garbled"), "no JSON object"),
+        (lambda path: str(path / "list"), "no JSON object"),
+        (lambda path: str(path / "weightless"), "cannot be loaded"),
+        (lambda path: str(path / "damaged"), "cannot be loaded"),
+        (lambda path: str(path / "partial"), "lacks 1 of the model's weights, such as class_predictor.bias"),
+    ],
+)
+def test_a_model_that_cannot_be_used(make, says, model, photo, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.bin").write_bytes(b"")
+    for name, text in {"bert": '{"model_type": "bert"}', "garbled": "{", "list": "[]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    for name in ("weightless", "damaged", "partial"):
+        shutil.copytree(model, tmp_path / name)
+    (tmp_path / "weightless" / "model.safetensors").unlink()
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"0123456789")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "partial" / "model.safetensors")
+    del weights["class_predictor.bias"]
+    save_file(weights, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
+
+    out = tmp_path / "out"
+    assert main(["segment", str(photo), "--model", make(tmp_path), "--output", str(out)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert says in lines[-1]
+    assert lines[-1].startswith("m2f: ")
+    assert names(out) == []
+
+
+def test_a_device_that_is_not_there(model, photo, tmp_path, capsys):
+    arguments = ["segment", str(photo), "--model", model, "--output", str(tmp_path)]
+    assert main([*arguments, "--device", "cuda:99"]) == 2
+    assert "try --device cpu" in capsys.readouterr().err
+    assert main([*arguments, "--device", "toaster"]) == 2
+    assert "try --device cpu" in capsys.readouterr().err
+
+
+def test_threshold_means_nothing_for_semantic(model, photo, tmp_path, capsys):
+    arguments = ["segment", str(photo), "--model", model, "--output", str(tmp_path), "--threshold", "0.5"]
+    assert main([*arguments, "--task", "semantic"]) == 2
+    assert "--threshold has no meaning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["segment"], ["segment", "a.jpg", "--threshold", "2"], ["segment", "a.jpg", "--task", "depth"], ["fly"]],
+)
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: m2f" in capsys.readouterr().err
+
+
+# --- words ---
+
+
+def test_description_counts_things_and_names_stuff():
+    def info(label, isthing):
+        return {"label": label, "isthing": isthing, "score": 0.9}
+
+    infos = [info("circle", True), info("sand", False), info("star", True), info("circle", True), info("sea", False)]
+    assert describe(infos) == "2 circles and 1 star on sand and sea"
+    assert describe(infos[1:2]) == "sand"
+    assert describe(infos[:1]) == "1 circle"
+    assert describe([]) == "nothing found"
+
+
+def test_description_of_a_semantic_result_gives_shares():
+    infos = [{"label": "sea", "score": None, "area": 25}, {"label": "sand", "score": None, "area": 75}]
+    assert describe(infos) == "sand 75%, sea 25%"
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [("star", "stars"), ("bench", "benches"), ("wine glass", "wine glasses"), ("bus", "buses"), ("skis", "skis")],
+)
+def test_plurals(one, many):
+    assert plural(one) == many
+
+
+# --- info ---
+
+
+def test_info_tells_what_the_checkpoint_knows_without_its_weights(model, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "model.safetensors").unlink()
+    assert main(["info", str(folder)]) == 0
+    out = capsys.readouterr().out
+    rows = dict(line.split(maxsplit=1) for line in out.replace("image size", "size").splitlines())
+    network = Mask2FormerForUniversalSegmentation.from_pretrained(model)
+    assert rows["task"] == "panoptic"
+    assert rows["things"] == "4: circle, rectangle, triangle, star"
+    assert rows["stuff"].startswith("3: striped ground")
+    assert rows["queries"] == "12"
+    assert rows["parameters"] == f"{sum(p.numel() for p in network.parameters()):,}"
+    assert rows["size"] == "shortest edge 64, longest edge 128 pixels, RGB"
+    assert rows["backbone"].startswith("resnet")
+    assert "instance 0.05" in rows["thresholds"]
+
+
+def test_info_reads_a_stock_checkpoint(tmp_path, capsys):
+    from transformers import Mask2FormerConfig as StockConfig
+    from transformers import Mask2FormerForUniversalSegmentation as StockModel
+
+    config = StockConfig(decoder_layers=2, encoder_layers=1, num_queries=7)
+    config.save_pretrained(tmp_path)
+    M2FImageProcessor(task="semantic").save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    with torch.device("meta"):
+        stock = StockModel(config)
+    assert f"{sum(p.numel() for p in stock.parameters()):,}" in out
+    assert "semantic" in out
+
+
+def test_info_of_nothing(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 2
+    assert "no config.json" in capsys.readouterr().err
+
+
+# --- as a program ---
+
+
+def test_module_is_the_command(repository):
+    command = [sys.executable, "-m", "m2f_hf.cli", "--version"]
+    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("m2f_hf 0.")
+    assert run.stderr == ""
+
+
+def test_errors_of_the_command_are_no_tracebacks(monkeypatch, capsys):
+    def fail(options):
+        raise CommandError("what is wrong; what to do")
+
+    monkeypatch.setattr("m2f_hf.cli._info", fail)
+    assert main(["info", "x"]) == 2
+    assert capsys.readouterr().err == "m2f: what is wrong; what to do\n"
+
+
+# --- the demo ---
+
+
+def test_bundled_scenes_are_the_generators():
+    dataset = ShapesDataset(8, image_size=160, seed=2026)
+    for number, index in enumerate((1, 4, 5, 6), start=1):
+        scene = np.asarray(Image.open(BUNDLED_SCENES / f"scene-{number}.png")).astype(int)
+        # Floating point may round a pixel otherwise on another machine.
+        assert np.abs(scene - np.asarray(dataset[index]["image"])).max() <= 2
+    assert len(list(BUNDLED_SCENES.iterdir())) == 5
+    assert BUNDLED_SCENES.parent == ASSETS
