@@ -106,6 +106,14 @@ def _resize_columns(masks: Tensor, width: int) -> Tensor:
     return F.interpolate(masks, size=width, mode="linear", align_corners=False)
 
 
+class Strip(NamedTuple):
+    """Rows of the target, the queries that are in it (N',) int64, and their values (N' or C, rows, width) float32."""
+
+    rows: slice
+    queries: Tensor
+    values: Tensor
+
+
 def resized_strips(
     mask_logits: Tensor,
     image_size: Size,
@@ -113,7 +121,8 @@ def resized_strips(
     *,
     num_channels: int | None = None,
     at_padded_size: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
+    above: float | None = None,
+) -> Iterator[Strip]:
     """Enlarges mask logits to the padded input, crops the padding and resizes to the target, by horizontal strips.
 
     Args:
@@ -122,15 +131,17 @@ def resized_strips(
         target_size: height and width of the result.
         num_channels: the most channels that the caller makes of the N, to bound the strip's memory by.
         at_padded_size: applied between the two resizings, (N, rows, width) -> (C, rows, width).
+        above: where given, queries that nowhere in a strip exceed it are left out of that strip.
 
     Yields:
-        Rows of the target and their values (N or C, rows, target width). The largest tensor has about
-        `STRIP_ELEMENTS` elements, or one row of every channel where that is more.
+        Strips in the order of rows. The largest tensor has about `STRIP_ELEMENTS` elements, or one row of every channel
+        where that is more.
     """
     channels = max(len(mask_logits), num_channels or 1, 1)
-    device = mask_logits.device.type
-    widest = max(target_size[1], MASK_STRIDE * mask_logits.shape[-1])
-    rows_per_strip = max(1, STRIP_ELEMENTS.get(device, STRIP_ELEMENTS_ACCELERATOR) // (channels * widest))
+    queries = torch.arange(len(mask_logits), device=mask_logits.device)
+    padded_width = MASK_STRIDE * mask_logits.shape[-1]
+    strip_elements = STRIP_ELEMENTS.get(mask_logits.device.type, STRIP_ELEMENTS_ACCELERATOR)
+    rows_per_strip = max(1, strip_elements // (channels * max(target_size[1], padded_width)))
 
     to_padded = _bilinear_taps(mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-2])
     to_target = _bilinear_taps(image_size[0], target_size[0])
@@ -139,13 +150,17 @@ def resized_strips(
         low, high, weight = (tap[rows] for tap in to_target)
         # `source`: the rows of the padded input that this strip reads, each once.
         source, place = torch.unique(torch.stack([low, high]), return_inverse=True)
-        strip = _resize_rows(mask_logits, tuple(tap[source] for tap in to_padded))  # type: ignore[arg-type]
-        strip = _resize_columns(strip, MASK_STRIDE * mask_logits.shape[-1])[..., : image_size[1]]
+        values = _resize_rows(mask_logits, (to_padded[0][source], to_padded[1][source], to_padded[2][source]))
+        if above is not None:
+            # Every value to come is a weighted mean of these, so it exceeds nothing that they do not.
+            queries = (values.amax((1, 2)) > above).nonzero()[:, 0]
+            values = values[queries]
+        values = _resize_columns(values, padded_width)[..., : image_size[1]]
         if at_padded_size is not None:
-            strip = at_padded_size(strip)
+            values = at_padded_size(values)
         if image_size[0] != target_size[0]:
-            strip = _resize_rows(strip, (place[0], place[1], weight))
-        yield rows, _resize_columns(strip, target_size[1])
+            values = _resize_rows(values, (place[0], place[1], weight))
+        yield Strip(rows, queries, _resize_columns(values, target_size[1]))
 
 
 # --- semantic ---
@@ -182,9 +197,9 @@ def semantic_segmentation(
         num_channels=num_labels,
         at_padded_size=None if resize_before_inference else product,
     )
-    for rows, strip in strips:
-        scores = product(strip) if resize_before_inference else strip
-        segmentation[rows] = scores.argmax(0)
+    for rows, _, values in strips:
+        scores = product(values) if resize_before_inference else values
+        segmentation[rows] = scores.max(0).indices  # several times faster than argmax over the first axis
         if all_scores is not None:
             all_scores[:, rows] = scores
     return segmentation, all_scores
@@ -297,9 +312,9 @@ def _compete(
         return winners, [], [], []
     own_area = torch.zeros(num_queries, dtype=torch.int64, device=device)
     won_area, visible_area = torch.zeros_like(own_area), torch.zeros_like(own_area)
-    for rows, strip in resized_strips(mask_logits, image.image_size, image.target_size):
-        probs = strip.sigmoid()  # (N, rows, width)
-        best = (probs * scores[:, None, None]).argmax(0)
+    for rows, _, values in resized_strips(mask_logits, image.image_size, image.target_size):
+        probs = values.sigmoid()  # (N, rows, width)
+        best = (probs * scores[:, None, None]).max(0).indices
         is_inside = probs.gather(0, best[None])[0] >= mask_threshold
         own_area += (probs >= mask_threshold).sum((1, 2))
         won_area += best.flatten().bincount(minlength=num_queries)
@@ -406,43 +421,41 @@ def instance_segmentation(
     return {"segmentation": segmentation, "segments_info": segments}
 
 
-def _binary_strips(
+def _strips_above(
     image: ImageOutputs, mask_logits: Tensor, mask_threshold: float, num_channels: int = 1
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of the target, mask logits there (N, rows, width), and whether they are above the threshold."""
-    # Compared as logits, since just above 0 a logit's sigmoid rounds to 0.5. Out of (0, 1) all or nothing is inside.
-    threshold = torch.logit(torch.tensor(mask_threshold, dtype=torch.float64), eps=0.0).item()
-    for rows, strip in resized_strips(mask_logits, image.image_size, image.target_size, num_channels=num_channels):
-        yield rows, strip, strip > threshold
+) -> Iterator[tuple[Strip, Tensor]]:
+    """Strips with the queries whose mask has a pixel there, and True where it has, (N', rows, width)."""
+    # Compared as logits, since just above 0 a logit's sigmoid rounds to 0.5.
+    threshold = torch.logit(torch.tensor(mask_threshold, dtype=torch.float64)).item()
+    sizes = image.image_size, image.target_size
+    for strip in resized_strips(mask_logits, *sizes, num_channels=num_channels, above=threshold):
+        if len(strip.queries):
+            yield strip, strip.values > threshold
 
 
 def _mask_statistics(image: ImageOutputs, mask_logits: Tensor, mask_threshold: float) -> _MaskStatistics:
     num_queries, (height, width) = len(mask_logits), image.target_size
-    area = torch.zeros(num_queries, dtype=torch.int64, device=mask_logits.device)
+    area_of_row = torch.zeros(num_queries, height, dtype=torch.int64, device=mask_logits.device)
     prob_sum = torch.zeros(num_queries, device=mask_logits.device)
-    has_row = torch.zeros(num_queries, height, dtype=torch.bool, device=mask_logits.device)
     has_column = torch.zeros(num_queries, width, dtype=torch.bool, device=mask_logits.device)
-    if num_queries:
-        for rows, strip, is_inside in _binary_strips(image, mask_logits, mask_threshold):
-            area += is_inside.sum((1, 2))
-            prob_sum += (strip.sigmoid() * is_inside).sum((1, 2))
-            has_row[:, rows] = is_inside.any(2)
-            has_column |= is_inside.any(1)
-    return _MaskStatistics(area, prob_sum / (area + 1e-6), has_row, has_column)
+    for (rows, queries, values), is_inside in _strips_above(image, mask_logits, mask_threshold):
+        area_of_row[queries, rows] = is_inside.sum(2)
+        prob_sum[queries] += (values.sigmoid() * is_inside).sum((1, 2))
+        has_column[queries] |= is_inside.any(1)
+    area = area_of_row.sum(1)
+    return _MaskStatistics(area, prob_sum / (area + 1e-6), area_of_row > 0, has_column)
 
 
 def _instance_map(image: ImageOutputs, mask_logits: Tensor, of_instance: Tensor, mask_threshold: float) -> Tensor:
     """(height, width) int32: at each pixel the first instance whose mask covers it, -1 where none does."""
     num_instances, device = len(of_instance), mask_logits.device
     segmentation = torch.full(image.target_size, -1, dtype=torch.int32, device=device)
-    if num_instances == 0:
-        return segmentation
     ranks = torch.arange(num_instances, dtype=torch.int32, device=device)
     first = torch.full((len(mask_logits),), num_instances, dtype=torch.int32, device=device)
     first = first.scatter_reduce(0, of_instance, ranks, "amin")
-    for rows, _, is_inside in _binary_strips(image, mask_logits, mask_threshold):
-        # (N, 1, 1) where (N, rows, width) -> (rows, width)
-        best = torch.where(is_inside, first[:, None, None], num_instances).amin(0)
+    for (rows, queries, _), is_inside in _strips_above(image, mask_logits, mask_threshold):
+        # (N', 1, 1) where (N', rows, width) -> (rows, width)
+        best = torch.where(is_inside, first[queries, None, None], num_instances).amin(0)
         segmentation[rows] = best.masked_fill(best == num_instances, -1)
     return segmentation
 
@@ -450,10 +463,11 @@ def _instance_map(image: ImageOutputs, mask_logits: Tensor, of_instance: Tensor,
 def _binary_maps(image: ImageOutputs, mask_logits: Tensor, of_instance: Tensor, mask_threshold: float) -> Tensor:
     """(instances, height, width) bool; `of_instance` (instances,) says whose mask each instance has."""
     maps = torch.zeros(len(of_instance), *image.target_size, dtype=torch.bool, device=mask_logits.device)
-    if len(of_instance):
-        strips = _binary_strips(image, mask_logits, mask_threshold, num_channels=len(of_instance))
-        for rows, _, is_inside in strips:
-            maps[:, rows] = is_inside[of_instance]
+    strips = _strips_above(image, mask_logits, mask_threshold, num_channels=len(of_instance))
+    for (rows, queries, _), is_inside in strips:
+        of_all = is_inside.new_zeros(len(mask_logits), *is_inside.shape[1:])
+        of_all[queries] = is_inside
+        maps[:, rows] = of_all[of_instance]
     return maps
 
 
