@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from detectron2_config import config_from_yaml, processor_from_yaml, read_config, read_labels
 from detectron2_mapping import constants, convert_state_dict
+from huggingface_hub.errors import StrictDataclassError
 from safe_pickle import load_state_dict
 from safetensors import safe_open
 
@@ -61,7 +62,9 @@ def convert(checkpoint: Path, config_file: Path, output: Path, labels_file: Path
         FileExistsError: `output` has something in it.
         UnsupportedOptionError, UnsafeCheckpointError, ValueError, OSError: see `read_config`, `read_labels`,
             `load_state_dict` and `convert_state_dict`. Nothing is written then.
+        StrictDataclassError: the config has a value that no model can be built with.
     """
+    output = output.resolve()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileExistsError(f"{output} exists already. Give an --output that doesn't, or remove it first.")
     options = read_config(config_file)
@@ -135,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         report = convert(options.checkpoint, options.config_file, options.output, options.labels)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{options.output}: {report}")

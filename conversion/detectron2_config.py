@@ -5,6 +5,7 @@ Only the options named in `DEFAULTS` are looked at. An option whose value our mo
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -127,16 +128,15 @@ _RESNETS = {
 }
 
 # Which classes of the panoptic data sets of the released checkpoints are things; the others are stuff:
-# start of the data set's name -> number of classes, ranges of thing ids (both ends included).
+# start of the data set's name -> ranges of thing ids (both ends included).
 _THINGS = {
-    "coco_2017": (133, "0-79"),
-    "cityscapes_fine": (19, "11-18"),
+    "coco_2017": "0-79",
+    "cityscapes_fine": "11-18",
     "ade20k": (
-        150,
         "7-8,10,12,14-15,18-20,22-24,27,30-33,35-39,41-45,47,49-50,53,55-58,62,64-67,69-76,78,80-83,85-90,92-93,95,"
-        "97-98,102-104,107-108,110-112,115-116,118-121,123-127,129-130,132-139,142-144,146-149",
+        "97-98,102-104,107-108,110-112,115-116,118-121,123-127,129-130,132-139,142-144,146-149"
     ),
-    "mapillary_vistas": (65, "0-1,8,19-23,32-42,44-57,59-62"),
+    "mapillary_vistas": "0-1,8,19-23,32-42,44-57,59-62",
 }
 
 
@@ -164,15 +164,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: The file or one of its bases is missing.
         ImportError: PyYAML is not installed.
         UnsupportedOptionError: An option has a value without an equivalent, or one that only code could tell.
-        ValueError: The file is no YAML mapping, or its bases go round in a circle.
+        ValueError: The file is no YAML mapping, its bases go round in a circle, or an option is of the wrong type.
     """
     options = {**DEFAULTS, **_flatten(_read_with_bases(Path(path), ()))}
-    options = {name: options[name] for name in DEFAULTS}
+    options = {name: _decoded(options[name], default) for name, default in DEFAULTS.items()}
     for name, value in options.items():
         if _has_unread(value):
             raise UnsupportedOptionError(
                 f"{name} in {path} is an expression to execute. Write its value instead; nothing in a config is run."
             )
+        if not _is_of_kind(value, DEFAULTS[name]):
+            raise ValueError(f"{name} in {path} is {value!r}; a value like {DEFAULTS[name]!r} is expected.")
     _check_supported(options)
     return options
 
@@ -319,14 +321,14 @@ def _stuff_ids(options: Mapping[str, Any], labels: list[Label] | None) -> list[i
     num_labels = options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]
     if labels and all(label.is_thing is not None for label in labels):
         return [i for i, label in enumerate(labels) if not label.is_thing]
-    for name in (*options["DATASETS.TEST"], *options["DATASETS.TRAIN"]):
-        for start, (count, ranges) in _THINGS.items():
-            if name.startswith(start) and count == num_labels:
+    for name in (*options["DATASETS.TRAIN"], *options["DATASETS.TEST"]):
+        for start, ranges in _THINGS.items():
+            if name.startswith(start) and "panoptic" in name:
                 things = _expand(ranges)
                 return [i for i in range(num_labels) if i not in things]
     raise UnsupportedOptionError(
-        f"DATASETS.TEST is {list(options['DATASETS.TEST'])} with {num_labels} classes (NUM_CLASSES): which of them are "
-        "things is not known. Pass --labels with `isthing` for each class."
+        f"DATASETS.TRAIN is {list(options['DATASETS.TRAIN'])}, no panoptic data set whose things are known. Pass "
+        "--labels with `isthing` for each class."
     )
 
 
@@ -387,6 +389,24 @@ def _has_unread(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_has_unread(item) for item in value)
     return isinstance(value, _Unread)
+
+
+def _decoded(value: Any, default: Any) -> Any:
+    """Read a list that is written as Python's tuple, which YAML takes for text: `("coco_2017_train", )`."""
+    if isinstance(value, str) and isinstance(default, list | tuple):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+    return value
+
+
+def _is_of_kind(value: Any, default: Any) -> bool:
+    if default is None:
+        return True
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple)
+    return isinstance(value, int | float if isinstance(default, float) else type(default))
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -491,6 +491,28 @@ def test_resnet_option_without_an_equivalent_is_refused_only_where_there_is_a_re
         read_config(write_config(tmp_path, VARIANTS["resnet"] | changes))
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("INPUT.MIN_SIZE_TEST", "large"),
+        ("MODEL.PIXEL_MEAN", 0.5),
+        ("MODEL.PIXEL_STD", "[open('x', 'w')]"),
+        ("MODEL.MASK_FORMER.DEC_LAYERS", 2.5),
+        ("MODEL.MASK_FORMER.PRE_NORM", "yes, please"),
+    ],
+)
+def test_option_of_the_wrong_type_is_refused_by_name(tmp_path, option, value):
+    with pytest.raises(ValueError, match=option):
+        read_config(write_config(tmp_path, {option: value}))
+
+
+def test_impossible_model_is_told_without_a_traceback(tiny_original, tmp_path, capsys):
+    config_file = write_config(tmp_path, {"MODEL.SEM_SEG_HEAD.CONVS_DIM": 40})
+    arguments = ["--checkpoint", tiny_original[0], "--config-file", config_file, "--output", tmp_path / "out"]
+    assert convert_detectron2.main([str(argument) for argument in arguments]) == 1
+    assert "feature_size" in capsys.readouterr().err
+
+
 def test_task_channel_order_and_sizes_come_from_the_config(tmp_path):
     test = "MODEL.MASK_FORMER.TEST."
     changes = {"INPUT.FORMAT": "BGR", f"{test}SEMANTIC_ON": False, f"{test}INSTANCE_ON": True}
@@ -538,7 +560,7 @@ def test_stuff_of_the_known_data_sets(shared, name, tmp_path):
         "mapillary": "mapillary_vistas_panoptic_val",
     }
     changes = {
-        "DATASETS.TEST": [data_sets[name]],
+        "DATASETS.TRAIN": [data_sets[name]],
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(facts),
         "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": True,
     }
@@ -566,7 +588,11 @@ def test_bad_labels_are_refused(tmp_path, content):
 def test_config_of_ones_own_follows_its_bases(tmp_path):
     write_config(tmp_path, name="base.yaml")
     (tmp_path / "own").mkdir()
-    middle = {"_BASE_": "../base.yaml", "MODEL": {"MASK_FORMER": {"NUM_OBJECT_QUERIES": 11}}}
+    middle = {
+        "_BASE_": "../base.yaml",
+        "DATASETS": {"TRAIN": '("coco_2017_train_panoptic",)'},  # detectron2 reads Python's tuples from text
+        "MODEL": {"MASK_FORMER": {"NUM_OBJECT_QUERIES": 11}},
+    }
     (tmp_path / "own" / "middle.yaml").write_text(yaml.safe_dump(middle))
     top = {"_BASE_": "middle.yaml", "MODEL": {"MASK_FORMER": {"DEC_LAYERS": 4}}}
     (tmp_path / "own" / "top.yaml").write_text(yaml.safe_dump(top))
@@ -575,6 +601,7 @@ def test_config_of_ones_own_follows_its_bases(tmp_path):
         name.rpartition(".")[2]: value for name, value in options.items() if name.startswith("MODEL.MASK_FORMER.")
     }
     assert (former["DEC_LAYERS"], former["NUM_OBJECT_QUERIES"], former["DIM_FEEDFORWARD"]) == (4, 11, 16)
+    assert options["DATASETS.TRAIN"] == ("coco_2017_train_panoptic",)
 
     write_config(tmp_path, {"_BASE_": "own/top.yaml"}, name="base.yaml")
     with pytest.raises(ValueError, match="its own _BASE_"):
