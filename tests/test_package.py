@@ -1,0 +1,97 @@
+"""What is in the package, and that the README's commands are the ones that are checked."""
+
+import ast
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import m2f_hf
+
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MODULES = sorted((ROOT / "m2f_hf").glob("*.py"))
+
+
+def test_version_is_the_same_everywhere():
+    assert m2f_hf.__version__ == PROJECT["project"]["version"]
+    changelog = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changelog, re.M)[1] == m2f_hf.__version__
+
+
+def test_installed_package_has_every_file_of_the_source():
+    try:
+        distribution = metadata.distribution("m2f_hf")
+    except metadata.PackageNotFoundError:
+        pytest.skip("m2f_hf is not installed, the tests run from the source tree")
+    if distribution.read_text("direct_url.json") and '"editable": true' in distribution.read_text("direct_url.json"):
+        pytest.skip("m2f_hf is installed in place")
+    installed = {str(file) for file in distribution.files if str(file).startswith("m2f_hf/")}
+    source = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "m2f_hf").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert source - installed == set()
+
+
+def test_public_names_exist():
+    assert [name for name in m2f_hf.__all__ if not hasattr(m2f_hf, name)] == []
+
+
+def test_command_is_declared():
+    assert PROJECT["project"]["scripts"] == {"m2f": "m2f_hf.cli:main"}
+
+
+def test_licence_files_are_there():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert "arXiv:2112.01527" in (ROOT / "NOTICE").read_text()
+
+
+@pytest.mark.parametrize("command", ["pip install .", "m2f demo --output out", 'pip install ".[test]"', "pytest"])
+def test_readme_commands_are_run_by_ci(command):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```bash\n(.*?)```", readme, re.S))
+    assert command in code
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace("pip install -q", "pip install")
+    lines = [line.split("#")[0] for line in script.splitlines() if not line.lstrip().startswith("echo")]
+    assert any(re.search(rf"(^|[ =1]){re.escape(command)}( |$)", line) for line in lines)
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere outside of `try:`, relative imports left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_every_import_of_the_package_is_a_declared_dependency():
+    declared = {re.split(r"[><=\[; ]", dependency)[0] for dependency in PROJECT["project"]["dependencies"]}
+    declared = {{"pillow": "PIL"}.get(name, name) for name in declared}
+    undeclared = {path.name: imports(path) - declared - sys.stdlib_module_names for path in MODULES}
+    assert {name: found for name, found in undeclared.items() if found} == {}
+
+
+def test_model_files_reach_each_other_by_plain_relative_imports():
+    """`trust_remote_code` copies what `from .x import y` names, and nothing else."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and path.name not in ("cli.py", "__init__.py"):
+                assert node.level <= 1, f"{path.name}:{node.lineno}"
+                assert node.level == 0 or (node.module and "." not in node.module), f"{path.name}:{node.lineno}"
