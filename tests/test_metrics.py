@@ -1,0 +1,250 @@
+"""Panoptic quality and mean IoU, against their definitions."""
+
+import numpy as np
+import pytest
+import torch
+
+from m2f_hf.data import CATEGORIES, ShapesDataset
+from m2f_hf.image_processing_mask2former import M2FImageProcessor
+from m2f_hf.metrics import MeanIoU, PanopticEvaluation, PanopticQuality, evaluate_model
+
+
+TWO_THINGS_ONE_STUFF = [
+    {"id": 0, "name": "cat", "isthing": 1},
+    {"id": 1, "name": "dog", "isthing": 1},
+    {"id": 2, "name": "sky", "isthing": 0},
+]
+
+
+def segments(*entries: tuple) -> list[dict]:
+    return [{"id": i, "category_id": category, "iscrowd": crowd} for i, category, crowd in entries]
+
+
+def quality(predicted, predicted_segments, target, target_segments) -> dict:
+    metric = PanopticQuality(TWO_THINGS_ONE_STUFF)
+    metric.update(np.array(predicted), predicted_segments, np.array(target), target_segments)
+    return metric.compute()
+
+
+def test_a_case_computed_by_hand():
+    """A cat found with IoU 4/5, a dog called a cat, a sky found entirely."""
+    target = [[1, 1, 1, 1, 2, 2, 3, 3, 3, 3]]
+    predicted = [[5, 5, 5, 5, 5, 6, 7, 7, 7, 7]]
+    result = quality(
+        predicted, segments((5, 0, 0), (6, 0, 0), (7, 2, 0)), target, segments((1, 0, 0), (2, 1, 0), (3, 2, 0))
+    )
+    cat, dog, sky = (result["per_class"][name] for name in ("cat", "dog", "sky"))
+    assert cat == {"pq": pytest.approx(0.8 / 1.5), "sq": pytest.approx(0.8), "rq": 1 / 1.5, "tp": 1, "fp": 1, "fn": 0}
+    assert dog == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "tp": 0, "fp": 0, "fn": 1}
+    assert sky == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "tp": 1, "fp": 0, "fn": 0}
+    assert result["things"]["pq"] == pytest.approx(0.8 / 1.5 / 2)
+    assert result["stuff"] == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "num_classes": 1}
+    assert result["all"]["pq"] == pytest.approx((0.8 / 1.5 + 0 + 1) / 3)
+
+
+def test_an_overlap_of_exactly_one_half_is_no_match():
+    result = quality([[5, 5, 5, 0]], segments((5, 0, 0)), [[1, 1, 0, 0]], segments((1, 0, 0)))
+    assert result["per_class"]["cat"]["tp"] == 1  # void does not count to the union: 2 / 2
+    result = quality([[5, 5, 5, 5]], segments((5, 0, 0)), [[1, 1, 2, 2]], segments((1, 0, 0), (2, 1, 0)))
+    assert result["per_class"]["cat"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "tp": 0, "fp": 1, "fn": 1}
+
+
+def test_predictions_mostly_in_void_or_in_a_crowd_of_their_class_are_excused():
+    crowd = segments((1, 0, 1), (2, 1, 0))
+    target = [[1, 1, 1, 2, 2, 2, 0, 0]]
+    inside = quality([[5, 5, 5, 6, 6, 6, 0, 0]], segments((5, 0, 0), (6, 1, 0)), target, crowd)
+    assert inside["per_class"]["cat"]["pq"] is None, "a crowd neither matches nor is missed"
+    assert inside["per_class"]["dog"]["pq"] == 1.0
+    other_class = quality([[5, 5, 5, 6, 6, 6, 0, 0]], segments((5, 2, 0), (6, 1, 0)), target, crowd)
+    assert other_class["per_class"]["sky"]["fp"] == 1
+    in_void = quality([[0, 0, 0, 6, 6, 6, 5, 5]], segments((5, 0, 0), (6, 1, 0)), target, crowd)
+    assert in_void["per_class"]["cat"]["fp"] == 0
+    half_in_void = quality([[0, 0, 0, 6, 6, 5, 5, 0]], segments((5, 0, 0), (6, 1, 0)), target, crowd)
+    assert half_in_void["per_class"]["cat"]["fp"] == 1, "exactly half is not more than half"
+
+
+def random_panoptic(rng: np.random.Generator, side: int = 24) -> tuple[np.ndarray, list[dict]]:
+    """Blocks of random segments; id 0 is void, some are crowds."""
+    ids = np.kron(rng.integers(0, 7, (6, 6)), np.ones((side // 6, side // 6), dtype=np.int64))
+    present = [i for i in np.unique(ids).tolist() if i]
+    return ids, segments(*[(i, int(rng.integers(3)), int(rng.random() < 0.15)) for i in present])
+
+
+def nearly(rng: np.random.Generator, ids: np.ndarray, infos: list[dict]) -> tuple[np.ndarray, list[dict]]:
+    """A prediction that follows the target but for some pixels and some classes."""
+    predicted = np.where(rng.random(ids.shape) < 0.15, rng.integers(0, 7, ids.shape), ids)
+    classes = {info["id"]: info["category_id"] for info in infos}
+    present = [i for i in np.unique(predicted).tolist() if i]
+    entries = [(i, classes.get(i, 0) if rng.random() < 0.8 else int(rng.integers(3)), 0) for i in present]
+    return predicted, segments(*entries)
+
+
+def quality_by_definition(images: list[tuple]) -> dict[int, list[float]]:
+    """IoU sum, TP, FP, FN of each class, from boolean masks of all pairs."""
+    totals = {category: [0.0, 0, 0, 0] for category in range(3)}
+    for predicted, predicted_infos, target, target_infos in images:
+        void = target == 0
+        unmatched = {info["id"]: info for info in predicted_infos}
+        for truth in target_infos:
+            if truth["iscrowd"]:
+                continue
+            matched = False
+            for guess in predicted_infos:
+                p, t = (predicted == guess["id"]) & ~void, target == truth["id"]
+                iou = (p & t).sum() / (p | t).sum()
+                if guess["category_id"] == truth["category_id"] and iou > 0.5:
+                    totals[truth["category_id"]][0] += iou
+                    totals[truth["category_id"]][1] += 1
+                    del unmatched[guess["id"]]
+                    matched = True
+            totals[truth["category_id"]][3] += not matched
+        for guess in unmatched.values():
+            mask = predicted == guess["id"]
+            excused = void.copy()
+            for truth in target_infos:
+                if truth["iscrowd"] and truth["category_id"] == guess["category_id"]:
+                    excused |= target == truth["id"]
+            totals[guess["category_id"]][2] += (mask & excused).sum() <= 0.5 * mask.sum()
+    return totals
+
+
+def test_agrees_with_the_definition_on_random_maps():
+    rng = np.random.default_rng(0)
+    metric, images = PanopticQuality(TWO_THINGS_ONE_STUFF), []
+    for _ in range(60):
+        target, target_infos = random_panoptic(rng)
+        images.append((*nearly(rng, target, target_infos), target, target_infos))
+        metric.update(*images[-1])
+    expected = quality_by_definition(images)
+    assert all(value >= 10 for totals in expected.values() for value in totals), "every count is exercised"
+    assert np.allclose(metric.totals, [expected[category] for category in range(3)])
+    for entry, (iou, tp, fp, fn) in zip(metric.compute()["per_class"].values(), expected.values(), strict=True):
+        assert entry["sq"] == pytest.approx(iou / tp)
+        assert entry["pq"] == pytest.approx(entry["sq"] * entry["rq"]) == pytest.approx(iou / (tp + fp / 2 + fn / 2))
+
+
+def test_renamed_ids_and_the_order_of_images_change_nothing():
+    rng = np.random.default_rng(1)
+    images = []
+    for _ in range(10):
+        target, target_infos = random_panoptic(rng)
+        images.append((*nearly(rng, target, target_infos), target, target_infos))
+    plain, renamed = PanopticQuality(TWO_THINGS_ONE_STUFF), PanopticQuality(TWO_THINGS_ONE_STUFF)
+    for image in images:
+        plain.update(*image)
+    names = np.concatenate([[0], rng.permutation(2**24 - 1)[:10] + 1])
+    for predicted, predicted_infos, target, target_infos in images[::-1]:
+        other = [{**info, "id": int(names[info["id"]])} for info in predicted_infos[::-1]]
+        renamed.update(names[predicted], other, target, target_infos)
+    assert np.allclose(plain.totals, renamed.totals)
+
+
+def test_totals_of_two_processes_add_up():
+    rng = np.random.default_rng(2)
+    whole, halves = PanopticQuality(TWO_THINGS_ONE_STUFF), [PanopticQuality(TWO_THINGS_ONE_STUFF) for _ in range(2)]
+    for index in range(8):
+        target, target_infos = random_panoptic(rng)
+        image = (*nearly(rng, target, target_infos), target, target_infos)
+        whole.update(*image)
+        halves[index % 2].update(*image)
+    halves[0].totals = halves[0].totals + halves[1].totals
+    assert halves[0].compute()["all"] == pytest.approx(whole.compute()["all"])
+
+
+def test_a_target_predicts_itself_perfectly():
+    metric, iou = PanopticQuality(CATEGORIES), MeanIoU(7)
+    dataset = ShapesDataset(12, 64)
+    for index in range(len(dataset)):
+        item = dataset[index]
+        metric.update(*[item["segmentation_map"], item["segments_info"]] * 2)
+        iou.update(item["segmentation_map"] % 7, item["segmentation_map"] % 7)
+    assert metric.compute()["all"] == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "num_classes": 7}
+    assert iou.compute()["mean_iou"] == 1.0
+
+
+def test_nothing_seen_and_nothing_predicted():
+    metric = PanopticQuality(TWO_THINGS_ONE_STUFF)
+    assert metric.compute()["all"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "num_classes": 0}
+    metric.update(np.zeros((2, 2), int), [], np.ones((2, 2), int), segments((1, 0, 0)))
+    assert metric.compute()["per_class"]["cat"]["fn"] == 1
+
+
+def test_maps_that_contradict_their_segments_are_refused():
+    metric = PanopticQuality(TWO_THINGS_ONE_STUFF)
+    ones, one = np.ones((2, 2), int), segments((1, 0, 0))
+    for arguments, message in (
+        ((ones, [], ones, one), r"ids \[1\] are in the map only"),
+        ((ones, one, ones, segments((1, 0, 0), (2, 0, 0))), r"\[2\] in the segments only"),
+        ((np.ones((3, 2), int), one, ones, one), "resize the prediction"),
+        ((ones, segments((1, 9, 0)), ones, one), "not among"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metric.update(*arguments)
+    with pytest.raises(ValueError, match="same id"):
+        PanopticQuality([TWO_THINGS_ONE_STUFF[0]] * 2)
+
+
+def test_mean_iou_by_hand_and_by_brute_force():
+    metric = MeanIoU(3)
+    metric.update(np.array([[0, 0, 1, 1]]), np.array([[0, 1, 1, 255]]))
+    assert metric.compute() == {"mean_iou": 0.5, "per_class": [0.5, 0.5, None]}
+
+    rng = np.random.default_rng(0)
+    metric = MeanIoU(4, ignore_index=9)
+    targets = [rng.choice([0, 1, 2, 3, 9], (5, 7)) for _ in range(6)]
+    guesses = [np.where(rng.random((5, 7)) < 0.5, rng.integers(-1, 6, (5, 7)), target) for target in targets]
+    for guess, target in zip(guesses, targets, strict=True):
+        metric.update(guess, target)
+    guess, target = np.stack(guesses), np.stack(targets)
+    counted = target != 9
+    expected = [
+        ((guess == c) & (target == c)).sum() / (((guess == c) | (target == c)) & counted).sum() for c in range(4)
+    ]
+    assert metric.compute()["per_class"] == pytest.approx(expected)
+    assert metric.compute()["mean_iou"] == pytest.approx(np.mean(expected))
+
+
+def test_mean_iou_refuses_labels_out_of_range():
+    with pytest.raises(ValueError, match="expected 0 to 2 or 255"):
+        MeanIoU(3).update(np.zeros((1, 1), int), np.full((1, 1), 3))
+    with pytest.raises(ValueError, match="resize the prediction"):
+        MeanIoU(3).update(np.zeros((1, 2), int), np.zeros((1, 1), int))
+
+
+class Oracle(torch.nn.Module):
+    """Says of each scene what its target says: one query per segment, sure of its class and its pixels."""
+
+    def __init__(self, items: list[dict]) -> None:
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.items = items
+
+    def forward(self, pixel_values, pixel_mask):
+        assert not self.training
+        classes = torch.zeros(len(self.items), 12, 8)
+        classes[..., 7] = 20.0
+        masks = torch.full((len(self.items), 12, 16, 16), -50.0)
+        for row, item in enumerate(self.items):
+            small = item["segmentation_map"][2::4, 2::4]
+            for query, info in enumerate(item["segments_info"]):
+                classes[row, query, 7], classes[row, query, info["category_id"]] = 0.0, 20.0
+                masks[row, query][torch.from_numpy(small == info["id"])] = 50.0
+        return type("Outputs", (), {"class_queries_logits": classes, "masks_queries_logits": masks})
+
+
+def test_a_model_that_knows_the_target_scores_high_through_the_processor():
+    """What is lost is the masks' stride of 4 alone; the way through post-processing loses no segment or class."""
+    dataset = ShapesDataset(4, 64, seed=5)
+    items = [dataset[index] for index in range(4)]
+    processor = M2FImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}, label_ids_to_fuse=[4, 5, 6])
+    inputs = processor([item["image"] for item in items], return_tensors="pt")
+    evaluation = PanopticEvaluation(processor, CATEGORIES)
+    model = Oracle(items).train()
+    evaluate_model(model, [(inputs, items)], evaluation.update, show_progress=False)
+    assert model.training
+    result = evaluation.compute()
+    assert result["mean_iou"]["mean_iou"] > 0.7
+    assert result["panoptic_quality"]["stuff"]["rq"] == 1.0
+    assert result["panoptic_quality"]["all"]["sq"] > 0.75
+    doubled = evaluation.compute(lambda total: 2 * total)
+    assert doubled["panoptic_quality"]["all"] == pytest.approx(result["panoptic_quality"]["all"])
