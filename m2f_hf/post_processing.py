@@ -89,7 +89,8 @@ def _bilinear_taps(size: int, new_size: int) -> Taps:
     scale = torch.tensor(size, dtype=torch.float32) / new_size
     position = ((torch.arange(new_size, dtype=torch.float32) + 0.5) * scale - 0.5).clamp(min=0)
     low = position.long().clamp(max=size - 1)
-    return low, (low + 1).clamp(max=size - 1), position - low
+    weight = position - low
+    return low, torch.where(weight > 0, low + 1, low).clamp(max=size - 1), weight
 
 
 def _resize_rows(masks: Tensor, taps: Taps) -> Tensor:
