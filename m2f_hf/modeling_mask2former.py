@@ -841,6 +841,8 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    # Swin's last norm belongs to classification: no original checkpoint has it.
+    _keys_to_ignore_on_load_missing = (r"encoder\.(swin\.)?layernorm\.",)
     _no_split_modules = ("Mask2FormerPixelDecoderEncoderLayer", "Mask2FormerMaskedAttentionDecoderLayer")
 
     @torch.no_grad()
