@@ -189,10 +189,12 @@ def read_label_map(label_map: Any) -> tuple[np.ndarray, bool]:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iub":
         raise ValueError(f"a label map holds whole numbers, not {array.dtype} with fractions, NaN or other values")
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
+        array = array.squeeze(0 if array.shape[0] == 1 else -1)
+    if array.ndim == 2:
+        return array.astype(np.int64), False
+    if array.ndim == 3 and array.shape[-1] not in (3, 4):
         array = np.moveaxis(array, 0, -1)
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 1):
-        return array.reshape(array.shape[:2]).astype(np.int64), False
     if array.ndim == 3 and array.shape[-1] in (3, 4):
         return array[..., :3].astype(np.int64) @ np.array([1, 256, 65536]), True
     raise ValueError(f"a label map has the shape (H, W), or (H, W, 3) for ids as colours; got {array.shape}")
@@ -220,7 +222,7 @@ def _classes_of_segments(segments_info: Sequence[Mapping[str, Any]]) -> dict[int
             raise ValueError(
                 f"segments_info needs `id` and `category_id` (or `label_id`) in every entry; got {segment}"
             )
-        if isinstance(label, bool) or label != int(label) or label < 0:
+        if isinstance(label, bool) or not isinstance(label, int | np.integer) or label < 0:
             raise ValueError(f"unknown class {label!r} of segment {segment['id']}: classes are whole numbers from 0")
         if int(segment["id"]) in classes:
             raise ValueError(f"segments_info has the id {segment['id']} twice")
@@ -550,6 +552,9 @@ class M2FImageProcessor(PilBackend):
         There `size_divisor` stretches images, and 0 turns that off; here it is what they are padded to.
         """
         settings = dict(image_processor_dict)
+        if settings.get("image_processor_type") != cls.__name__:
+            # Older versions of transformers wrote every setting without a value as null.
+            settings = {name: value for name, value in settings.items() if value is not None}
         longest_edge = settings.pop("max_size", None)
         if isinstance(settings.get("size"), int):
             settings["size"] = {"shortest_edge": settings["size"], "longest_edge": longest_edge}
