@@ -323,17 +323,25 @@ def write_result(
     """
     overlay, segments, description = (folder / f"{stem}{suffix}" for suffix in OUTPUT_SUFFIXES)
     record = {**record, "height": image.height, "width": image.width, "file_name": segments.name}
-    text = json.dumps({**record, "segments_info": list(segments_info)}, indent=1, ensure_ascii=False)
+    text = _to_json(record, segments_info)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".m2f-") as work:
             draw_segments(image, segmentation, segments_info, scale=scale).save(Path(work, overlay.name))
             Image.fromarray(segmentation_to_rgb(segmentation)).save(Path(work, segments.name))
-            Path(work, description.name).write_text(text + "\n", encoding="utf-8")
+            Path(work, description.name).write_text(text, encoding="utf-8")
             for target in (overlay, segments, description):
                 os.replace(Path(work, target.name), target)
     except OSError as error:
         raise ImageError(f"cannot write to {folder} ({_first_line(error)}); free space or name another") from error
     return overlay
+
+
+def _to_json(record: Mapping[str, Any], segments_info: Sequence[Mapping[str, Any]]) -> str:
+    """The record with its `segments_info`, a line for each segment."""
+    fields = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items()]
+    segments = ",".join("\n  " + json.dumps(info, ensure_ascii=False) for info in segments_info)
+    fields.append(f'"segments_info": [{segments}\n ]' if segments else '"segments_info": []')
+    return "{\n " + ",\n ".join(fields) + "\n}\n"
 
 
 # --- words ---
@@ -361,7 +369,7 @@ def plural(label: str) -> str:
         return head + space + irregular[last]
     if label.endswith(("ss", "us", "x", "ch", "sh")):
         return label + "es"
-    return label if label.endswith("s") else label + "s"
+    return label + "s" if label[-1:].isalpha() and not label.endswith("s") else label
 
 
 def _join(words: Sequence[str]) -> str:
@@ -428,12 +436,11 @@ def _facts(model: str, config: Mask2FormerConfig, processor: M2FImageProcessor) 
     yield "model", model
     yield "type", config.model_type
     yield "task", processor.task
-    yield "classes", str(len(labels))
     if stuff:
         yield "things", f"{len(others)}: {', '.join(others)}"
         yield "stuff", f"{len(stuff)}: {', '.join(stuff)}"
     else:
-        yield "", ", ".join(others)
+        yield "classes", f"{len(others)}: {', '.join(others)}"
     yield "queries", str(config.num_queries)
     yield "backbone", ", ".join([backbone.model_type, *(f"{name} {getattr(backbone, name)}" for name in layout)])
     yield "pixel decoder", config.pixel_decoder

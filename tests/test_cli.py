@@ -188,6 +188,17 @@ def test_no_temporary_file_stays_and_files_can_be_read_by_others(model, photo, t
     assert {(out / name).stat().st_mode & 0o777 for name in names(out)} == {0o666 & ~before}
 
 
+def test_json_has_a_line_for_each_segment(tmp_path):
+    infos = [{"id": 1, "label": "Käfer", "bbox": [0, 0, 1, 1]}, {"id": 2, "label": '"', "bbox": [0, 0, 1, 1]}]
+    segmentation = np.array([[1, 2]])
+    drawable = [{**info, "label_id": 0} for info in infos]
+    write_result(tmp_path, "a", Image.new("RGB", (2, 1)), segmentation, drawable, {"image": "ö.png"})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text)["segments_info"] == drawable
+    assert json.loads(text)["image"] == "ö.png"
+    assert [line for line in text.splitlines() if "Käfer" in line and "bbox" in line]
+
+
 # --- many pictures ---
 
 
@@ -420,7 +431,14 @@ def test_description_of_a_semantic_result_gives_shares():
 
 @pytest.mark.parametrize(
     ("one", "many"),
-    [("star", "stars"), ("bench", "benches"), ("wine glass", "wine glasses"), ("bus", "buses"), ("skis", "skis")],
+    [
+        ("star", "stars"),
+        ("bench", "benches"),
+        ("wine glass", "wine glasses"),
+        ("bus", "buses"),
+        ("skis", "skis"),
+        ("LABEL_7", "LABEL_7"),
+    ],
 )
 def test_plurals(one, many):
     assert plural(one) == many
