@@ -43,17 +43,14 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 # --- images in ---
 
 
-def open_image(source: str | Path) -> Image.Image:
-    """Opens and decodes an image file, an http(s) address or a `data:image/` address; pixels as stored.
+def open_image(path: str | Path) -> Image.Image:
+    """Opens and decodes an image file; pixels as stored.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: what is there is no image that Pillow can decode to the end.
     """
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:image/")):
-        return load_image(source)
-    path = Path(source)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"there is no image file {path}")
     try:
         with Image.open(path) as image:
@@ -63,6 +60,15 @@ def open_image(source: str | Path) -> Image.Image:
         raise ValueError(
             f"{path} cannot be read as an image ({error}): the file is damaged, incomplete or of a format that Pillow "
             "does not know; save it again as PNG or JPEG"
+        ) from error
+
+
+def _fetch_image(address: str) -> Image.Image:
+    try:
+        return load_image(address)
+    except Exception as error:  # of the network, of its client, of Pillow
+        raise ValueError(
+            f"no image could be had from {address[:100]} ({error}): download it and pass its path"
         ) from error
 
 
@@ -658,7 +664,9 @@ class M2FImageProcessor(PilBackend):
         self, image: Any, input_data_format: str | ChannelDimension | None = None, **kwargs: Any
     ) -> np.ndarray:
         """Any image that `preprocess` takes, to (3, H, W) RGB: uint8, or float32 in the range it came in."""
-        if isinstance(image, str | Path):
+        if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
+            image = _fetch_image(image)
+        elif isinstance(image, str | Path):
             image = open_image(image)
         is_torch = isinstance(image, torch.Tensor)
         if isinstance(image, torch.Tensor):

@@ -656,6 +656,12 @@ def test_files_that_are_no_images(tmp_path, picture):
         M2FImageProcessor()(tmp_path)
 
 
+@pytest.mark.parametrize("address", ["data:image/png;base64,AAAA", "http://127.0.0.1:9/photo.jpg"])
+def test_addresses_without_an_image(address):
+    with pytest.raises(ValueError, match=r"no image could be had from .*pass its path"):
+        M2FImageProcessor()(address)
+
+
 def test_the_error_names_the_image_of_the_batch(picture):
     with pytest.raises(ValueError, match=r"image 1 of the batch: .*NaN"):
         M2FImageProcessor()([picture, np.full((4, 4, 3), np.nan)])
