@@ -889,6 +889,9 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
 class Mask2FormerModel(Mask2FormerPreTrainedModel):
     """Backbone, pixel decoder and masked-attention decoder; the class head is the next class's."""
 
+    # Checkpoints are those of the next class: what they have beyond this one is no surprise.
+    _keys_to_ignore_on_load_unexpected = (r"^class_predictor\.", r"^criterion\.")
+
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config)
         self.pixel_level_module = Mask2FormerPixelLevelModule(config)

@@ -1,0 +1,34 @@
+"""Puts our classes where `transformers` looks for them; stock `mask2former` checkpoints stay what they were."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForUniversalSegmentation,
+)
+
+# From where it lives: some releases replace the name at the top level by one that raises where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_mask2former import Mask2FormerConfig
+from .image_processing_mask2former import M2FImageProcessor
+from .modeling_mask2former import Mask2FormerForUniversalSegmentation, Mask2FormerModel
+from .pipeline import M2FImageSegmentationPipeline
+
+
+def register() -> None:
+    """Register `model_type` "m2f" with the Auto classes, and our pipeline; calling it again changes nothing.
+
+    `exist_ok` is needed because `transformers` compares configuration classes by name and has a `Mask2FormerConfig` of
+    its own; it looks models up by class, so the two do not meet.
+    """
+    AutoConfig.register(Mask2FormerConfig.model_type, Mask2FormerConfig, exist_ok=True)
+    AutoModel.register(Mask2FormerConfig, Mask2FormerModel, exist_ok=True)
+    # The segmentation pipeline builds a model given by name through AutoModelForImageSegmentation.
+    for auto_class in (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation):
+        auto_class.register(Mask2FormerConfig, Mask2FormerForUniversalSegmentation, exist_ok=True)
+    processors = dict.fromkeys(("pil", "torchvision"), M2FImageProcessor)
+    AutoImageProcessor.register(Mask2FormerConfig, image_processor_classes=processors, exist_ok=True)
+    # In place: registering anew would warn, and drop the task's default model.
+    PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = M2FImageSegmentationPipeline
