@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from PIL import Image
@@ -47,6 +46,8 @@ BUNDLED_SCENES = ASSETS / "scenes"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 OUTPUT_SUFFIXES = (".overlay.png", ".segments.png", ".json")
 INFO_KEYS = ("id", "label_id", "label", "isthing", "score", "area", "bbox", "segmentation")
+# `huggingface_hub` passes on the errors of httpx, or of httpx2 in later versions; its own are derived from them.
+NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 # The scenes are small, and their labels are to be read.
 _DEMO_SCALE = 4
 
@@ -508,25 +509,30 @@ def _find_config(model: str) -> Path:
             raise CommandError(f"the folder {model} has no config.json; give one that save_pretrained wrote")
         return folder / "config.json"
     try:
+        cached = try_to_load_from_cache(model, "config.json")
+        if isinstance(cached, str):
+            return Path(cached)
+        # One question before the download, which would ask six times over half a minute.
+        HfApi().model_info(model, timeout=10)
         return Path(hf_hub_download(model, "config.json"))
     except HFValidationError as error:
         raise CommandError(f"there is no folder {model}, and a model on the Hub is named owner/name") from error
-    except GatedRepoError as error:
+    except GatedRepoError as error:  # a RepositoryNotFoundError, as that is a HfHubHTTPError and a network error
         raise CommandError(f"{model} needs its owner's consent: ask on its page, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise CommandError(
             f"there is no folder {model} and no such model on the Hub; check the spelling (a private one needs "
             "`hf auth login`)"
         ) from error
-    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it may be a subclass
-        raise CommandError(
-            f"there is no folder {model}, and the Hub cannot be reached or HF_HUB_OFFLINE is set; check the spelling "
-            "and the connection, or give a folder"
-        ) from error
     except EntryNotFoundError as error:
         raise CommandError(f"{model} on the Hub has no config.json: it is not a transformers model") from error
     except HfHubHTTPError as error:
         raise CommandError(f"the Hub does not give {model} ({_first_line(error)}); try again later") from error
+    except NETWORK_ERRORS as error:
+        raise CommandError(
+            f"there is no folder {model}, and the Hub cannot be reached ({_first_line(error)}); check the spelling and "
+            "the connection, or give a folder"
+        ) from error
 
 
 @contextmanager

@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from m2f_hf.cli import ASSETS, BUNDLED_SCENES, CommandError, ImageError, describe, main, plural, write_result
@@ -349,7 +352,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: "no/such-model", "HF_HUB_OFFLINE"),
+        (lambda path: "no/such-model", "the Hub cannot be reached"),
         (lambda path: "not a name!", "owner/name"),
         (lambda path: str(path / "empty"), "no config.json"),
         (lambda path: str(path / "file.bin"), "is a file"),
@@ -383,6 +386,41 @@ def test_a_model_that_cannot_be_used(make, says, model, photo, tmp_path, capsys)
     assert says in lines[-1]
     assert lines[-1].startswith("m2f: ")
     assert names(out) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (404, "RepoNotFound", "no such model on the Hub"),
+        (403, "GatedRepo", "needs its owner's consent"),
+        (418, "", "the Hub does not give some/model"),
+        (None, "", "the Hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_answers(status, code, says, monkeypatch, capsys):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    if status is None:
+        server.server_close()
+    else:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("m2f_hf.cli.HfApi", lambda: HfApi(endpoint=endpoint))
+    assert main(["info", "some/model"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert says in lines[0]
+    server.server_close()
 
 
 def test_a_device_that_is_not_there(model, photo, tmp_path, capsys):
