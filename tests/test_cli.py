@@ -1,5 +1,7 @@
 """The `m2f` command, run in this process with a small model of random weights and with the bundled one."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -554,3 +556,57 @@ def test_bundled_scenes_are_the_generators():
         assert np.abs(scene - np.asarray(dataset[index]["image"])).max() <= 2
     assert len(list(BUNDLED_SCENES.iterdir())) == 5
     assert BUNDLED_SCENES.parent == ASSETS
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, str]:
+    """The demo's folder and words, with every way to the network closed."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    words = io.StringIO()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the demo reaches for the network")
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(words):
+        patch.setattr("socket.socket.connect", refuse)
+        patch.setattr("socket.getaddrinfo", refuse)
+        assert main(["demo", "--output", str(out)]) == 0
+    return out, words.getvalue()
+
+
+def test_demo_writes_every_file_and_says_what_it_found(demo):
+    out, words = demo
+    stems = [f"scene-{number}.{task}" for number in range(1, 5) for task in ("instance", "panoptic", "semantic")]
+    expected = [f"{stem}{suffix}" for stem in stems for suffix in (".json", ".overlay.png", ".segments.png")]
+    assert names(out) == sorted(["demo.png", *expected])
+    assert Image.open(out / "scene-1.panoptic.overlay.png").size == (640, 640)
+    assert Image.open(out / "scene-1.panoptic.segments.png").size == (160, 160)
+    assert str(out / "demo.png") in words
+    for stem in stems:
+        record, _ = result(out, stem)
+        assert f"{record['task']:<9} {describe(record['segments_info'])}" in words
+
+
+def test_demo_finds_what_was_drawn(demo):
+    out, _ = demo
+    dataset = ShapesDataset(8, image_size=160, seed=2026)
+    num_drawn, num_found, accuracies = 0, 0, []
+    for number, index in enumerate((1, 4, 5, 6), start=1):
+        drawn = dataset[index]
+        record, segmentation = result(out, f"scene-{number}.panoptic")
+        for segment in drawn["segments_info"]:
+            mask = drawn["segmentation_map"] == segment["id"]
+            num_drawn += 1
+            num_found += any(
+                info["label_id"] == segment["category_id"] and iou(segmentation == info["id"], mask) > 0.5
+                for info in record["segments_info"]
+            )
+        _, classes = result(out, f"scene-{number}.semantic")
+        table = {segment["id"]: segment["category_id"] + 1 for segment in drawn["segments_info"]}
+        accuracies.append((classes == np.vectorize(table.get)(drawn["segmentation_map"])).mean())
+    assert num_found >= 0.8 * num_drawn
+    assert np.mean(accuracies) >= 0.9
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    return (first & second).sum() / (first | second).sum()
