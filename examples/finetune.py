@@ -24,7 +24,6 @@ from accelerate.utils import set_seed
 from PIL import ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import AutoBackbone
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import CATEGORIES, CocoPanopticDataset, ShapesDataset
@@ -136,9 +135,10 @@ def build(args: argparse.Namespace, categories: list[dict[str, Any]]) -> tuple[A
     settings = json.loads(args.config.read_text(encoding="utf-8"))
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**settings, **names))
     if args.backbone is not None:
+        backbone = model.model.pixel_level_module.encoder
         # A deeper backbone will do: blocks that the config has no place for are left behind.
-        backbone = AutoBackbone.from_pretrained(args.backbone, config=model.config.backbone_config)
-        model.model.pixel_level_module.encoder.load_state_dict(backbone.state_dict())
+        pretrained = type(backbone).from_pretrained(args.backbone, config=backbone.config)
+        backbone.load_state_dict(pretrained.state_dict())
     size = {"shortest_edge": args.image_size, "longest_edge": 2 * args.image_size}
     return model, Mask2FormerImageProcessor(size=size, label_ids_to_fuse=stuff)
 
