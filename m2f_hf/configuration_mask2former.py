@@ -1,10 +1,13 @@
 """Configuration of the image model: typed defaults in one place, impossible combinations refused when it is built."""
 
+import math
+from copy import deepcopy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.backbone_utils import consolidate_backbone_kwargs_to_config
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin, consolidate_backbone_kwargs_to_config
 
 
 _DEFAULT_BACKBONE: dict[str, Any] = {
@@ -48,7 +51,8 @@ class Mask2FormerConfig(PreTrainedConfig):
         train_num_points: points sampled for each mask in matching and loss.
         oversample_ratio: candidates for each sampled point, at least 1.
         importance_sample_ratio: share of points chosen for their uncertainty, in [0, 1].
-        init_std, init_xavier_std: scales of the initial weights.
+        init_std: not read; kept so that configurations go to `transformers` and back unchanged.
+        init_xavier_std: gain of the Xavier-uniform initial weights.
         use_auxiliary_loss: whether every prediction, or only the last, enters the loss.
         feature_strides: strides of the backbone's feature maps.
         output_auxiliary_logits: whether `forward` also returns the earlier layers' logits.
@@ -57,7 +61,10 @@ class Mask2FormerConfig(PreTrainedConfig):
             training (the original's FrozenBN).
 
     Raises:
-        ValueError: a combination that no model can be built from; the message names the field to change.
+        StrictDataclassFieldValidationError: a field of another type (`huggingface_hub.errors`).
+        StrictDataclassClassValidationError: a combination that no model can be built from; the message names the field
+            to change.
+        ValueError: `backbone_config` is a dict of no known model type.
     """
 
     model_type = "m2f"
@@ -96,11 +103,19 @@ class Mask2FormerConfig(PreTrainedConfig):
     freeze_backbone_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)  # the class knows; in a stock dict it says "mask2former"
+        if isinstance(self.backbone_config, dict) and self.backbone_config.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`backbone_config` has the `model_type` {self.backbone_config.get('model_type')!r}, which "
+                "transformers does not know; use that of a backbone, for example 'swin' or 'resnet'."
+            )
+        if kwargs.get("backbone_kwargs") is None:
+            kwargs.pop("backbone_kwargs", None)  # null in old files
         # Stock configurations saved before transformers 5 name their backbone in several fields; one place knows them.
         self.backbone_config, kwargs = consolidate_backbone_kwargs_to_config(
             backbone_config=self.backbone_config,
             default_config_type="swin",
-            default_config_kwargs=_DEFAULT_BACKBONE,
+            default_config_kwargs=deepcopy(_DEFAULT_BACKBONE),
             **kwargs,
         )
         super().__post_init__(**kwargs)
@@ -120,28 +135,42 @@ class Mask2FormerConfig(PreTrainedConfig):
             ValueError: naming the field at fault and a value that works.
         """
         super().validate_architecture()
-        self._validate_widths()
         self._validate_counts()
+        self._validate_widths()
         self._validate_backbone()
 
     def _validate_widths(self) -> None:
         heads = self.num_attention_heads
-        for name, value, divisor, reason in (
-            ("hidden_dim", self.hidden_dim, 4, "the position encoding has sine and cosine for y and x"),
-            ("hidden_dim", self.hidden_dim, heads, "of num_attention_heads"),
-            ("feature_size", self.feature_size, NUM_NORM_GROUPS, "the pixel decoder's GroupNorms have 32 groups"),
-            ("feature_size", self.feature_size, heads, "of num_attention_heads"),
+        for name, base, reason in (
+            ("hidden_dim", 4, "sine and cosine for y and x in the position encoding"),
+            ("feature_size", NUM_NORM_GROUPS, "the groups of the pixel decoder's GroupNorms"),
         ):
-            if value < 1 or divisor < 1 or value % divisor:
-                better = max(round(value / max(divisor, 1)), 1) * max(divisor, 1)
+            value, divisor = getattr(self, name), math.lcm(base, heads)
+            if value < 1 or value % divisor:
+                better = max(round(value / divisor), 1) * divisor
                 raise ValueError(
-                    f"`{name}`={value} must be a multiple of {divisor} ({reason}); use {better}, for example."
+                    f"`{name}`={value} must be a multiple of {base} ({reason}) and of `num_attention_heads`={heads}; "
+                    f"use {better}, for example."
                 )
 
     def _validate_counts(self) -> None:
-        for name in ("decoder_layers", "num_queries", "train_num_points", "mask_feature_size", "dim_feedforward"):
+        for name in (
+            "num_attention_heads",
+            "mask_feature_size",
+            "encoder_feedforward_dim",
+            "dim_feedforward",
+            "decoder_layers",
+            "num_queries",
+            "num_labels",
+            "train_num_points",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(
+                f"`activation_function`={self.activation_function!r} is not known; use 'relu', 'gelu' or another name "
+                "in `transformers.activations.ACT2FN`."
+            )
         if self.pixel_decoder not in PIXEL_DECODERS:
             raise ValueError(f"`pixel_decoder`={self.pixel_decoder!r} is not known; use one of {list(PIXEL_DECODERS)}.")
         if self.pixel_decoder == "msdeform" and self.encoder_layers < 1:
@@ -153,8 +182,11 @@ class Mask2FormerConfig(PreTrainedConfig):
             raise ValueError(f"`dropout`={self.dropout} must lie in [0, 1).")
         if not 0 <= self.importance_sample_ratio <= 1:
             raise ValueError(f"`importance_sample_ratio`={self.importance_sample_ratio} must lie in [0, 1].")
-        if self.oversample_ratio < 1:
-            raise ValueError(f"`oversample_ratio`={self.oversample_ratio} must be at least 1.")
+        if not 1 <= self.oversample_ratio < math.inf:
+            raise ValueError(f"`oversample_ratio`={self.oversample_ratio} must be a finite number of at least 1.")
+        for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "init_xavier_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}`={getattr(self, name)} must be a finite number, 0 or above.")
         if not any((self.class_weight, self.mask_weight, self.dice_weight)):
             raise ValueError("`class_weight`, `mask_weight` and `dice_weight` are all 0: nothing would be learned.")
         if self.common_stride != 4 or tuple(self.feature_strides) != (4, 8, 16, 32):
@@ -164,12 +196,16 @@ class Mask2FormerConfig(PreTrainedConfig):
             )
 
     def _validate_backbone(self) -> None:
-        out_features = getattr(self.backbone_config, "out_features", None)
-        if out_features is not None and len(out_features) != len(self.feature_strides):
+        backbone = self.backbone_config
+        if not isinstance(backbone, BackboneConfigMixin):
             raise ValueError(
-                f"The backbone gives {len(out_features)} feature map(s) ({list(out_features)}), but four at strides "
-                f"4, 8, 16 and 32 are needed. Set its `out_features`, for example to ['stage1', 'stage2', 'stage3', "
-                f"'stage4']."
+                f"`backbone_config` is that of a {backbone.model_type!r}, which is no backbone; use 'swin' or "
+                "'resnet', for example."
+            )
+        if len(backbone.out_indices) != len(self.feature_strides):
+            raise ValueError(
+                f"`backbone_config` gives {len(backbone.out_indices)} feature map(s), but four at strides 4, 8, 16 and "
+                "32 are needed. Set its `out_features`, for example to ['stage1', 'stage2', 'stage3', 'stage4']."
             )
 
 
