@@ -28,7 +28,7 @@ def register() -> None:
     # The segmentation pipeline builds a model given by name through AutoModelForImageSegmentation.
     for auto_class in (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation):
         auto_class.register(Mask2FormerConfig, Mask2FormerForUniversalSegmentation, exist_ok=True)
-    processors = dict.fromkeys(("pil", "torchvision"), M2FImageProcessor)
+    processors: dict[str, type] = dict.fromkeys(("pil", "torchvision"), M2FImageProcessor)
     AutoImageProcessor.register(Mask2FormerConfig, image_processor_classes=processors, exist_ok=True)
     # In place: registering anew would warn, and drop the task's default model.
     PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = M2FImageSegmentationPipeline

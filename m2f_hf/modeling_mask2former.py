@@ -167,7 +167,7 @@ def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> T
     An image alone is padded to a multiple of 32 and the original attends there; what a batch adds beyond that must not
     move the result.
     """
-    valid = (image_sizes + PADDING_DIVISOR - 1) // PADDING_DIVISOR * (PADDING_DIVISOR // stride)  # (B, 2)
+    valid = (image_sizes.clamp(min=1) + PADDING_DIVISOR - 1) // PADDING_DIVISOR * (PADDING_DIVISOR // stride)  # (B, 2)
     rows, columns = (torch.arange(length, device=image_sizes.device) for length in size)
     return (rows[:, None] >= valid[:, :1, None]) | (columns >= valid[:, 1:, None])
 
@@ -176,14 +176,19 @@ def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | No
     """GroupNorm whose statistics leave padding out, and zeros there: (B, C, H, W), (B, H, W) -> (B, C, H, W)."""
     if padding is None:
         return norm(features)
-    grouped = features.unflatten(1, (norm.num_groups, -1)).float()  # (B, G, C/G, H, W)
-    image = ~padding[:, None, None]  # (B, 1, 1, H, W)
-    count = image.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
-    mean = (grouped * image).sum(dim=(2, 3, 4), keepdim=True) / count
-    centred = (grouped - mean) * image
-    variance = centred.square().sum(dim=(2, 3, 4), keepdim=True) / count
-    normalised = (centred * torch.rsqrt(variance + norm.eps)).flatten(1, 2).to(features.dtype)
-    return (normalised * norm.weight[:, None, None] + norm.bias[:, None, None]) * image[:, 0]
+    image = ~padding.flatten(1)  # (B, N)
+    share = (image / image.sum(1, keepdim=True))[..., None]  # (B, N, 1), sums to one over each image
+
+    def group_mean(channels: Tensor) -> Tensor:
+        # (B, C, N) x (B, N, 1) -> (B, C, 1), the same for all channels of a group
+        groups = (channels @ share).unflatten(1, (norm.num_groups, -1))
+        return groups.mean(2, keepdim=True).expand_as(groups).flatten(1, 2)
+
+    channels = features.flatten(2).float()
+    centred = channels - group_mean(channels)
+    scale = torch.rsqrt(group_mean(centred.square()) + norm.eps) * norm.weight[:, None]
+    normalised = torch.addcmul(norm.bias[:, None].float(), centred, scale) * image[:, None]
+    return normalised.view_as(features).to(features.dtype)
 
 
 def continue_edges(features: Tensor, padding: Tensor | None) -> Tensor:
@@ -213,6 +218,10 @@ class XavierLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, zero_bias: bool = True) -> None:
         super().__init__(in_features, out_features)
         self.zero_bias = zero_bias
+
+
+class XavierConv2d(nn.Conv2d):
+    """Convolution with Xavier-uniform weights: those that lead into the deformable encoder."""
 
 
 class ZeroLinear(nn.Linear):
@@ -300,10 +309,12 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: Tensor,
         reference_points: Tensor,
+        map_sizes: Tensor,
         spatial_shapes: list[tuple[int, int]],
         padding: Tensor | None,
     ) -> Tensor:
-        """(B, S, C), encoding (B or 1, S, C), points (S, 2), padding (B, S) True = padding -> (B, S, C)."""
+        """(B, S, C), encoding (B or 1, S, C), points (S, 2), each level's width and height (L, 2), the same as integers
+        (height first), padding (B, S) True = padding -> (B, S, C)."""
         queries = hidden_states + position_embeddings
         value = self.value_proj(hidden_states)
         if padding is not None:
@@ -311,7 +322,6 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
         samples = (self.num_heads, NUM_FEATURE_LEVELS, NUM_SAMPLING_POINTS)
         offsets = self.sampling_offsets(queries).unflatten(-1, (*samples, 2))  # in pixels of the level they read
         weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
-        map_sizes = offsets.new_tensor([(width, height) for height, width in spatial_shapes])  # (L, 2)
         locations = reference_points[:, None, None, None] + offsets / map_sizes[:, None]
         output = multi_scale_deformable_attention(
             value.unflatten(-1, (self.num_heads, -1)), spatial_shapes, locations, weights.unflatten(-1, samples[1:])
@@ -335,10 +345,13 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         position_embeddings: Tensor,
         reference_points: Tensor,
+        map_sizes: Tensor,
         spatial_shapes: list[tuple[int, int]],
         padding: Tensor | None,
     ) -> Tensor:
-        attended = self.self_attn(hidden_states, position_embeddings, reference_points, spatial_shapes, padding)
+        attended = self.self_attn(
+            hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
+        )
         hidden_states = self.self_attn_layer_norm(hidden_states + self._drop(attended))
         expanded = self._drop(nn.functional.relu(self.fc1(hidden_states)))
         return self.final_layer_norm(hidden_states + self._drop(self.fc2(expanded)))
@@ -361,8 +374,18 @@ class Mask2FormerPixelDecoderEncoderOnly(nn.Module):
     ) -> Tensor:
         """(B, S, C) -> (B, S, C), the three maps flattened and concatenated."""
         reference_points = self.reference_points(spatial_shapes, hidden_states)
+        # Filled on the device: uploading them would make the host wait.
+        map_sizes = torch.stack(
+            [
+                torch.full((), side, device=hidden_states.device, dtype=torch.float32)
+                for shape in spatial_shapes
+                for side in shape[::-1]
+            ]
+        ).view(-1, 2)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_embeddings, reference_points, spatial_shapes, padding)
+            hidden_states = layer(
+                hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
+            )
         return hidden_states
 
     @staticmethod
@@ -384,16 +407,15 @@ class Mask2FormerPixelDecoderEncoderOnly(nn.Module):
 class ConvNorm(nn.Sequential):
     """Convolution and GroupNorm, then ReLU if asked; padding is left out of the statistics and comes out as zeros."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool, relu: bool = False) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
-            nn.GroupNorm(NUM_NORM_GROUPS, out_channels),
-        )
+    def __init__(self, convolution: nn.Conv2d, relu: bool = False) -> None:
+        super().__init__(convolution, nn.GroupNorm(NUM_NORM_GROUPS, convolution.out_channels))
         self.relu = relu
 
     def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
-        normalised = masked_group_norm(self[0](features), self[1], padding)
-        return normalised.relu_() if self.relu and not self.training else normalised.relu() if self.relu else normalised
+        convolution, norm = self
+        assert isinstance(norm, nn.GroupNorm)
+        normalised = masked_group_norm(convolution(features), norm, padding)
+        return normalised.relu() if self.relu else normalised
 
 
 class Mask2FormerPixelDecoder(nn.Module):
@@ -405,11 +427,11 @@ class Mask2FormerPixelDecoder(nn.Module):
         self.position_embedding = Mask2FormerSinePositionEmbedding(width // 2)
         self.level_embed = nn.Parameter(torch.empty(NUM_FEATURE_LEVELS, width))
         self.input_projections = nn.ModuleList(
-            [ConvNorm(channels, width, kernel_size=1, bias=True) for channels in feature_channels[:0:-1]]
+            [ConvNorm(XavierConv2d(channels, width, 1)) for channels in feature_channels[:0:-1]]
         )
         self.encoder = Mask2FormerPixelDecoderEncoderOnly(config)
-        self.adapter_1 = ConvNorm(feature_channels[0], width, kernel_size=1, bias=False)
-        self.layer_1 = ConvNorm(width, width, kernel_size=3, bias=False, relu=True)
+        self.adapter_1 = ConvNorm(nn.Conv2d(feature_channels[0], width, 1, bias=False))
+        self.layer_1 = ConvNorm(nn.Conv2d(width, width, 3, padding=1, bias=False), relu=True)
         self.mask_projection = nn.Conv2d(width, config.mask_feature_size, kernel_size=1)
 
     def forward(
@@ -418,6 +440,7 @@ class Mask2FormerPixelDecoder(nn.Module):
         """Backbone maps and their paddings, finest first -> mask features and three maps, coarsest first."""
         finest, *coarse = features
         coarse_paddings = paddings[:0:-1]
+        known_paddings = [padding for padding in coarse_paddings if padding is not None]
         projected = [
             projection(level, padding)
             for projection, level, padding in zip(self.input_projections, coarse[::-1], coarse_paddings, strict=True)
@@ -432,7 +455,7 @@ class Mask2FormerPixelDecoder(nn.Module):
                 ]
             ),
             spatial_shapes,
-            None if coarse_paddings[0] is None else torch.cat([pad.flatten(1) for pad in coarse_paddings], dim=1),
+            torch.cat([padding.flatten(1) for padding in known_paddings], dim=1) if known_paddings else None,
         )
         sizes = [height * width for height, width in spatial_shapes]
         # (B, S, C) -> three (B, C, H, W)
@@ -460,12 +483,11 @@ class Mask2FormerFPNPixelDecoder(nn.Module):
         width = config.feature_size
         self.num_levels = len(feature_channels)
         # Numbered from the finest map. The coarsest has nothing to be added to, hence no adapter.
-        for level, channels in enumerate(feature_channels[:-1], start=1):
-            self.add_module(f"adapter_{level}", ConvNorm(channels, width, kernel_size=1, bias=False))
-            self.add_module(f"layer_{level}", ConvNorm(width, width, kernel_size=3, bias=False, relu=True))
-        self.add_module(
-            f"layer_{self.num_levels}", ConvNorm(feature_channels[-1], width, kernel_size=3, bias=False, relu=True)
-        )
+        for level, channels in enumerate(feature_channels, start=1):
+            if level < self.num_levels:
+                self.add_module(f"adapter_{level}", ConvNorm(nn.Conv2d(channels, width, 1, bias=False)))
+                channels = width
+            self.add_module(f"layer_{level}", ConvNorm(nn.Conv2d(channels, width, 3, padding=1, bias=False), relu=True))
         self.mask_projection = nn.Conv2d(width, config.mask_feature_size, kernel_size=3, padding=1)
 
     def forward(
@@ -503,13 +525,14 @@ class Mask2FormerPixelLevelModule(nn.Module):
         self.config = config
         self.encoder = AutoBackbone.from_config(config.backbone_config)
         self.decoder = PIXEL_DECODER_CLASSES[config.pixel_decoder](config, feature_channels=self.encoder.channels)
-        for name, parameter in self.encoder.named_parameters():
+        if config.backbone_config.model_type == "swin":
             # Swin's last norm belongs to classification; DDP would wait for its gradient for ever.
-            if name.rpartition("swin.")[2].startswith("layernorm."):
-                parameter.requires_grad_(False)
+            for name, parameter in self.encoder.named_parameters():
+                if name.removeprefix("swin.").startswith("layernorm."):
+                    parameter.requires_grad_(False)
         if config.freeze_backbone_norm:
             for norm in self._batch_norms():
-                norm.requires_grad_(False)
+                norm.eval().requires_grad_(False)  # a new model is in training mode without a call of `train`
 
     def train(self, mode: bool = True) -> "Mask2FormerPixelLevelModule":
         """As `nn.Module.train`; frozen batch norms go on using their running statistics."""
@@ -519,12 +542,24 @@ class Mask2FormerPixelLevelModule(nn.Module):
                 norm.eval()
         return self
 
+    def _check_strides(self, pixel_values: Tensor, features: tuple[Tensor, ...]) -> None:
+        for stride, level in zip(self.config.feature_strides, features, strict=True):
+            for length, side in zip(level.shape[2:], pixel_values.shape[2:], strict=True):
+                if abs(length * stride - side) >= stride:
+                    raise ValueError(
+                        f"The backbone's feature maps have the sizes {[tuple(level.shape[2:]) for level in features]}, "
+                        f"which are not strides {list(self.config.feature_strides)} of {tuple(pixel_values.shape[2:])}; "
+                        "choose its stages with `out_features` in `backbone_config`."
+                    )
+
     def _batch_norms(self) -> list[nn.Module]:
         return [module for module in self.encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Mask2FormerPixelLevelModuleOutput:
         """(B, 3, H, W); with (B, 2) image sizes, padding beyond each image's own multiple of 32 is hidden."""
         features = self.encoder(pixel_values).feature_maps
+        if not torch.compiler.is_exporting():  # there a size may be a symbol, which a comparison would pin down
+            self._check_strides(pixel_values, features)
         paddings: tuple[Tensor | None, ...] = (None,) * len(features)
         if image_sizes is not None:
             paddings = tuple(
@@ -607,15 +642,14 @@ class Mask2FormerMaskedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Q, C), (B, S, C) twice, (B, 1, Q, S) True = blocked -> (B, Q, C) and, eager, (B, heads, Q, S) weights."""
-        projected = (
-            nn.functional.linear(states, weight, bias)
+        query, key, value = (
+            split_heads(nn.functional.linear(states, weight, bias), self.config.num_attention_heads)
             for states, weight, bias in zip(
                 (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
             )
         )
-        heads = (split_heads(states, self.config.num_attention_heads) for states in projected)
         dropout = self.config.dropout if self.training else 0.0
-        output, weights = attend(*heads, blocked, dropout, is_eager(self.config, output_attentions))
+        output, weights = attend(query, key, value, blocked, dropout, is_eager(self.config, output_attentions))
         return self.out_proj(output), weights
 
 
@@ -799,6 +833,11 @@ class Mask2FormerTransformerModule(nn.Module):
         )
         self.decoder = Mask2FormerMaskedAttentionDecoder(config)
         self.level_embed = nn.Embedding(NUM_FEATURE_LEVELS, width)
+        # What no layer of a shallow decoder reads; DDP would wait for its gradient for ever.
+        self.input_projections[config.decoder_layers - 1 :].requires_grad_(False)
+        if config.decoder_layers == 1:
+            self.queries_embedder.requires_grad_(False)
+            self.level_embed.requires_grad_(False)
 
     def forward(
         self,
@@ -838,12 +877,12 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
     config_class = Mask2FormerConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     # Swin's last norm belongs to classification: no original checkpoint has it.
-    _keys_to_ignore_on_load_missing = (r"encoder\.(swin\.)?layernorm\.",)
-    _no_split_modules = ("Mask2FormerPixelDecoderEncoderLayer", "Mask2FormerMaskedAttentionDecoderLayer")
+    _keys_to_ignore_on_load_missing = [r"encoder\.(swin\.)?layernorm\."]  # noqa: RUF012
+    _no_split_modules = ["Mask2FormerPixelDecoderEncoderLayer", "Mask2FormerMaskedAttentionDecoderLayer"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -864,13 +903,14 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.in_proj_weight, gain=self.config.init_xavier_std)
             init.zeros_(module.in_proj_bias)
         elif isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=1)
+            if isinstance(module, XavierConv2d):
+                init.xavier_uniform_(module.weight)
+            else:
+                init.kaiming_uniform_(module.weight, a=1)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
-            for projection in module.input_projections:
-                init.xavier_uniform_(projection[0].weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
         elif isinstance(module, Mask2FormerLoss):
@@ -890,7 +930,7 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
     """Backbone, pixel decoder and masked-attention decoder; the class head is the next class's."""
 
     # Checkpoints are those of the next class: what they have beyond this one is no surprise.
-    _keys_to_ignore_on_load_unexpected = (r"^class_predictor\.", r"^criterion\.")
+    _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\."]  # noqa: RUF012
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config)
@@ -964,7 +1004,9 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
             )
         batch, _, height, width = pixel_values.shape
         if pixel_mask is None:
-            return torch.tensor([[height, width]], device=pixel_values.device).expand(batch, 2)
+            # Filled on the device: uploading them would make the host wait.
+            sides = [torch.full((batch,), side, device=pixel_values.device) for side in (height, width)]
+            return torch.stack(sides, dim=1)
         if pixel_mask.shape != (batch, height, width):
             raise ValueError(
                 f"`pixel_mask` has shape {tuple(pixel_mask.shape)}, expected {(batch, height, width)} like "
@@ -984,18 +1026,20 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
             "loss_mask": config.mask_weight,
             "loss_dice": config.dice_weight,
         }
-        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        num_labels: int = config.num_labels  # type: ignore[assignment]
+        self.class_predictor = nn.Linear(config.hidden_dim, num_labels + 1)
         self.criterion = Mask2FormerLoss(config=config, weight_dict=self.weight_dict)
         self.post_init()
 
     def get_loss(self, loss_dict: dict[str, Tensor]) -> Tensor:
         """Weighted sum of the terms; `loss_mask_3` has the weight of `loss_mask`."""
-        return sum(
+        weighted = [
             weight * loss
             for name, weight in self.weight_dict.items()
             for key, loss in loss_dict.items()
             if key.startswith(name)
-        )
+        ]
+        return torch.stack(weighted).sum()
 
     def forward(
         self,

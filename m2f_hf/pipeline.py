@@ -12,15 +12,15 @@ from .image_processing_mask2former import M2FImageProcessor
 class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
     """`transformers`' pipeline, unchanged for every model but ours.
 
-    The stock one always passes the thresholds 0.9, 0.5 and 0.5 and segments panoptically whenever it can. For our models
-    only what the caller gave is passed on; the rest is the checkpoint's.
+    The stock one always passes the thresholds 0.9, 0.5 and 0.5 and segments panoptically whenever it can. For our
+    models only what the caller gave is passed on; the rest is the checkpoint's.
 
     Results are those of the stock pipeline, a list of `{"score", "label", "mask"}` for each image: the mask a Pillow
     image of mode "L" (0 or 255) of the image's size, the score None in semantic segmentation. Masks of instances may
     overlap; the list is then sorted by score.
     """
 
-    def postprocess(self, model_outputs: Any, subtask: str | None = None, **thresholds: Any) -> list[dict[str, Any]]:
+    def postprocess(self, model_outputs: Any, subtask: Any = None, **thresholds: Any) -> Any:  # type: ignore[override]
         """Segments of one image.
 
         Args:
@@ -53,5 +53,5 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
         ]
 
     def _annotation(self, score: float | None, label_id: int, mask: np.ndarray) -> dict[str, Any]:
-        image = Image.fromarray(mask.astype(np.uint8) * 255)
-        return {"score": score, "label": self.model.config.id2label[label_id], "mask": image}
+        labels: dict[int, str] = self.model.config.id2label  # type: ignore[assignment]
+        return {"score": score, "label": labels[label_id], "mask": Image.fromarray(mask.astype(np.uint8) * 255)}
