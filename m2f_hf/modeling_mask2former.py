@@ -192,15 +192,16 @@ def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | No
 
 
 def continue_edges(features: Tensor, padding: Tensor | None) -> Tensor:
-    """Repeat each image's last row and column into its padding, as interpolation does at the edge of a map."""
+    """Repeat each image's last row and column into its padding, (B, C, H, W), (B, H, W) -> (B, C, H, W).
+
+    Interpolation then gives at an image's edge what it gives at the edge of a map.
+    """
     if padding is None:
         return features
-    last_row, last_column = (~padding[:, :, 0]).sum(1) - 1, (~padding[:, 0]).sum(1) - 1  # (B,) each
-    rows = torch.arange(features.shape[2], device=features.device).minimum(last_row[:, None])
-    columns = torch.arange(features.shape[3], device=features.device).minimum(last_column[:, None])
-    batch = torch.arange(len(features), device=features.device)[:, None, None]
-    # advanced indices around a slice put the batch and the map first: (B, H, W, C)
-    return features[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    rows, columns = padding[:, :, :1], padding[:, :1]  # (B, H, 1), (B, 1, W), True = beyond the image
+    last_row, last_column = ((~side).sum((1, 2)).sub(1).view(-1, 1, 1, 1) for side in (rows, columns))
+    features = torch.where(rows[:, None], features.take_along_dim(last_row, dim=2), features)
+    return torch.where(columns[:, None], features.take_along_dim(last_column, dim=3), features)
 
 
 # --- Layers that differ in their first weights alone -----------------------------------------------------------------
@@ -470,8 +471,9 @@ class Mask2FormerPixelDecoder(nn.Module):
         fused = lateral + upsampled
         if paddings[0] is not None:
             fused = fused.masked_fill(paddings[0][:, None], 0.0)
+        mask_features = self.mask_projection(self.layer_1(fused, paddings[0]))
         return Mask2FormerPixelDecoderOutput(
-            multi_scale_features=maps, mask_features=self.mask_projection(self.layer_1(fused, paddings[0]))
+            multi_scale_features=maps, mask_features=continue_edges(mask_features, paddings[0])
         )
 
 
@@ -505,7 +507,8 @@ class Mask2FormerFPNPixelDecoder(nn.Module):
             upsampled = nn.functional.interpolate(maps[-1], size=lateral.shape[-2:], mode="nearest")
             maps.append(getattr(self, f"layer_{level}")(lateral + upsampled, padding))
         return Mask2FormerPixelDecoderOutput(
-            multi_scale_features=tuple(maps[:NUM_FEATURE_LEVELS]), mask_features=self.mask_projection(maps[-1])
+            multi_scale_features=tuple(maps[:NUM_FEATURE_LEVELS]),
+            mask_features=continue_edges(self.mask_projection(maps[-1]), paddings[0]),
         )
 
 
@@ -548,8 +551,8 @@ class Mask2FormerPixelLevelModule(nn.Module):
                 if abs(length * stride - side) >= stride:
                     raise ValueError(
                         f"The backbone's feature maps have the sizes {[tuple(level.shape[2:]) for level in features]}, "
-                        f"which are not strides {list(self.config.feature_strides)} of {tuple(pixel_values.shape[2:])}; "
-                        "choose its stages with `out_features` in `backbone_config`."
+                        f"which are not strides {list(self.config.feature_strides)} of "
+                        f"{tuple(pixel_values.shape[2:])}; choose its stages with `out_features` in `backbone_config`."
                     )
 
     def _batch_norms(self) -> list[nn.Module]:
