@@ -49,7 +49,7 @@ INFO_KEYS = ("id", "label_id", "label", "isthing", "score", "area", "bbox", "seg
 # `huggingface_hub` passes on the errors of httpx, or of httpx2 in later versions; its own are derived from them.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 # The scenes are small, and their labels are to be read.
-_DEMO_SCALE = 4
+_DEMO_SCALE = 3
 
 Sizes = list[tuple[int, int]]
 Segments = tuple[np.ndarray, list[dict[str, Any]]]

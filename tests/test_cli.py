@@ -579,7 +579,7 @@ def test_demo_writes_every_file_and_says_what_it_found(demo):
     stems = [f"scene-{number}.{task}" for number in range(1, 5) for task in ("instance", "panoptic", "semantic")]
     expected = [f"{stem}{suffix}" for stem in stems for suffix in (".json", ".overlay.png", ".segments.png")]
     assert names(out) == sorted(["demo.png", *expected])
-    assert Image.open(out / "scene-1.panoptic.overlay.png").size == (640, 640)
+    assert Image.open(out / "scene-1.panoptic.overlay.png").size == (480, 480)
     assert Image.open(out / "scene-1.panoptic.segments.png").size == (160, 160)
     assert str(out / "demo.png") in words
     for stem in stems:
