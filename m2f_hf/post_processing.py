@@ -94,10 +94,10 @@ def _bilinear_taps(size: int, new_size: int) -> Taps:
 
 
 def _resize_rows(masks: Tensor, taps: Taps) -> Tensor:
-    """(N, h, w) -> (N, rows, w), float32."""
+    """(N, h, w) -> (N, rows, w); in float32, as the weights are."""
     low, high, weight = (tap.to(masks.device) for tap in taps)
     weight = weight[:, None]
-    return masks.index_select(1, low).float() * (1 - weight) + masks.index_select(1, high).float() * weight
+    return masks.index_select(1, low) * (1 - weight) + masks.index_select(1, high) * weight
 
 
 def _resize_columns(masks: Tensor, width: int) -> Tensor:
@@ -532,7 +532,7 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
     pixels = array.T.astype(bool).ravel()
     ends = np.flatnonzero(np.diff(pixels, prepend=False))  # a first pixel of 1 gives an empty first run
     runs = np.diff(ends, prepend=0, append=pixels.size).astype(np.int64)
-    runs[3:] -= runs[1:-2].copy()
+    runs[3:] -= runs[1:-2]  # NumPy reads before it writes where the two overlap
 
     groups, goes_on = [], [np.ones(len(runs), dtype=bool)]
     rest = runs

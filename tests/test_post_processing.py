@@ -597,6 +597,7 @@ def test_an_empty_result_has_the_types_of_a_full_one(form):
         return
     assert full["segmentation"].dtype == empty["segmentation"].dtype
     assert full["segmentation"].shape[-2:] == empty["segmentation"].shape[-2:] == (21, 34)
+    assert full["segmentation"].dtype == (torch.bool if form == "return_binary_maps" else torch.int32)
     void = {"panoptic": 0, "instance": -1, "return_binary_maps": False}[form]
     assert (empty["segmentation"] == void).all()
     assert form != "return_binary_maps" or len(empty["segmentation"]) == 0
