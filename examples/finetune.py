@@ -271,6 +271,9 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
+    if args.no_object_weight is not None:
+        model.config.no_object_weight = args.no_object_weight
+        model.criterion.empty_weight[-1] = args.no_object_weight
     first, best = state["step"], state["best"]
     model, optimizer = accelerator.prepare(model, optimizer)
     criterion = accelerator.unwrap_model(model).criterion
@@ -340,6 +343,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--backbone_multiplier", type=float, default=0.1)
     parser.add_argument("--weight_decay", type=float, default=0.05)
+    parser.add_argument("--no_object_weight", type=float, help="of the class loss, from here on (default: the model's)")
     parser.add_argument("--max_grad_norm", type=float, default=0.01)
     parser.add_argument("--schedule", choices=["multistep", "poly", "cosine"], default="poly")
     parser.add_argument("--warmup_steps", type=int, default=10)

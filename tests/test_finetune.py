@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from m2f_hf.data import CATEGORIES, ShapesDataset, write_coco_panoptic
@@ -17,6 +18,7 @@ from m2f_hf.data import CATEGORIES, ShapesDataset, write_coco_panoptic
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import finetune
+import plot_learning_curve
 
 
 EXAMPLES = Path(finetune.__file__).parent
@@ -194,3 +196,26 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path, config, caps
         assert message in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="without --resume"):
         run(tmp_path / "run", "--dataset", "shapes", "--config", config, "--resume")
+
+
+def test_the_no_object_weight_can_change_on_the_way(tmp_path, config):
+    arguments = ["--dataset", "shapes", "--config", config, "--batch_size", 1, "--save_every", 1]
+    run(tmp_path / "run", *arguments, "--steps", 1)
+    saved = tmp_path / "run" / "best"
+    assert json.loads((saved / "config.json").read_text())["no_object_weight"] == 0.1
+    state = finetune.load_checkpoint(tmp_path / "run")
+    state["best"] = -1.0  # so that the second part is saved, whatever it scores
+    finetune.save_checkpoint(tmp_path / "run", state)
+    run(tmp_path / "run", *arguments, "--steps", 2, "--resume", "--no_object_weight", 0.4)
+    assert json.loads((saved / "config.json").read_text())["no_object_weight"] == 0.4
+    weight = load_file(saved / "model.safetensors")["criterion.empty_weight"]
+    assert weight.tolist() == pytest.approx([1.0] * 7 + [0.4])
+
+
+def test_the_learning_curve_is_drawn(tmp_path):
+    rows = [{"step": step, **dict.fromkeys(plot_learning_curve.LOSSES, 1 / step)} for step in range(1, 5)]
+    rows += [{"step": step, **dict.fromkeys(plot_learning_curve.QUALITIES, step / 5)} for step in (2, 4)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_learning_curve.main(["--log", str(tmp_path / "log.jsonl"), "--output", str(tmp_path / "docs" / "curve.png")])
+    with Image.open(tmp_path / "docs" / "curve.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50, "an empty frame has few colours"

@@ -1,0 +1,52 @@
+"""Draw the learning curve of a run of `examples/finetune.py`: loss terms, and quality on unseen data.
+
+python examples/plot_learning_curve.py --log runs/shapes/training_log.jsonl --output docs/learning_curve.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+
+LOSSES = {"loss_cross_entropy": "class", "loss_mask": "mask", "loss_dice": "dice"}
+QUALITIES = {"pq_all": "PQ", "pq_things": "PQ, things", "pq_stuff": "PQ, stuff", "mean_iou": "mean IoU"}
+
+
+def plot(rows: list[dict[str, Any]], output: Path) -> None:
+    """Write the picture; `rows` are those of a training log."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axes, columns, style in ((left, LOSSES, "-"), (right, QUALITIES, "o-")):
+        for key, name in columns.items():
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=3, linewidth=1)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    left.set_title("loss terms of the last decoder layer, unweighted")
+    left.set_ylim(bottom=0)
+    right.set_title("unseen scenes")
+    right.set_ylim(0, 1)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--log", type=Path, required=True, help="training_log.jsonl of the run")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    args = parser.parse_args(arguments)
+    lines = args.log.read_text(encoding="utf-8").splitlines()
+    plot([json.loads(line) for line in lines], args.output)
+
+
+if __name__ == "__main__":
+    main()
