@@ -199,7 +199,7 @@ class Mask2FormerConfig(PreTrainedConfig):
         backbone = self.backbone_config
         if not isinstance(backbone, BackboneConfigMixin):
             raise ValueError(
-                f"`backbone_config` is that of a {backbone.model_type!r}, which is no backbone; use 'swin' or "
+                f"`backbone_config` is a {type(backbone).__name__}, which is no backbone's; use that of 'swin' or "
                 "'resnet', for example."
             )
         if len(backbone.out_indices) != len(self.feature_strides):

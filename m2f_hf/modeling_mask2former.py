@@ -526,24 +526,32 @@ class Mask2FormerPixelLevelModule(nn.Module):
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__()
         self.config = config
+        if config.backbone_config._attn_implementation == "sdpa":
+            # Asked for the whole model. Left open, a backbone takes it too, and one that has no such attention none.
+            config.backbone_config._attn_implementation = None
         self.encoder = AutoBackbone.from_config(config.backbone_config)
         self.decoder = PIXEL_DECODER_CLASSES[config.pixel_decoder](config, feature_channels=self.encoder.channels)
-        if config.backbone_config.model_type == "swin":
+        self._freeze()
+
+    def train(self, mode: bool = True) -> "Mask2FormerPixelLevelModule":
+        """As `nn.Module.train`; what must not learn is kept from it.
+
+        Loading replaces the parameters by trainable ones and then calls this.
+        """
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        if self.config.backbone_config.model_type == "swin":
             # Swin's last norm belongs to classification; DDP would wait for its gradient for ever.
             for name, parameter in self.encoder.named_parameters():
                 if name.removeprefix("swin.").startswith("layernorm."):
                     parameter.requires_grad_(False)
-        if config.freeze_backbone_norm:
-            for norm in self._batch_norms():
-                norm.eval().requires_grad_(False)  # a new model is in training mode without a call of `train`
-
-    def train(self, mode: bool = True) -> "Mask2FormerPixelLevelModule":
-        """As `nn.Module.train`; frozen batch norms go on using their running statistics."""
-        super().train(mode)
         if self.config.freeze_backbone_norm:
-            for norm in self._batch_norms():
-                norm.eval()
-        return self
+            for module in self.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval().requires_grad_(False)
 
     def _check_strides(self, pixel_values: Tensor, features: tuple[Tensor, ...]) -> None:
         for stride, level in zip(self.config.feature_strides, features, strict=True):
@@ -554,9 +562,6 @@ class Mask2FormerPixelLevelModule(nn.Module):
                         f"which are not strides {list(self.config.feature_strides)} of "
                         f"{tuple(pixel_values.shape[2:])}; choose its stages with `out_features` in `backbone_config`."
                     )
-
-    def _batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Mask2FormerPixelLevelModuleOutput:
         """(B, 3, H, W); with (B, 2) image sizes, padding beyond each image's own multiple of 32 is hidden."""
@@ -836,9 +841,22 @@ class Mask2FormerTransformerModule(nn.Module):
         )
         self.decoder = Mask2FormerMaskedAttentionDecoder(config)
         self.level_embed = nn.Embedding(NUM_FEATURE_LEVELS, width)
+        self._freeze()
+
+    def train(self, mode: bool = True) -> "Mask2FormerTransformerModule":
+        """As `nn.Module.train`; what must not learn is kept from it.
+
+        Loading replaces the parameters by trainable ones and then calls this.
+        """
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
         # What no layer of a shallow decoder reads; DDP would wait for its gradient for ever.
-        self.input_projections[config.decoder_layers - 1 :].requires_grad_(False)
-        if config.decoder_layers == 1:
+        num_layers = len(self.decoder.layers)
+        self.input_projections[num_layers:].requires_grad_(False)
+        if num_layers == 0:
             self.queries_embedder.requires_grad_(False)
             self.level_embed.requires_grad_(False)
 

@@ -153,7 +153,7 @@ IMPOSSIBLE = {
     ),
     "not a backbone": (
         {"backbone_config": {"model_type": "bert"}},
-        "`backbone_config` is that of a 'bert', which is no backbone; use 'swin' or 'resnet'",
+        "`backbone_config` is a BertConfig, which is no backbone's; use that of 'swin' or 'resnet'",
     ),
 }
 
