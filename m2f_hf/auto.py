@@ -6,9 +6,7 @@ from transformers import (
     AutoModelForImageSegmentation,
     AutoModelForUniversalSegmentation,
 )
-
-# From where it lives: some releases replace the name at the top level by one that raises where torchvision is missing.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mask2former import Mask2FormerConfig
@@ -29,6 +27,8 @@ def register() -> None:
     for auto_class in (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation):
         auto_class.register(Mask2FormerConfig, Mask2FormerForUniversalSegmentation, exist_ok=True)
     processors: dict[str, type] = dict.fromkeys(("pil", "torchvision"), M2FImageProcessor)
-    AutoImageProcessor.register(Mask2FormerConfig, image_processor_classes=processors, exist_ok=True)
+    # What AutoImageProcessor.register does, less its look at the stock processors of the same configuration name, which
+    # complains where torchvision is missing.
+    IMAGE_PROCESSOR_MAPPING.register(Mask2FormerConfig, processors, exist_ok=True)
     # In place: registering anew would warn, and drop the task's default model.
     PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = M2FImageSegmentationPipeline

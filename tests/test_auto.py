@@ -225,6 +225,11 @@ def test_the_import_changes_nothing_for_stock_folders(stock):
     assert look_up("import m2f_hf") == look_up("") != ""
 
 
+def test_the_import_says_nothing():
+    run = subprocess.run([sys.executable, "-c", "import m2f_hf"], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "")
+
+
 def test_registering_again_changes_nothing(ours, complaints):
     m2f_hf.register()
     assert type(AutoModel.from_pretrained(ours)) is m2f_hf.Mask2FormerModel
