@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -526,10 +526,12 @@ class Mask2FormerPixelLevelModule(nn.Module):
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__()
         self.config = config
-        if config.backbone_config._attn_implementation == "sdpa":
+        backbone_config = config.backbone_config
+        assert isinstance(backbone_config, PreTrainedConfig)
+        if backbone_config._attn_implementation == "sdpa":
             # Asked for the whole model. Left open, a backbone takes it too, and one that has no such attention none.
-            config.backbone_config._attn_implementation = None
-        self.encoder = AutoBackbone.from_config(config.backbone_config)
+            backbone_config._attn_implementation = None
+        self.encoder = AutoBackbone.from_config(backbone_config)
         self.decoder = PIXEL_DECODER_CLASSES[config.pixel_decoder](config, feature_channels=self.encoder.channels)
         self._freeze()
 
@@ -543,7 +545,7 @@ class Mask2FormerPixelLevelModule(nn.Module):
         return self
 
     def _freeze(self) -> None:
-        if self.config.backbone_config.model_type == "swin":
+        if self.encoder.config.model_type == "swin":
             # Swin's last norm belongs to classification; DDP would wait for its gradient for ever.
             for name, parameter in self.encoder.named_parameters():
                 if name.removeprefix("swin.").startswith("layernorm."):

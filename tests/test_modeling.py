@@ -186,8 +186,10 @@ def test_the_loss_is_that_of_transformers_at_the_same_points(stock, monkeypatch)
     draws, rand = [], torch.rand
 
     def record(*shape, **kwargs):
-        draws.append(rand(*shape, **kwargs))
-        return draws[-1]
+        drawn = rand(*shape, **kwargs)
+        if drawn.dim():  # older releases also draw single numbers, to drop layers
+            draws.append(drawn)
+        return drawn
 
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(torch, "rand", record)
@@ -706,7 +708,8 @@ def test_gradient_checkpointing_computes_twice_and_gives_the_same_gradients(back
     layers = [*model.model.pixel_level_module.decoder.encoder.layers, *model.model.transformer_module.decoder.layers]
     calls = []
     for layer in layers:
-        layer.register_forward_pre_hook(lambda module, args: calls.append(module))
+        # Newer releases of transformers keep the hooks of the layer itself outside of the checkpoint.
+        layer.fc1.register_forward_pre_hook(lambda module, args: calls.append(module))
     results = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -718,8 +721,7 @@ def test_gradient_checkpointing_computes_twice_and_gives_the_same_gradients(back
         torch.manual_seed(1)
         loss = model(images(), **labels()).loss
         loss.backward()
-        counts = {calls.count(layer) for layer in layers}
-        assert counts == {1 + checkpointing}
+        assert {calls.count(layer.fc1) for layer in layers} == {1 + checkpointing}
         results.append((loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}))
     (plain_loss, plain), (loss, gradients) = results
     torch.testing.assert_close(loss, plain_loss, atol=1e-6, rtol=1e-6)
