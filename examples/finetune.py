@@ -36,7 +36,7 @@ from m2f_hf.point_sampling import SeededPoints
 VALIDATION_SEED = 1_000_001
 TEST_SEED = 2_000_003
 """Seeds of the generated scenes that training never sees: to choose thresholds by, and to report."""
-THRESHOLDS = {"threshold": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "overlap_mask_area_threshold": (0.5, 0.6, 0.7, 0.8)}
+THRESHOLDS = {"threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "overlap_mask_area_threshold": (0.5, 0.65, 0.8)}
 CHECKPOINT = "checkpoint-{:07d}"
 
 
@@ -131,6 +131,8 @@ def build(args: argparse.Namespace, categories: list[dict[str, Any]]) -> tuple[A
         processor = Mask2FormerImageProcessor.from_pretrained(args.model)
         if not args.eval_only:
             processor.label_ids_to_fuse = stuff
+        if args.input_size is not None:
+            processor.size = {"shortest_edge": args.input_size, "longest_edge": 2 * args.input_size}
         return model, processor
     settings = json.loads(args.config.read_text(encoding="utf-8"))
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**settings, **names))
@@ -139,7 +141,8 @@ def build(args: argparse.Namespace, categories: list[dict[str, Any]]) -> tuple[A
         # A deeper backbone will do: blocks that the config has no place for are left behind.
         pretrained = type(backbone).from_pretrained(args.backbone, config=backbone.config)
         backbone.load_state_dict(pretrained.state_dict())
-    size = {"shortest_edge": args.image_size, "longest_edge": 2 * args.image_size}
+    shortest = args.input_size or args.image_size
+    size = {"shortest_edge": shortest, "longest_edge": 2 * shortest}
     return model, Mask2FormerImageProcessor(size=size, label_ids_to_fuse=stuff)
 
 
@@ -337,7 +340,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     start.add_argument("--model", help="folder or Hub id of the model to start from")
     start.add_argument("--config", type=Path, help="JSON of `Mask2FormerConfig`, to start from scratch")
     parser.add_argument("--backbone", help="with --config: folder of a backbone to start from")
-    parser.add_argument("--image_size", type=int, default=160, help="side of generated scenes and new processors")
+    parser.add_argument("--image_size", type=int, default=160, help="side of generated scenes")
+    parser.add_argument(
+        "--input_size", type=int, help="shortest side that images are resized to (default: --model's, or --image_size)"
+    )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=16, help="images per process")
     parser.add_argument("--learning_rate", type=float, default=1e-4)

@@ -20,13 +20,26 @@ LOSSES = {"loss_cross_entropy": "class", "loss_mask": "mask", "loss_dice": "dice
 QUALITIES = {"pq_all": "PQ", "pq_things": "PQ, things", "pq_stuff": "PQ, stuff", "mean_iou": "mean IoU"}
 
 
-def plot(rows: list[dict[str, Any]], output: Path) -> None:
-    """Write the picture; `rows` are those of a training log."""
+def read_stages(logs: list[Path]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows of all logs with steps counted on from stage to stage, and the steps at which later stages begin."""
+    rows: list[dict[str, Any]] = []
+    starts = [0]
+    for log in logs:
+        stage = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        rows += [{**row, "step": starts[-1] + row["step"]} for row in stage]
+        starts.append(max(row["step"] for row in rows))
+    return rows, starts[1:-1]
+
+
+def plot(rows: list[dict[str, Any]], starts: list[int], output: Path) -> None:
+    """Write the picture; a dashed line is drawn at each of `starts`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axes, columns, style in ((left, LOSSES, "-"), (right, QUALITIES, "o-")):
         for key, name in columns.items():
             points = [(row["step"], row[key]) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=3, linewidth=1)
+        for start in starts:
+            axes.axvline(start, color="grey", linestyle="--", linewidth=1)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -41,11 +54,10 @@ def plot(rows: list[dict[str, Any]], output: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", type=Path, required=True, help="training_log.jsonl of the run")
+    parser.add_argument("--log", type=Path, nargs="+", required=True, help="training_log.jsonl of each stage")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     args = parser.parse_args(arguments)
-    lines = args.log.read_text(encoding="utf-8").splitlines()
-    plot([json.loads(line) for line in lines], args.output)
+    plot(*read_stages(args.log), args.output)
 
 
 if __name__ == "__main__":

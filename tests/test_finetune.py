@@ -216,6 +216,10 @@ def test_the_learning_curve_is_drawn(tmp_path):
     rows = [{"step": step, **dict.fromkeys(plot_learning_curve.LOSSES, 1 / step)} for step in range(1, 5)]
     rows += [{"step": step, **dict.fromkeys(plot_learning_curve.QUALITIES, step / 5)} for step in (2, 4)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plot_learning_curve.main(["--log", str(tmp_path / "log.jsonl"), "--output", str(tmp_path / "docs" / "curve.png")])
+    stages, starts = plot_learning_curve.read_stages([tmp_path / "log.jsonl"] * 3)
+    assert sorted({row["step"] for row in stages}) == list(range(1, 13)) and starts == [4, 8]
+    plot_learning_curve.main(
+        ["--log", *[str(tmp_path / "log.jsonl")] * 2, "--output", str(tmp_path / "docs" / "curve.png")]
+    )
     with Image.open(tmp_path / "docs" / "curve.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50, "an empty frame has few colours"
