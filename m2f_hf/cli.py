@@ -356,9 +356,10 @@ def describe(segments_info: Sequence[Mapping[str, Any]]) -> str:
         total = sum(info["area"] for info in segments_info)
         by_area = sorted(segments_info, key=lambda info: -info["area"])
         return ", ".join(f"{info['label']} {info['area'] / total:.0%}" for info in by_area)
-    counts = Counter(info["label"] for info in segments_info if info["isthing"])
+    # Where a checkpoint does not tell things from stuff, every segment is counted.
+    counts = Counter(info["label"] for info in segments_info if info["isthing"] is not False)
     things = [f"{number} {label if number == 1 else plural(label)}" for label, number in counts.most_common()]
-    stuff = [info["label"] for info in segments_info if not info["isthing"]]
+    stuff = [info["label"] for info in segments_info if info["isthing"] is False]
     return " on ".join(_join(words) for words in (things, stuff) if words)
 
 
@@ -405,7 +406,13 @@ def _demo(options: argparse.Namespace) -> int:
             print(f"  {segmenter.task:<9} {describe(segments_info)}")
         rows.append(row)
     sheet = options.output / "demo.png"
-    contact_sheet(rows, [scene.stem for scene in scenes], ["scene", *TASKS]).save(sheet)
+    picture = contact_sheet(rows, [scene.stem for scene in scenes], ["scene", *TASKS])
+    try:
+        with tempfile.TemporaryDirectory(dir=options.output, prefix=".m2f-") as work:
+            picture.save(Path(work, sheet.name))
+            os.replace(Path(work, sheet.name), sheet)
+    except OSError as error:
+        raise CommandError(f"cannot write {sheet} ({_first_line(error)}); free space or name another folder") from error
     print(f"\nSee {sheet}; beside it lie an overlay, an id map and a JSON file for each scene and task.")
     return 0
 

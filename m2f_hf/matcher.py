@@ -57,8 +57,8 @@ def pack_targets(
     """Puts a batch's targets together on the device.
 
     Args:
-        mask_labels: For each image (N, H, W), bool or 0 and 1 in another dtype. N may be 0.
-        class_labels: For each image (N,), integers.
+        mask_labels: For each image (N, H, W), bool or 0 and 1 in another dtype; tensors or arrays. N may be 0.
+        class_labels: For each image (N,), integers; tensors, arrays or lists.
         batch_size: Number of images that the model saw.
         device: Where the predictions are.
 
@@ -70,13 +70,16 @@ def pack_targets(
             "`mask_labels` and `class_labels` must be lists with one tensor per image: the batch has "
             f"{batch_size} images, but they have {len(mask_labels)} and {len(class_labels)} entries."
         )
+    mask_labels, class_labels = (
+        [torch.as_tensor(of_image) for of_image in all_] for all_ in (mask_labels, class_labels)
+    )
     for image, (masks, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
         if masks.ndim != 3 or labels.ndim != 1 or len(masks) != len(labels):
             raise ValueError(
                 f"Image {image}: `mask_labels` must be (N, H, W) and `class_labels` (N,) with the same N, "
                 f"but they are {tuple(masks.shape)} and {tuple(labels.shape)}."
             )
-        if labels.is_floating_point() or labels.dtype == torch.bool:
+        if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
             raise ValueError(f"Image {image}: `class_labels` must be integers, but are {labels.dtype}.")
     labels = torch.cat([labels.to(device, torch.int64, non_blocking=True) for labels in class_labels])
     return Targets(pack_masks(mask_labels, device), labels, [len(labels) for labels in class_labels])

@@ -172,6 +172,51 @@ def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> T
     return (rows[:, None] >= valid[:, :1, None]) | (columns >= valid[:, 1:, None])
 
 
+class BackbonePaddingHider:
+    """Zeroes padding wherever a backbone would let it reach into an image; does nothing while `image_sizes` is None.
+
+    Alone, an image ends in the zeros with which convolutions and attention windows fill up their surroundings. Hence in
+    a batch the same zeros: before each convolution or pooling that looks at neighbours, and after the norm in front of
+    each window attention. So a convolutional backbone gives an image exactly what it gives it alone. A Swin nearly: its
+    shifted windows wrap around at the edge of the batch, not of the image.
+
+    Attributes:
+        image_sizes: (B, 2), set before each forward pass and kept for checkpointed layers to compute again.
+        input_size: height and width of the batch.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.image_sizes: Tensor | None = None
+        self.input_size = (0, 0)
+        for name, module in backbone.named_modules():
+            if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+                if max(module.kernel_size if isinstance(module.kernel_size, tuple) else (module.kernel_size,)) > 1:
+                    module.register_forward_pre_hook(self.zero_in_map)
+            elif name.endswith("layernorm_before"):
+                module.register_forward_hook(self.zero_in_tokens)
+
+    def zero_in_map(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Hook before a module that reads (B, C, h, w)."""
+        if self.image_sizes is None:
+            return None
+        features, *others = args
+        padding = self._padding((features.shape[2], features.shape[3]))
+        return (features.masked_fill(padding[:, None], 0.0), *others)
+
+    def zero_in_tokens(self, module: nn.Module, args: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
+        """Hook after a module that gives (B, h * w, C)."""
+        if self.image_sizes is None:
+            return None
+        height, width = self.input_size
+        shrinkage = math.isqrt(height * width // tokens.shape[1])
+        padding = self._padding((height // shrinkage, width // shrinkage))
+        return tokens.masked_fill(padding.flatten(1)[..., None], 0.0)
+
+    def _padding(self, size: tuple[int, int]) -> Tensor:
+        assert self.image_sizes is not None
+        return hidden_padding(self.image_sizes, self.input_size[0] // size[0], size)
+
+
 def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | None) -> Tensor:
     """GroupNorm whose statistics leave padding out, and zeros there: (B, C, H, W), (B, H, W) -> (B, C, H, W)."""
     if padding is None:
@@ -184,10 +229,12 @@ def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | No
         groups = (channels @ share).unflatten(1, (norm.num_groups, -1))
         return groups.mean(2, keepdim=True).expand_as(groups).flatten(1, 2)
 
-    channels = features.flatten(2).float()
-    centred = channels - group_mean(channels)
-    scale = torch.rsqrt(group_mean(centred.square()) + norm.eps) * norm.weight[:, None]
-    normalised = torch.addcmul(norm.bias[:, None].float(), centred, scale) * image[:, None]
+    # As autocast does for nn.GroupNorm: in half precision a mean that is large beside the deviation spoils both.
+    with torch.autocast(features.device.type, enabled=False):
+        channels = features.flatten(2).float()
+        centred = channels - group_mean(channels)
+        scale = torch.rsqrt(group_mean(centred.square()) + norm.eps) * norm.weight[:, None].float()
+        normalised = torch.addcmul(norm.bias[:, None].float(), centred, scale) * image[:, None]
     return normalised.view_as(features).to(features.dtype)
 
 
@@ -532,6 +579,7 @@ class Mask2FormerPixelLevelModule(nn.Module):
             # Asked for the whole model. Left open, a backbone takes it too, and one that has no such attention none.
             backbone_config._attn_implementation = None
         self.encoder = AutoBackbone.from_config(backbone_config)
+        self.padding_hider = BackbonePaddingHider(self.encoder)
         self.decoder = PIXEL_DECODER_CLASSES[config.pixel_decoder](config, feature_channels=self.encoder.channels)
         self._freeze()
 
@@ -567,6 +615,8 @@ class Mask2FormerPixelLevelModule(nn.Module):
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Mask2FormerPixelLevelModuleOutput:
         """(B, 3, H, W); with (B, 2) image sizes, padding beyond each image's own multiple of 32 is hidden."""
+        self.padding_hider.image_sizes = image_sizes
+        self.padding_hider.input_size = (pixel_values.shape[2], pixel_values.shape[3])
         features = self.encoder(pixel_values).feature_maps
         if not torch.compiler.is_exporting():  # there a size may be a symbol, which a comparison would pin down
             self._check_strides(pixel_values, features)
@@ -907,6 +957,11 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"encoder\.(swin\.)?layernorm\."]  # noqa: RUF012
     _no_split_modules = ["Mask2FormerPixelDecoderEncoderLayer", "Mask2FormerMaskedAttentionDecoderLayer"]  # noqa: RUF012
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for its attention interface in this file; ours reads the setting at each call just as well.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initial weights; what it leaves at PyTorch's defaults is left there."""
@@ -994,6 +1049,8 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
         return_dict = config.return_dict if return_dict is None else return_dict
 
         image_sizes = self._image_sizes(pixel_values, pixel_mask)
+        # Processors give float32; a model in half precision takes it.
+        pixel_values = pixel_values.to(self.dtype)
         hidden_sizes = None if pixel_mask is None else image_sizes
         pixel_level = self.pixel_level_module(pixel_values, hidden_sizes)
         mask_features = pixel_level.decoder_last_hidden_state
@@ -1009,7 +1066,8 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
             pixel_decoder_hidden_states=pixel_level.decoder_hidden_states if output_hidden_states else None,
             transformer_decoder_hidden_states=decoded.hidden_states if output_hidden_states else None,
             transformer_decoder_intermediate_states=decoded.intermediate_hidden_states,
-            # (B, Q, C) x (B, C, H, W) -> (B, Q, H, W)
+            # (B, Q, C) x (B, C, H, W) -> (B, Q, H, W), of one prediction unless all are wanted. The loss does not read
+            # it, but callers of either mode expect an output to have its masks.
             masks_queries_logits=tuple(torch.einsum("bqc,bchw->bqhw", queries, mask_features) for queries in wanted),
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,

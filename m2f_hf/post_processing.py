@@ -242,7 +242,7 @@ def panoptic_segmentation(
     threshold: float = 0.8,
     mask_threshold: float = 0.5,
     overlap_mask_area_threshold: float = 0.8,
-    label_ids_to_fuse: Collection[int] = (),
+    label_ids_to_fuse: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """Merges the queries of one image into a map of segments that do not overlap (arXiv 2107.06278, section 3.4).
 
@@ -252,12 +252,13 @@ def panoptic_segmentation(
     is dropped, and so is one without pixels; theirs become void.
 
     Args:
-        label_ids_to_fuse: the stuff classes; all segments of such a class are one.
+        label_ids_to_fuse: the stuff classes; all segments of such a class are one. None: not known, nothing is fused.
 
     Returns:
         `segmentation`, (height, width) int32, 0 is void; `segments_info`, one dict per segment in the order of ids,
         which count up from 1: `id`, `label_id`, `was_fused` (its class is one of `label_ids_to_fuse`), `isthing` (it is
-        not), `score` (0 to 1; the best of those fused), `area` in pixels and `bbox` as [x, y, width, height].
+        not; None where these are not known), `score` (0 to 1; the best of those fused), `area` in pixels and `bbox` as
+        [x, y, width, height].
     """
     num_labels = image.class_logits.shape[-1] - 1
     scores, labels = image.class_logits.float().softmax(-1).max(-1)
@@ -274,12 +275,12 @@ def panoptic_segmentation(
             continue
         segment = fused.get(label)
         if segment is None:
-            is_stuff = label in label_ids_to_fuse
+            is_stuff = label in (label_ids_to_fuse or ())
             segment = {
                 "id": len(segments) + 1,
                 "label_id": label,
                 "was_fused": is_stuff,
-                "isthing": not is_stuff,
+                "isthing": None if label_ids_to_fuse is None else not is_stuff,
                 "score": 0.0,
                 "area": 0,
             }
@@ -339,7 +340,7 @@ def post_process_panoptic_segmentation(
             threshold=threshold,
             mask_threshold=mask_threshold,
             overlap_mask_area_threshold=overlap_mask_area_threshold,
-            label_ids_to_fuse=frozenset(label_ids_to_fuse or ()),
+            label_ids_to_fuse=None if label_ids_to_fuse is None else frozenset(label_ids_to_fuse),
         )
         for image in split_batch(outputs, target_sizes)
     ]
