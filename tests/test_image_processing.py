@@ -533,6 +533,13 @@ def test_defaults_survive(tmp_path):
     assert (loaded.label_ids_to_fuse, loaded.semantic_resize_before_inference) == (None, None)
 
 
+def test_the_number_of_classes_is_checked_but_not_saved():
+    processor = plain(num_labels=4)
+    with pytest.raises(ValueError, match="class 4 is out of range"):
+        processor(np.zeros((1, 5, 3), dtype=np.uint8), np.array([[0, 1, 2, 3, 4]]))
+    assert "num_labels" not in processor.to_dict()
+
+
 def test_names():
     """`AutoImageProcessor` finds classes by name, so ours must not have transformers'."""
     assert Mask2FormerImageProcessor is M2FImageProcessor
