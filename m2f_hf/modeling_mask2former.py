@@ -221,20 +221,19 @@ def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | No
     """GroupNorm whose statistics leave padding out, and zeros there: (B, C, H, W), (B, H, W) -> (B, C, H, W)."""
     if padding is None:
         return norm(features)
-    image = ~padding.flatten(1)  # (B, N)
-    share = (image / image.sum(1, keepdim=True))[..., None]  # (B, N, 1), sums to one over each image
+    image = ~padding.flatten(1)[:, None]  # (B, 1, N)
+    share = image / image.sum(2, keepdim=True)  # sums to one over each image
 
     def group_mean(channels: Tensor) -> Tensor:
-        # (B, C, N) x (B, N, 1) -> (B, C, 1), the same for all channels of a group
-        groups = (channels @ share).unflatten(1, (norm.num_groups, -1))
+        # (B, C, N) -> (B, C, 1), the same for all channels of a group. No matrix product: autocast would run it in half
+        # precision, where a mean that is large beside the deviation spoils both.
+        groups = (channels * share).sum(2, keepdim=True).unflatten(1, (norm.num_groups, -1))
         return groups.mean(2, keepdim=True).expand_as(groups).flatten(1, 2)
 
-    # As autocast does for nn.GroupNorm: in half precision a mean that is large beside the deviation spoils both.
-    with torch.autocast(features.device.type, enabled=False):
-        channels = features.flatten(2).float()
-        centred = channels - group_mean(channels)
-        scale = torch.rsqrt(group_mean(centred.square()) + norm.eps) * norm.weight[:, None].float()
-        normalised = torch.addcmul(norm.bias[:, None].float(), centred, scale) * image[:, None]
+    channels = features.flatten(2).float()
+    centred = channels - group_mean(channels)
+    scale = torch.rsqrt(group_mean(centred.square()) + norm.eps) * norm.weight[:, None].float()
+    normalised = torch.addcmul(norm.bias[:, None].float(), centred, scale) * image
     return normalised.view_as(features).to(features.dtype)
 
 

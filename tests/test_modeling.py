@@ -1000,3 +1000,30 @@ def test_compiled_without_a_break(with_mask):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert_same_tensors(compiled(images(), pixel_mask=mask), model(images(), pixel_mask=mask), atol=1e-5, rtol=1e-5)
+
+
+def test_group_norm_beside_padding_is_exact_under_autocast():
+    norm = torch.nn.GroupNorm(32, 64)
+    features = torch.randn(2, 64, 12, 8) + 30  # a mean far from zero: rounded to half precision it would show
+    padding = torch.zeros(2, 12, 8, dtype=torch.bool)
+    padding[0, 8:] = True
+    expected = modeling.masked_group_norm(features, norm, padding)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(modeling.masked_group_norm(features, norm, padding), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(expected[:1, :, :8], norm(features[:1, :, :8]), atol=1e-4, rtol=0)
+
+
+def test_the_attention_can_be_changed_afterwards():
+    model = tiny_model()
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        fused = model(pixel_values).masks_queries_logits
+        model.set_attn_implementation("eager")
+        assert model.config._attn_implementation == "eager"
+        torch.testing.assert_close(model(pixel_values).masks_queries_logits, fused, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_in_half_precision_takes_what_the_processor_gives():
+    model = tiny_model().to(torch.bfloat16)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64)).masks_queries_logits.dtype == torch.bfloat16
