@@ -36,3 +36,11 @@ def goldens(shared: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("needs the recorded outputs of the original in `shared/goldens`")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def transformers_warns():
+    """Scripts quieten transformers for their process; here that would deafen the tests that listen to it."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_warning()
