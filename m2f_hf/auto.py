@@ -1,5 +1,7 @@
 """Puts our classes where `transformers` looks for them; stock `mask2former` checkpoints stay what they were."""
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,7 +28,7 @@ def register() -> None:
     # The segmentation pipeline builds a model given by name through AutoModelForImageSegmentation.
     for auto_class in (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation):
         auto_class.register(Mask2FormerConfig, Mask2FormerForUniversalSegmentation, exist_ok=True)
-    processors: dict[str, type] = dict.fromkeys(("pil", "torchvision"), M2FImageProcessor)
+    processors: Any = dict.fromkeys(("pil", "torchvision"), M2FImageProcessor)
     # What AutoImageProcessor.register does, less its look at the stock processors of the same configuration name, which
     # complains where torchvision is missing.
     IMAGE_PROCESSOR_MAPPING.register(Mask2FormerConfig, processors, exist_ok=True)
