@@ -604,7 +604,7 @@ def test_demo_finds_what_was_drawn(demo):
         _, classes = result(out, f"scene-{number}.semantic")
         table = {segment["id"]: segment["category_id"] + 1 for segment in drawn["segments_info"]}
         accuracies.append((classes == np.vectorize(table.get)(drawn["segmentation_map"])).mean())
-    # The checkpoint finds about 0.85 of the segments of unseen scenes (docs/training.md); of 35, give or take 0.06.
+    # A floor: on 200 unseen scenes RQ is 0.81 for things and 0.98 for stuff (docs/training.md); 35 segments are few.
     assert num_found >= 0.7 * num_drawn
     assert np.mean(accuracies) >= 0.9
 
