@@ -5,9 +5,15 @@ for every query and head. On the CPU that sum is one `embedding_bag`, in chunks 
 `grid_sample` form says the same, serves every other device, and is what `torch.export` sees.
 """
 
+import re
+
 import torch
 from torch import Tensor, nn
 
+
+# Operators are known to the whole process, and a copy of this file that travels with a checkpoint may be loaded beside
+# the package. Under one name the copy loaded last would compute for all, hence a name for each module.
+_OPERATOR = "m2f_hf::" + re.sub(r"\W", "_", __name__)
 
 # Gathering has a fixed cost for every row: where heads are narrower than this, `grid_sample` is faster, above all back.
 _MIN_GATHER_WIDTH = 16
@@ -174,7 +180,7 @@ def _working_dtype(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
 
 
-@torch.library.custom_op("m2f_hf::gather_deformable_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{_OPERATOR}_gather", mutates_args=(), device_types="cpu")
 def _gather_deformable_attention(
     value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -200,7 +206,7 @@ def _(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_wei
     return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
 
 
-@torch.library.custom_op("m2f_hf::gather_deformable_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{_OPERATOR}_gather_backward", mutates_args=(), device_types="cpu")
 def _gather_deformable_attention_backward(
     grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """The operator: against the original's recording and `transformers`' function, form against form, and at its edges."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from m2f_hf.multi_scale_deformable_attention import grid_sample_deformable_atten
 
 
 SHAPES = [(7, 5), (1, 4), (3, 1), (1, 1)]
-GATHER = torch.ops.m2f_hf.gather_deformable_attention
+GATHER = torch.ops.m2f_hf.m2f_hf_multi_scale_deformable_attention_gather
 
 
 def make_inputs(width, batch=2, queries=9, heads=2, points=3, shapes=SHAPES, dtype=torch.float32, seed=0):
@@ -272,7 +275,7 @@ def test_the_custom_operators_keep_their_promises():
     torch.library.opcheck(GATHER.default, (value, sizes, locations, weights))
     grad = torch.randn(2, 4, 32)
     arguments = grad, value.detach(), sizes, locations.detach(), weights.detach()
-    torch.library.opcheck(torch.ops.m2f_hf.gather_deformable_attention_backward.default, arguments)
+    torch.library.opcheck(torch.ops.m2f_hf.m2f_hf_multi_scale_deformable_attention_gather_backward.default, arguments)
 
 
 class Attention(torch.nn.Module):
@@ -297,3 +300,43 @@ def test_exported_it_is_plain_operators():
     assert not any("m2f_hf" in str(node.target) for node in program.graph.nodes)
     more = tuple(tensor.detach() for tensor in make_inputs(32, queries=13, seed=1))
     torch.testing.assert_close(program.module()(*more), Attention()(*more), atol=1e-5, rtol=1e-5)
+
+
+# Copies of the file, as they travel with checkpoints
+
+
+def load_copy(path, name="transformers_modules.org.a-model.0a1b.multi_scale_deformable_attention"):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_copy_of_other_code_leaves_the_package_its_own_operator(tmp_path):
+    code = Path(operator.__file__).read_text(encoding="utf-8")
+    changed = code.replace("return output.flatten(2)", "return output.flatten(2) * 3")
+    assert changed != code
+    path = tmp_path / "copied.py"
+    path.write_text(changed, encoding="utf-8")
+    inputs = make_inputs(32)
+    expected = with_gradients(grid_sample_deformable_attention, inputs)
+    before = torch.compile(Attention(), fullgraph=True, backend="aot_eager")
+    kept = before(*inputs)
+    copy = load_copy(path)
+    torch.testing.assert_close(call(copy.multi_scale_deformable_attention, inputs), 3 * expected[0])
+    for ours, reference in zip(with_gradients(multi_scale_deformable_attention, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+    assert torch.equal(before(*inputs), kept)
+
+
+def test_one_file_loaded_twice_works_under_both_modules():
+    inputs = make_inputs(32)
+    expected = with_gradients(grid_sample_deformable_attention, inputs)
+    copies = [load_copy(operator.__file__) for _ in range(2)]
+    for module in (*copies, operator):
+        for ours, reference in zip(
+            with_gradients(module.multi_scale_deformable_attention, inputs), expected, strict=True
+        ):
+            torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+        compiled = torch.compile(module.multi_scale_deformable_attention, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(call(compiled, inputs), expected[0], atol=1e-5, rtol=1e-5)
