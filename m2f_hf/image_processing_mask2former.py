@@ -31,6 +31,7 @@ from .post_processing import (
     post_process_panoptic_segmentation,
     post_process_semantic_segmentation,
 )
+from .segment_ids import rgb_to_id
 
 
 Task = Literal["panoptic", "instance", "semantic"]
@@ -202,7 +203,7 @@ def read_label_map(label_map: Any) -> tuple[np.ndarray, bool]:
     if array.ndim == 3 and array.shape[-1] not in (3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] in (3, 4):
-        return array[..., :3].astype(np.int64) @ np.array([1, 256, 65536]), True
+        return rgb_to_id(array[..., :3]).astype(np.int64), True
     raise ValueError(f"a label map has the shape (H, W), or (H, W, 3) for ids as colours; got {array.shape}")
 
 
