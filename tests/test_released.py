@@ -1,16 +1,22 @@
 """The released checkpoints: the table is the authors', every key finds its place, downloads arrive whole or not."""
 
+import hashlib
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
 
+import download as download_module
 from detectron2_config import DEFAULTS, UnsupportedOptionError, read_config
+from download import DownloadError, digest_in_name, download, md5_of
 from released import BACKBONES, RELEASED, find_released, listing
 
 
@@ -165,3 +171,169 @@ def test_unknown_name_is_told_the_close_ones():
         find_released("coco-panoptic-swinl")
     with pytest.raises(ValueError, match="--list"):
         find_released("?")
+
+
+# --- downloads, from a server of this machine ---
+
+
+class Server:
+    """Serves files on loopback. `breaks` is how many bytes each of the next answers stops after."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.breaks: list[int] = []
+        self.knows_ranges = True
+        self.asked: list[str | None] = []  # the Range header of each request
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        wanted = request.headers.get("Range")
+        self.asked.append(wanted)
+        content = self.files.get(request.path)
+        if content is None:
+            request.send_error(404)
+            return
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.knows_ranges else 0
+        if start and start >= len(content):
+            request.send_response(416)
+            request.send_header("Content-Range", f"bytes */{len(content)}")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        request.send_response(206 if start else 200)
+        if start:
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        request.send_header("Content-Length", str(len(content) - start))
+        request.end_headers()
+        stop = start + self.breaks.pop(0) if self.breaks else len(content)
+        request.wfile.write(content[start:stop])
+        request.close_connection = True
+
+    def publish(self, content: bytes, digest: str | None = None) -> str:
+        """Serve `content` under a name with its digest (or another one) and give the address."""
+        path = f"/coco/model_final_{digest or hashlib.md5(content).hexdigest()[:6]}.pkl"
+        self.files[path] = content
+        return self.address + path
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(download_module, "TIMEOUT", 5.0)
+    monkeypatch.setattr(download_module.time, "sleep", lambda _: None)
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+CONTENT = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
+
+
+def test_download_arrives_whole_and_is_not_fetched_again(server, tmp_path, capsys):
+    url = server.publish(CONTENT)
+    path = download(url, tmp_path / "cache")
+    assert path.read_bytes() == CONTENT
+    assert path.name == url.rpartition("/")[2]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert "100%" in capsys.readouterr().err
+    assert download(url, tmp_path / "cache") == path
+    assert server.asked == [None]
+
+
+def test_download_is_continued_where_it_broke_off(server, tmp_path):
+    server.breaks = [1_000_000, 500_000]
+    path = download(server.publish(CONTENT), tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=1000000-", "bytes=1500000-"]
+
+
+def test_download_is_continued_by_a_later_run(server, tmp_path, monkeypatch):
+    url = server.publish(CONTENT)
+    monkeypatch.setattr(download_module, "ATTEMPTS", 2)
+    server.breaks = [1000, 1000]
+    with pytest.raises(DownloadError, match="run again to continue"):
+        download(url, tmp_path)
+    assert [(file.suffix, file.stat().st_size) for file in tmp_path.iterdir()] == [(".part", 2000)]
+    assert download(url, tmp_path).read_bytes() == CONTENT
+    assert server.asked[-1] == "bytes=2000-"
+    # Whole, but not renamed any more: nothing is left to fetch.
+    (whole,) = tmp_path.iterdir()
+    whole.rename(f"{whole}.part")
+    assert download(url, tmp_path).read_bytes() == CONTENT
+    assert server.asked[-1] == f"bytes={len(CONTENT)}-"
+
+
+def test_server_that_ignores_ranges_sends_all_again(server, tmp_path):
+    server.knows_ranges = False
+    server.breaks = [1_000_000]
+    assert download(server.publish(CONTENT), tmp_path).read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=1000000-"]
+
+
+def test_part_that_is_longer_than_the_file_is_dropped(server, tmp_path):
+    url = server.publish(CONTENT)
+    (tmp_path / f"{url.rpartition('/')[2]}.part").write_bytes(b"x" * (len(CONTENT) + 1))
+    assert download(url, tmp_path).read_bytes() == CONTENT
+
+
+def test_file_of_another_digest_is_refused_and_not_kept(server, tmp_path):
+    url = server.publish(CONTENT, digest="abcdef")
+    with pytest.raises(DownloadError, match=r"begins with .* instead of abcdef.*Run again"):
+        download(url, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    # A part from elsewhere is found out too, and the next run starts afresh.
+    url = server.publish(CONTENT)
+    (tmp_path / f"{url.rpartition('/')[2]}.part").write_bytes(b"x" * 1000)
+    with pytest.raises(DownloadError, match="was removed"):
+        download(url, tmp_path)
+    assert download(url, tmp_path).read_bytes() == CONTENT
+
+
+def test_damaged_file_in_the_cache_is_fetched_anew(server, tmp_path):
+    url = server.publish(CONTENT)
+    (tmp_path / url.rpartition("/")[2]).write_bytes(b"damaged")
+    assert download(url, tmp_path).read_bytes() == CONTENT
+
+
+def test_missing_file_and_unreachable_server_are_told(server, tmp_path, monkeypatch):
+    missing = f"{server.address}/model_final_abcdef.pkl"
+    with pytest.raises(DownloadError, match=r"404 .*--checkpoint"):
+        download(missing, tmp_path)
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(DownloadError, match=r"cannot be reached .*HTTPS_PROXY.*--checkpoint"):
+        download(missing, tmp_path)
+    monkeypatch.setenv("http_proxy", server.address)  # a proxy that isn't there either
+    with pytest.raises(DownloadError, match="HTTPS_PROXY"):
+        download("http://example.invalid/model_final_abcdef.pkl", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_silent_server_is_given_up(tmp_path, monkeypatch, server):
+    monkeypatch.setattr(download_module, "TIMEOUT", 0.1)
+    monkeypatch.setattr(Server, "answer", lambda self, request: threading.Event().wait(1))
+    with pytest.raises(DownloadError, match="timed out"):
+        download(server.publish(CONTENT), tmp_path)
+
+
+def test_digest_comes_from_the_name(tmp_path):
+    assert digest_in_name("model_final_94dc52.pkl") == "94dc52"
+    assert digest_in_name("model_final.pkl") is None
+    assert all(row.url.endswith(f"_{digest_in_name(row.url)}.pkl") for row in RELEASED.values())
+    with pytest.raises(ValueError, match="MD5"):
+        download("http://example.invalid/model.pkl", tmp_path)
+    (tmp_path / "file").write_bytes(b"abc")
+    assert md5_of(tmp_path / "file") == "900150983cd24fb0d6963f7d28e17f72"  # RFC 1321, appendix A.5
