@@ -7,6 +7,7 @@ import torch
 from m2f_hf.data import CATEGORIES, ShapesDataset
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
 from m2f_hf.metrics import MeanIoU, PanopticEvaluation, PanopticQuality, evaluate_model
+from m2f_hf.metrics.evaluate_model import VOID_LABEL, semantic_map
 
 
 TWO_THINGS_ONE_STUFF = [
@@ -214,20 +215,22 @@ def test_mean_iou_refuses_labels_out_of_range():
 class Oracle(torch.nn.Module):
     """Says of each scene what its target says: one query per segment, sure of its class and its pixels."""
 
-    def __init__(self, items: list[dict]) -> None:
+    def __init__(self, items: list[dict], num_classes: int = 7) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.unused = torch.nn.Parameter(torch.zeros(1))
         self.items = items
 
     def forward(self, pixel_values, pixel_mask):
         assert not self.training
-        classes = torch.zeros(len(self.items), 12, 8)
-        classes[..., 7] = 20.0
+        nothing = self.num_classes
+        classes = torch.zeros(len(self.items), 12, nothing + 1)
+        classes[..., nothing] = 20.0
         masks = torch.full((len(self.items), 12, 16, 16), -50.0)
         for row, item in enumerate(self.items):
             small = item["segmentation_map"][2::4, 2::4]
             for query, info in enumerate(item["segments_info"]):
-                classes[row, query, 7], classes[row, query, info["category_id"]] = 0.0, 20.0
+                classes[row, query, nothing], classes[row, query, info["category_id"]] = 0.0, 20.0
                 masks[row, query][torch.from_numpy(small == info["id"])] = 50.0
         return type("Outputs", (), {"class_queries_logits": classes, "masks_queries_logits": masks})
 
@@ -248,3 +251,23 @@ def test_a_model_that_knows_the_target_scores_high_through_the_processor():
     assert result["panoptic_quality"]["all"]["sq"] > 0.75
     doubled = evaluation.compute(lambda total: 2 * total)
     assert doubled["panoptic_quality"]["all"] == pytest.approx(result["panoptic_quality"]["all"])
+
+
+def test_three_hundred_classes_keep_their_labels_and_void_is_none_of_them():
+    """Class 255 and those above it are counted as what they are; a pixel of no segment counts nowhere."""
+    categories = [{"id": i, "name": str(i), "isthing": 0} for i in range(300)]
+    segment_ids = np.repeat(np.arange(1, 5, dtype=np.int32), 16)[None].repeat(64, axis=0)  # four strips of 16 columns
+    infos = segments((1, 255, 0), (2, 256, 0), (3, 299, 0), (4, 7, 0))
+    item = {"segmentation_map": segment_ids, "segments_info": infos}
+    expected = np.array([255, 256, 299, 7])[segment_ids - 1]
+    assert np.array_equal(semantic_map(segment_ids, infos), expected)
+    assert np.array_equal(semantic_map(segment_ids, infos[:3]) == VOID_LABEL, segment_ids == 4)
+    assert VOID_LABEL not in range(300)
+
+    evaluation = PanopticEvaluation(M2FImageProcessor(label_ids_to_fuse=[]), categories)
+    pixels = torch.zeros(1, 3, 64, 64)
+    batch = {"pixel_values": pixels, "pixel_mask": torch.ones(1, 64, 64)}
+    evaluate_model(Oracle([item], num_classes=300), [(batch, [item])], evaluation.update, show_progress=False)
+    per_class = evaluation.compute()["mean_iou"]["per_class"]
+    assert {i for i, iou in enumerate(per_class) if iou is not None} == {7, 255, 256, 299}
+    assert min(per_class[i] for i in (7, 255, 256, 299)) > 0.8

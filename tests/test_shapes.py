@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from m2f_hf.data import CATEGORIES, CocoPanopticDataset, ShapesDataset, write_coco_panoptic
-from m2f_hf.data.coco_panoptic import decode_panoptic_ids, encode_panoptic_ids
 from m2f_hf.data.shapes import NUM_THINGS, SHAPES, draw_shape
 
 
@@ -98,15 +97,6 @@ def test_impossible_datasets_are_refused():
         ShapesDataset(-1)
     with pytest.raises(IndexError, match="0 to 2"):
         ShapesDataset(3)[3]
-
-
-def test_panoptic_ids_survive_their_png_colours():
-    ids = np.array([[0, 1, 255, 256], [65535, 65536, 2**24 - 1, 7]])
-    image = encode_panoptic_ids(ids)
-    assert image.getpixel((3, 0)) == (0, 1, 0) and image.getpixel((1, 1)) == (0, 0, 1)
-    assert np.array_equal(decode_panoptic_ids(image), ids)
-    with pytest.raises(ValueError, match="renumber"):
-        encode_panoptic_ids(np.array([[2**24]]))
 
 
 def test_a_written_folder_reads_back_the_same(tmp_path):

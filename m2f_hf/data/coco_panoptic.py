@@ -8,30 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-
-def encode_panoptic_ids(segment_ids: np.ndarray) -> Image.Image:
-    """Write segment ids (H, W) in [0, 2^24) as an RGB image, id = R + 256 G + 65536 B (COCO's panoptic format).
-
-    Raises:
-        ValueError: if an id is negative or does not fit into 24 bits.
-    """
-    if segment_ids.size and (segment_ids.min() < 0 or segment_ids.max() >= 2**24):
-        raise ValueError(
-            f"Segment ids must lie in [0, 2^24), got {segment_ids.min()} to {segment_ids.max()}: renumber them first."
-        )
-    ids = segment_ids.astype(np.uint32)
-    return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8))
-
-
-def decode_panoptic_ids(image: Image.Image) -> np.ndarray:
-    """Read an RGB panoptic PNG back: (H, W) int32 segment ids, id = R + 256 G + 65536 B."""
-    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=np.int32), -1, 0)
-    return red + 256 * green + 65536 * blue
+from ..segment_ids import id_to_rgb, rgb_to_id
 
 
 def write_coco_panoptic(
@@ -60,7 +41,7 @@ def write_coco_panoptic(
             item = dataset[index]
             file_name = f"{item['image_id']:012d}.png"
             item["image"].save(work / "images" / file_name)
-            encode_panoptic_ids(item["segmentation_map"]).save(work / "panoptic" / file_name)
+            Image.fromarray(id_to_rgb(item["segmentation_map"])).save(work / "panoptic" / file_name)
             width, height = item["image"].size
             images.append({"id": item["image_id"], "file_name": file_name, "width": width, "height": height})
             segments = [{k: v for k, v in info.items() if k != "isthing"} for info in item["segments_info"]]
@@ -110,7 +91,7 @@ class CocoPanopticDataset(Dataset[dict[str, Any]]):
         with Image.open(self.folder / "images" / self._image_files[annotation["image_id"]]) as image:
             pixels = image.convert("RGB")
         with Image.open(self.folder / "panoptic" / annotation["file_name"]) as image:
-            segment_ids = decode_panoptic_ids(image)
+            segment_ids = rgb_to_id(image.convert("RGB"))
         return {
             "image": pixels,
             "segmentation_map": segment_ids,

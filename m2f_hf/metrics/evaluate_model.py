@@ -12,7 +12,7 @@ from .mean_iou import MeanIoU
 from .panoptic_quality import PanopticQuality
 
 
-VOID_LABEL = 255
+VOID_LABEL = -1  # outside the classes, however many there are
 
 
 class PanopticEvaluation:
@@ -58,8 +58,8 @@ class PanopticEvaluation:
 
 
 def semantic_map(segmentation_map: np.ndarray, segments_info: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Class of each pixel of a panoptic map: (H, W) uint8, `VOID_LABEL` where there is none."""
-    labels = np.full(segmentation_map.shape, VOID_LABEL, dtype=np.uint8)
+    """Class of each pixel of a panoptic map: (H, W) int32, `VOID_LABEL` where there is none."""
+    labels = np.full(segmentation_map.shape, VOID_LABEL, dtype=np.int32)
     for info in segments_info:
         labels[segmentation_map == info["id"]] = info["category_id"]
     return labels
