@@ -12,13 +12,14 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mask2former import Mask2FormerConfig
+from .hub import register_push_to_hub
 from .image_processing_mask2former import M2FImageProcessor
 from .modeling_mask2former import Mask2FormerForUniversalSegmentation, Mask2FormerModel
 from .pipeline import M2FImageSegmentationPipeline
 
 
 def register() -> None:
-    """Register `model_type` "m2f" with the Auto classes, and our pipeline; calling it again changes nothing.
+    """Register `model_type` "m2f" with the Auto classes, our pipeline and `push_to_hub`; again changes nothing.
 
     `exist_ok` is needed because `transformers` compares configuration classes by name and has a `Mask2FormerConfig` of
     its own; it looks models up by class, so the two do not meet.
@@ -34,3 +35,4 @@ def register() -> None:
     IMAGE_PROCESSOR_MAPPING.register(Mask2FormerConfig, processors, exist_ok=True)
     # In place: registering anew would warn, and drop the task's default model.
     PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = M2FImageSegmentationPipeline
+    register_push_to_hub()

@@ -1,17 +1,66 @@
-"""To the Hub: the card of a checkpoint."""
+"""To the Hub: the card, the code that lets a checkpoint run without this package, and the upload in one commit.
+
+A repository pushed from here holds what `save_pretrained` writes and, beyond that, the files of this package that run
+a model, named in `auto_map`, so that `trust_remote_code=True` is enough where the package is not installed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import yaml_dump
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import PushToHubMixin
 
 from .configuration_mask2former import Mask2FormerConfig
 from .image_processing_mask2former import M2FImageProcessor
+from .modeling_mask2former import (
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerModel,
+    Mask2FormerPreTrainedModel,
+)
+
+
+CONFIG = "config.json"
+PROCESSOR = "preprocessor_config.json"
+CARD = "README.md"
+# Where `from_pretrained`, the Auto classes and the string pipeline look for code, and what they find.
+_CODE: dict[str, dict[str, type]] = {
+    CONFIG: {
+        "AutoConfig": Mask2FormerConfig,
+        "AutoModel": Mask2FormerModel,
+        "AutoModelForUniversalSegmentation": Mask2FormerForUniversalSegmentation,
+        "AutoModelForImageSegmentation": Mask2FormerForUniversalSegmentation,
+    },
+    PROCESSOR: {"AutoImageProcessor": M2FImageProcessor},
+}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# What a checkpoint's folder may hold beside code; anything else stays at home.
+_PUBLISHED = (".json", ".safetensors", ".md", ".txt", ".png", ".jpg", ".jpeg", ".webp", ".yaml", ".yml")
+_RESULTS = ".eval_results"
+# The last line of a card from here. Where the rest has another digest, somebody wrote in it.
+_MARK = re.compile(r"\n*<!-- m2f_hf: card of (?P<repo_id>\S+), (?P<digest>[0-9a-f]{16}) -->\s*$")
+_STOCK_CARD = "This model card has been automatically generated"
 
 
 # --- the card ---
@@ -61,9 +110,8 @@ def model_card(
     What is not given is not claimed.
 
     Args:
-        processor: None before there is one; the card then says so in a comment, by which `push_to_hub` of the
-            processor knows that it may complete it.
-        repo_id: `owner/name`, for the snippets.
+        processor: None before there is one; pushing it completes the card.
+        repo_id: `owner/name`, for the snippets; [`HubFolder`] puts the name of the repository it pushes to.
         title: heading; default: the repository's name.
         base_model, datasets: names on the Hub.
         license: the Hub's identifier, such as "apache-2.0" or "cc-by-nc-4.0".
@@ -95,9 +143,7 @@ def model_card(
     if training:
         parts += ["## Training", _table(("setting", "value"), training.items())]
     parts += ["## Source and licence", _provenance(base_model, datasets, license, source_url)]
-    if processor is None:
-        parts.append(_INCOMPLETE)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    return _marked(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts)), repo_id)
 
 
 def result_files(figures: Sequence[Figure]) -> dict[str, str]:
@@ -123,9 +169,6 @@ def result_files(figures: Sequence[Figure]) -> dict[str, str]:
         f".eval_results/{_slug(dataset_id)}.yaml": yaml_dump(eval_result_entries_to_yaml(found))
         for dataset_id, found in entries.items()
     }
-
-
-_INCOMPLETE = "<!-- m2f_hf: written before there was an image processor; replaced when that is pushed. -->"
 
 
 def _eval_result(figure: Figure) -> EvalResult:
@@ -284,3 +327,262 @@ def _url(source: str | None) -> str | None:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
+
+
+# --- whose card it is ---
+
+
+def _marked(card: ModelCard, repo_id: str) -> ModelCard:
+    card.text = f"{_MARK.sub('', card.text).rstrip()}\n\n<!-- m2f_hf: card of {repo_id}, {_digest(card)} -->\n"
+    return card
+
+
+def _digest(card: ModelCard) -> str:
+    metadata = json.dumps(card.data.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256((metadata + _MARK.sub("", card.text).strip()).encode()).hexdigest()[:16]
+
+
+def is_untouched(card: ModelCard) -> bool:
+    """Whether nobody wrote in the card since this package, or `transformers`, made it."""
+    mark = _MARK.search(card.text)
+    return _STOCK_CARD in card.text if mark is None else mark["digest"] == _digest(card)
+
+
+def _readdressed(card: ModelCard, repo_id: str) -> ModelCard:
+    """A card written for another name, such as a folder's, with this one in its snippets."""
+    mark = _MARK.search(card.text)
+    if mark is None or not is_untouched(card):
+        return card
+    card.text = card.text.replace(f'"{mark["repo_id"]}"', f'"{repo_id}"')
+    return _marked(card, repo_id)
+
+
+def _published_card(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
+    """The repository's card, None where it has none."""
+    try:
+        path = api.hf_hub_download(repo_id, CARD, revision=revision)
+    except EntryNotFoundError:
+        return None
+    return ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+
+
+def _renewed_card(
+    published: ModelCard | None, config: Mask2FormerConfig, processor: M2FImageProcessor | None, repo_id: str
+) -> ModelCard:
+    """A card in the place of one from here: names and licence stay, figures go with the weights they belong to."""
+    kept = published.data.to_dict() if published is not None and _MARK.search(published.text) else {}
+    return model_card(
+        config,
+        processor,
+        repo_id=repo_id,
+        base_model=kept.get("base_model"),
+        datasets=kept.get("datasets") or (),
+        license=kept.get("license"),
+    )
+
+
+# --- the code ---
+
+
+def code_files() -> list[Path]:
+    """The files of this package that run a model: those of the Auto classes and what they import."""
+    classes = {cls for by_name in _CODE.values() for cls in by_name.values()}
+    files = {Path(str(sys.modules[cls.__module__].__file__)) for cls in classes}
+    return sorted(files | {Path(needed) for file in files for needed in get_relative_import_files(file)})
+
+
+def with_auto_map(file: Path) -> str:
+    """The text of a `config.json` or `preprocessor_config.json` that says where its classes are."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["auto_map"] = {
+        auto_class: f"{cls.__module__.rpartition('.')[-1]}.{cls.__name__}"
+        for auto_class, cls in _CODE[file.name].items()
+    }
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
+
+
+# --- push_to_hub of a model, a configuration, a processor ---
+
+
+def register_push_to_hub() -> None:
+    """Let `push_to_hub` and `save_pretrained(push_to_hub=True)` of our classes send the code and the card too.
+
+    Done from outside, since the files of these classes must run alone on the Hub.
+    """
+    for cls in (Mask2FormerConfig, Mask2FormerPreTrainedModel, M2FImageProcessor):
+        cls._upload_modified_files = _complete_and_upload  # type: ignore[method-assign, assignment]
+
+
+def _complete_and_upload(
+    self: Any,
+    working_dir: str | os.PathLike,
+    repo_id: str,
+    files_timestamps: dict[str, float],
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **commit: Any,
+) -> Any:
+    """The last step of the stock `push_to_hub`, with the code and the card written into the folder before."""
+    folder = Path(working_dir)
+    for name in _CODE:
+        if (folder / name).is_file():
+            (folder / name).write_text(with_auto_map(folder / name), encoding="utf-8")
+    for file in code_files():
+        (folder / file.name).write_bytes(file.read_bytes())
+    if revision is not None and not create_pr:
+        HfApi(token=token).create_branch(repo_id, branch=revision, exist_ok=True)
+    published = _published_card(HfApi(token=token), repo_id, revision)
+    if published is None or is_untouched(published):
+        _write_card(self, folder, repo_id, published, revision=revision, token=token)
+    stock = PushToHubMixin._upload_modified_files
+    return stock(
+        self, working_dir, repo_id, files_timestamps, token=token, revision=revision, create_pr=create_pr, **commit
+    )
+
+
+def _write_card(self: Any, folder: Path, repo_id: str, published: ModelCard | None, **where: Any) -> None:
+    """The card of what is pushed and of what the repository has already; none where the model is yet to come."""
+    config = self if isinstance(self, Mask2FormerConfig) else getattr(self, "config", None)
+    config = config or _from_hub(Mask2FormerConfig, repo_id, **where)
+    if config is None:
+        return
+    processor = self if isinstance(self, M2FImageProcessor) else _from_hub(M2FImageProcessor, repo_id, **where)
+    card = _renewed_card(published, config, processor, repo_id)
+    if (folder / CARD).is_file():  # with the tags of the caller
+        stock: Any = ModelCard((folder / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        tags = [*card.data.to_dict()["tags"], *(stock.data.tags or [])]
+        card.data["tags"] = list(dict.fromkeys(tags))
+    _marked(card, repo_id).save(folder / CARD)
+
+
+def _from_hub(cls: Any, repo_id: str, **where: Any) -> Any:
+    """The repository's configuration or processor, None where it has none."""
+    try:
+        return cls.from_pretrained(repo_id, **where)
+    except OSError:
+        return None
+
+
+# --- a whole folder ---
+
+
+class HubFolder:
+    """A folder that `save_pretrained` wrote, checked and ready to be published.
+
+    Attributes:
+        files: what would be sent: name in the repository -> the file, or its text where that differs from the file's.
+        left_out: names in the folder that stay at home: pickles, code of others, subfolders, hidden files.
+        config, processor: those of the folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or it lacks the configuration, the processor or the weights.
+        ValueError: another model's configuration, or weights that are not this model's.
+        OSError, RuntimeError, SafetensorError: files that cannot be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self._check_files()
+        self.config = Mask2FormerConfig.from_pretrained(self.folder)
+        self.processor = M2FImageProcessor.from_pretrained(self.folder)
+        self._check_weights()
+        self.files, self.left_out = self._contents()
+
+    def push(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        replace_card: bool = False,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """
+        Send everything in one commit, so that the repository never shows half of it. What an interrupted upload has
+        sent is not sent again.
+
+        The card is the folder's `README.md`, or one made here. One that somebody wrote or edited on the Hub stays.
+
+        Args:
+            repo_id: `owner/name`, or `name` for one's own account; made if need be.
+            private: for a new repository; None is the account's default.
+            revision: branch, made if need be; default: main.
+            replace_card: whether to replace a card that somebody wrote or edited, too.
+            token: default: that of `hf auth login`.
+
+        Raises:
+            LocalTokenNotFoundError: nobody is logged in (`huggingface_hub.errors`).
+            ValueError: `private` for a repository that is public.
+            HfHubHTTPError: what the Hub refuses.
+        """
+        api = HfApi(token=token)
+        api.whoami()  # before anything is made
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(f"{repo_id} exists and is public: make it private on its page, or name another")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        files = dict(self.files)
+        files.pop(CARD, None)
+        card = self._card(_published_card(api, repo_id, revision), repo_id, replace_card)
+        operations: list[Any] = [
+            CommitOperationAdd(name, content.encode() if isinstance(content, str) else content)
+            for name, content in [*files.items(), *card.items()]
+        ]
+        # Weights saved in another number of files before would be loaded in the place of these.
+        there = api.list_repo_files(repo_id, revision=revision)
+        old = [name for name in there if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)]
+        operations += [CommitOperationDelete(name) for name in old if name not in files]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload model, processor, card and code",
+            revision=revision,
+        )
+
+    def _check_files(self) -> None:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.folder}")
+        for name, needed in ((CONFIG, (CONFIG,)), (PROCESSOR, (PROCESSOR,)), (_WEIGHTS[0], _WEIGHTS)):
+            if not any((self.folder / file).is_file() for file in needed):
+                raise FileNotFoundError(
+                    f"{self.folder} has no {name}: save the model and the processor there with save_pretrained"
+                )
+        model_type = json.loads((self.folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+        if model_type != Mask2FormerConfig.model_type:
+            raise ValueError(
+                f"{self.folder} has model_type {model_type!r}, not {Mask2FormerConfig.model_type!r}: load it with "
+                "m2f_hf and save_pretrained it, model and processor, into another folder"
+            )
+
+    def _check_weights(self) -> None:
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(self.folder, output_loading_info=True)
+        for fault in ("missing_keys", "unexpected_keys"):
+            if names := loaded[1][fault]:
+                kind = fault.removesuffix("_keys")
+                raise ValueError(f"{self.folder} has {len(names)} {kind} weights, such as {min(names)}: save it anew")
+
+    def _contents(self) -> tuple[dict[str, Path | str], list[str]]:
+        code = {file.name: file for file in code_files()}
+        files: dict[str, Path | str] = {}
+        left_out = []
+        results = (self.folder / _RESULTS).glob("*.yaml")
+        for path in [*sorted(self.folder.iterdir()), *sorted(results)]:
+            name = path.relative_to(self.folder).as_posix()
+            known = path.suffix.lower() in _PUBLISHED or path.name in ("LICENSE", "NOTICE")
+            if path.is_file() and known and not path.name.startswith("."):
+                files[name] = with_auto_map(path) if name in _CODE else path
+            elif name not in code and name != _RESULTS:
+                left_out.append(name + "/" * path.is_dir())
+        return files | code, left_out
+
+    def _card(self, published: ModelCard | None, repo_id: str, replace: bool) -> dict[str, str]:
+        if published is not None and not is_untouched(published) and not replace:
+            return {}
+        own = self.folder / CARD
+        if not own.is_file():
+            return {CARD: str(_renewed_card(published, self.config, self.processor, repo_id))}
+        text = own.read_text(encoding="utf-8")
+        return {CARD: str(_readdressed(ModelCard(text), repo_id)) if _MARK.search(text) else text}
