@@ -105,7 +105,8 @@ def test_a_written_folder_reads_back_the_same(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scenes"]
     assert sorted(path.name for path in folder.iterdir()) == ["images", "panoptic", "panoptic.json"]
     loaded = CocoPanopticDataset(folder)
-    assert loaded.categories == CATEGORIES
+    assert [{key: own[key] for key in CATEGORIES[0]} for own in loaded.categories] == CATEGORIES
+    assert [category["dataset_id"] for category in loaded.categories] == list(range(7))
     for index in range(3):
         assert np.array_equal(np.asarray(loaded[index]["image"]), np.asarray(dataset[index]["image"]))
         assert np.array_equal(loaded[index]["segmentation_map"], dataset[index]["segmentation_map"])

@@ -1,4 +1,4 @@
-"""Folders in COCO's panoptic form: `images/`, `panoptic/` (PNG, id = R + 256 G + 65536 B) and `panoptic.json`."""
+"""Write folders in COCO's panoptic form: `images/`, `panoptic/` (PNG, id = R + 256 G + 65536 B), `panoptic.json`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..segment_ids import id_to_rgb, rgb_to_id
+from ..segment_ids import id_to_rgb
 
 
 def write_coco_panoptic(
@@ -53,61 +53,3 @@ def write_coco_panoptic(
         shutil.rmtree(work, ignore_errors=True)
         raise
     return target
-
-
-class CocoPanopticDataset(Dataset[dict[str, Any]]):
-    """Map-style dataset of a folder in COCO's panoptic form; items are those of `ShapesDataset`.
-
-    `categories` holds the classes with contiguous ids, in the order of the ids in the file, and `category_id` in
-    `segments_info` is such a contiguous id. Pixels of no segment have id 0 (void).
-
-    Raises:
-        FileNotFoundError: if `folder` has no `panoptic.json`, or an image named there is missing.
-        ValueError: if `panoptic.json` is not in COCO's form, or a segment names an unknown category.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        path = self.folder / "panoptic.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} not found: expected a folder with images/, panoptic/ and panoptic.json in COCO's form."
-            )
-        content = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"images", "annotations", "categories"} - set(content)
-        if missing:
-            raise ValueError(f"{path} is not in COCO's panoptic form: it lacks {', '.join(sorted(missing))}.")
-        ordered = sorted(content["categories"], key=lambda category: category["id"])
-        self._contiguous_id = {category["id"]: index for index, category in enumerate(ordered)}
-        self.categories = [{**category, "id": index} for index, category in enumerate(ordered)]
-        self._image_files = {image["id"]: image["file_name"] for image in content["images"]}
-        self._annotations = content["annotations"]
-
-    def __len__(self) -> int:
-        return len(self._annotations)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        annotation = self._annotations[index]
-        with Image.open(self.folder / "images" / self._image_files[annotation["image_id"]]) as image:
-            pixels = image.convert("RGB")
-        with Image.open(self.folder / "panoptic" / annotation["file_name"]) as image:
-            segment_ids = rgb_to_id(image.convert("RGB"))
-        return {
-            "image": pixels,
-            "segmentation_map": segment_ids,
-            "segments_info": [self._to_contiguous(info) for info in annotation["segments_info"]],
-            "image_id": annotation["image_id"],
-        }
-
-    def _to_contiguous(self, info: dict[str, Any]) -> dict[str, Any]:
-        if info["category_id"] not in self._contiguous_id:
-            raise ValueError(
-                f"Segment {info['id']} has category {info['category_id']}, which panoptic.json does not list."
-            )
-        category_id = self._contiguous_id[info["category_id"]]
-        return {
-            **info,
-            "category_id": category_id,
-            "isthing": self.categories[category_id]["isthing"],
-            "iscrowd": info.get("iscrowd", 0),
-        }

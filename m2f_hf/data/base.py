@@ -1,0 +1,253 @@
+"""What all data sets of images in files have in common: an item, an item without its image, a selection."""
+
+import copy
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from .masks import segment_masks
+from .problems import FileProblem
+
+
+ImageFile = Path | BytesIO
+_EXIF_ORIENTATION = 0x0112
+
+
+def read_image(file: ImageFile, name: str) -> Image.Image:
+    """An image as RGB, upright: its EXIF orientation is applied.
+
+    Raises:
+        FileProblem: it cannot be read; `name` says which.
+    """
+    with _open_image(file, name) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16-bit grey; Pillow would clip it at 255
+            upright = Image.fromarray((np.asarray(upright, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return upright.convert("RGB")
+
+
+def read_size(file: ImageFile, name: str) -> tuple[int, int]:
+    """Height and width in pixels of the upright image, from the file's header.
+
+    Raises:
+        FileProblem: it cannot be read.
+    """
+    with _open_image(file, name) as image:
+        width, height = image.size
+        is_turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (width, height) if is_turned else (height, width)
+
+
+def read_map(file: ImageFile, name: str) -> np.ndarray:
+    """What a map stores for each pixel: whole numbers, (height, width); colours, (height, width, 3) uint8.
+
+    Palettes are left unapplied: the number is what counts.
+
+    Raises:
+        FileProblem: it cannot be read.
+    """
+    with _open_image(file, name, "Annotations") as image:
+        if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
+            return np.asarray(image.convert("RGB"))
+        if image.mode == "1":
+            return np.asarray(image).astype(np.uint8)
+        if image.mode == "LA":
+            image = image.getchannel(0)
+        values = np.asarray(image)
+    if values.dtype.kind not in "iu":
+        raise FileProblem("Label maps must hold whole numbers (8 or 16 bit PNG).", f"{name}: mode {image.mode}")
+    return values
+
+
+@contextmanager
+def _open_image(file: ImageFile, name: str, what: str = "Images") -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise FileProblem(f"{what} are missing: put them back, or remove them from the list.", name) from error
+    except (OSError, SyntaxError, Image.DecompressionBombError, struct.error, EOFError) as error:
+        raise FileProblem(f"{what} cannot be read: replace or remove them.", f"{name}: {error}") from error
+
+
+class SegmentationDataset(Dataset[dict[str, Any]]):
+    """Images with segments. Subclasses say where they lie (`_load`); everything else is here.
+
+    An item has
+
+    - `image`: `PIL.Image.Image`, RGB, upright; `height`, `width`: its size in pixels;
+    - `image_id`: int or str; `file_name`: str, where a person finds the image;
+    - `segments_info`: a list of dicts: `id`, `category_id` (contiguous), `iscrowd` (0 or 1), `isthing` (bool or None),
+      and what else the annotation says;
+    - either `segmentation_map`, (height, width) int32 of segment ids, where 0 and ids that are not listed are void; or
+      in each segment a `segmentation`, COCO's RLE or polygons: such masks may overlap. `segment_masks` decodes both.
+
+    Attributes:
+        categories: for each class `id` (contiguous), `name`, `isthing` (bool or None), `color` where known, and
+            `dataset_id`, the files' own id.
+        task: "panoptic", "instance" or "semantic".
+        segments: (S, 3) int32, position of the item, category id and iscrowd of every segment, where that is known
+            without opening files; None where not.
+    """
+
+    categories: list[dict[str, Any]]
+    task: str
+    segments: np.ndarray | None = None
+    _positions: np.ndarray
+    _category_map: dict[int, int] | None = None
+
+    def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
+        """The image's file, and the item without image and size; `category_id` is that of the annotation's own list."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file, item = self._open(index)
+        image = read_image(file, item["file_name"])
+        return {"image": image, **self._finish(item, image.height, image.width)}
+
+    def annotation(self, index: int) -> dict[str, Any]:
+        """The item without `image`; the size is read from the file's header.
+
+        Raises:
+            FileProblem: a file is missing or damaged, or the annotation is for another size.
+        """
+        file, item = self._open(index)
+        return self._finish(item, *read_size(file, item["file_name"]))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "SegmentationDataset":
+        """The items at these indices, in this order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        result = copy.copy(self)
+        result._positions = self._positions[chosen]
+        if self.segments is not None:
+            starts = np.searchsorted(self.segments[:, 0], chosen)
+            ends = np.searchsorted(self.segments[:, 0], chosen, side="right")
+            parts = [self.segments[start:end] for start, end in zip(starts, ends, strict=True)]
+            result.segments = np.concatenate([self.segments[:0], *parts])
+            result.segments[:, 0] = np.repeat(np.arange(len(chosen)), ends - starts)
+        return result
+
+    def with_task(self, task: str) -> "SegmentationDataset":
+        """The same images for another task: things alone for "instance", one segment a class for "semantic".
+
+        Raises:
+            ValueError: the annotations don't say enough for the task.
+        """
+        if task == self.task:
+            return self
+        result = copy.copy(self)
+        result.task = task
+        if task == "semantic":
+            if self.segments is not None:
+                pairs = np.unique(self.segments[:, :2], axis=0)
+                result.segments = np.concatenate([pairs, np.zeros_like(pairs[:, :1])], axis=1)
+            return result
+        if task != "instance" or self.task != "panoptic":
+            reason = (
+                "they don't tell the objects of a class apart"
+                if self.task == "semantic"
+                else "instances may overlap, and there is no stuff"
+            )
+            raise ValueError(f"{self.task} annotations don't do for task={task!r}: {reason}.")
+        things = [category for category in self.categories if category["isthing"]]
+        if not things:
+            raise ValueError("None of the classes is a thing, so there are no instances: use task='semantic'.")
+        return result._with_categories(
+            [{**category, "id": index} for index, category in enumerate(things)],
+            {category["id"]: index for index, category in enumerate(things)},
+        )
+
+    def with_categories(
+        self, categories: Sequence[Mapping[str, Any]], category_map: Mapping[int, int]
+    ) -> "SegmentationDataset":
+        """The same items with another class list; segments of classes that `category_map` lacks are left out."""
+        return copy.copy(self)._with_categories([dict(category) for category in categories], dict(category_map))
+
+    def _with_categories(self, categories: list[dict[str, Any]], added: dict[int, int]) -> "SegmentationDataset":
+        old = self._category_map or {category["id"]: category["id"] for category in self.categories}
+        self._category_map = {own: added[new] for own, new in old.items() if new in added}
+        if self.segments is not None:
+            table = np.full(len(self.categories), -1, dtype=np.int32)
+            table[list(added)] = list(added.values())
+            segments = self.segments.copy()
+            segments[:, 1] = table[segments[:, 1]]
+            self.segments = segments[segments[:, 1] >= 0]
+        self.categories = categories
+        return self
+
+    def _open(self, index: int) -> tuple[ImageFile, dict[str, Any]]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Item {index} of {len(self)}: indices run from 0 to {len(self) - 1}.")
+        return self._load(int(self._positions[index]))
+
+    def _finish(self, item: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        item = {**item, "height": height, "width": width}
+        if "segmentation_map" in item and item["segmentation_map"].shape != (height, width):
+            _refuse_size(item["file_name"], item["segmentation_map"].shape, (height, width))
+        if "annotated_size" in item:
+            annotated = item.pop("annotated_size")
+            if annotated is not None and tuple(annotated) != (height, width):
+                _refuse_size(item["file_name"], annotated, (height, width))
+        segments = item["segments_info"]
+        if self._category_map is not None:
+            ids = self._category_map
+            segments = [{**s, "category_id": ids[s["category_id"]]} for s in segments if s["category_id"] in ids]
+        isthing = [category["isthing"] for category in self.categories]
+        item["segments_info"] = [{**segment, "isthing": isthing[segment["category_id"]]} for segment in segments]
+        return merge_classes(item) if self.task == "semantic" else item
+
+
+def _refuse_size(file_name: str, annotated: Sequence[int], size: tuple[int, int]) -> None:
+    hint = (
+        " (made for the image as stored, before its EXIF orientation? then turn the image and remove that)"
+        if tuple(annotated) == (size[1], size[0])
+        else ""
+    )
+    raise FileProblem(
+        "Annotations are for another size than their image (height x width): scale them, or take the image they are of.",
+        f"{file_name} is {size[0]}x{size[1]}, its annotation {annotated[0]}x{annotated[1]}{hint}",
+    )
+
+
+def merge_classes(item: dict[str, Any]) -> dict[str, Any]:
+    """One segment for each class, crowds among them: a semantic item, whose segment ids are the class + 1.
+
+    Of instances that overlap the smaller one is on top.
+    """
+    segments = item["segments_info"]
+    size = (item["height"], item["width"])
+    labels = np.zeros(size, dtype=np.int32)
+    if "segmentation_map" in item:
+        present, place = np.unique(item["segmentation_map"], return_inverse=True)
+        classes = {segment["id"]: segment["category_id"] + 1 for segment in segments}
+        table = np.array([classes.get(int(segment_id), 0) for segment_id in present], dtype=np.int32)
+        labels = table[place].reshape(size)
+    else:
+        masks = segment_masks(item)
+        for index in np.argsort(-masks.sum(axis=(1, 2)), kind="stable"):
+            labels[masks[index]] = segments[index]["category_id"] + 1
+    isthing = {segment["category_id"]: segment["isthing"] for segment in segments}
+    merged = semantic_segments(labels)
+    for segment in merged:
+        segment["isthing"] = isthing[segment["category_id"]]
+    return {**item, "segmentation_map": labels, "segments_info": merged}
+
+
+def semantic_segments(segmentation_map: np.ndarray) -> list[dict[str, Any]]:
+    """`segments_info` of a map (height, width) of classes + 1: one segment for each class that occurs."""
+    areas = np.bincount(segmentation_map.ravel())
+    return [
+        {"id": int(value), "category_id": int(value) - 1, "iscrowd": 0, "area": int(areas[value])}
+        for value in np.flatnonzero(areas)
+        if value > 0
+    ]

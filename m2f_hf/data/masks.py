@@ -1,0 +1,119 @@
+"""Masks as annotations keep them (run lengths, polygons, maps of segment ids), and as boolean arrays."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def decode_segmentation(
+    segmentation: Mapping[str, Any] | Sequence[Any] | np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """A COCO `segmentation` as a mask: (height, width) bool.
+
+    Args:
+        segmentation: run lengths `{"size": [height, width], "counts": …}`, compressed (str or bytes) or not (list); or
+            a list of polygons `[x0, y0, x1, y1, …]` in pixels, whose union is meant; or a mask already.
+
+    Raises:
+        ValueError: the segmentation is for another size, or damaged.
+        ImportError: polygons, without `pycocotools` (their edges are drawn as COCO's own code draws them).
+    """
+    if isinstance(segmentation, np.ndarray) and segmentation.ndim == 2:
+        if segmentation.shape != (height, width):
+            raise ValueError(f"a mask of {segmentation.shape[0]}x{segmentation.shape[1]} for {height}x{width} pixels")
+        return segmentation.astype(bool)
+    if isinstance(segmentation, Mapping):
+        return decode_rle(segmentation, height, width)
+    return _draw_polygons(segmentation, height, width)
+
+
+def run_lengths(counts: str | bytes | Sequence[int]) -> np.ndarray:
+    """Lengths of the runs of a COCO RLE, of zeros first: (runs,) int64.
+
+    Compressed counts have five bits a character, lowest first, above 48; a sixth says that the number goes on, the
+    fifth of its last character is its sign; from the fourth number on it is the difference to the one two before.
+    """
+    if not isinstance(counts, (str, bytes)):
+        return np.asarray(counts, dtype=np.int64)
+    codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, dtype=np.uint8)
+    if not codes.size:
+        return np.zeros(0, dtype=np.int64)
+    groups = codes.astype(np.int64) - 48
+    if groups.min() < 0 or groups.max() > 63 or groups[-1] & 0x20:
+        raise ValueError("damaged RLE counts: they are not in COCO's compressed form")
+    is_last = (groups & 0x20) == 0
+    starts = np.flatnonzero(np.r_[True, is_last[:-1]])
+    lengths = np.diff(np.r_[starts, groups.size])
+    if lengths.max() > 12:
+        raise ValueError("damaged RLE counts: a run longer than 60 bits")
+    place = np.arange(groups.size) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((groups & 0x1F) << (5 * place), starts)
+    is_negative = (groups[is_last] & 0x10) != 0
+    numbers -= is_negative * (np.int64(1) << (5 * lengths))
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
+
+
+def decode_rle(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    """A COCO RLE, compressed or not, as a mask: (height, width) bool.
+
+    Raises:
+        ValueError: it is for another size, or damaged.
+    """
+    runs = check_rle(rle, height, width)
+    values = np.zeros(len(runs), dtype=bool)
+    values[1::2] = True
+    return np.repeat(values, runs).reshape(width, height).T  # run lengths go down the columns
+
+
+def check_rle(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    """The run lengths of a COCO RLE for a mask of this size.
+
+    Raises:
+        ValueError: it is for another size, or damaged.
+    """
+    if list(rle.get("size", ())) != [height, width]:
+        raise ValueError(f"an RLE of size {list(rle.get('size', ()))} for {height}x{width} (height x width) pixels")
+    if "counts" not in rle:
+        raise ValueError("an RLE without counts")
+    runs = run_lengths(rle["counts"])
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"damaged RLE: its runs cover {int(runs.sum())} of {height * width} pixels")
+    return runs
+
+
+def _draw_polygons(polygons: Sequence[Any], height: int, width: int) -> np.ndarray:
+    try:
+        from pycocotools import mask as coco
+    except ImportError as error:
+        raise ImportError("Polygons are drawn by pycocotools: pip install 'm2f_hf[coco]'.") from error
+    drawable = [np.asarray(polygon, dtype=np.float64).ravel().tolist() for polygon in polygons if is_polygon(polygon)]
+    if not drawable:
+        return np.zeros((height, width), dtype=bool)
+    return coco.decode(coco.merge(coco.frPyObjects(drawable, height, width))).astype(bool)
+
+
+def is_polygon(polygon: Any) -> bool:
+    """Whether a part of a `segmentation` has three corners or more, as many x as y."""
+    size = np.size(polygon)
+    return size >= 6 and size % 2 == 0
+
+
+def segment_masks(annotation: Mapping[str, Any]) -> np.ndarray:
+    """The masks of an item's `segments_info`, in its order, crowds among them: (N, height, width) bool.
+
+    Args:
+        annotation: an item of a dataset or what its `annotation` gives: `segments_info`, `height`, `width`, and
+            `segmentation_map` unless every segment has a `segmentation`. Masks of the latter kind may overlap.
+    """
+    segments = annotation["segments_info"]
+    size = (annotation["height"], annotation["width"])
+    masks = np.zeros((len(segments), *size), dtype=bool)
+    for mask, segment in zip(masks, segments, strict=True):
+        if "segmentation_map" in annotation:
+            np.equal(annotation["segmentation_map"], segment["id"], out=mask)
+        else:
+            mask[:] = decode_segmentation(segment["segmentation"], *size)
+    return masks

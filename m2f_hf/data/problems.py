@@ -1,0 +1,63 @@
+"""What is wrong with a data set: collected over all files, told once."""
+
+from collections.abc import Sequence
+
+
+_NUM_NAMED = 10
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be trained on as it is. The message names every kind of problem and its files."""
+
+
+class FileProblem(ValueError):
+    """Something wrong with one file: `kind` as in `Problems.error`, and `where`."""
+
+    def __init__(self, kind: str, where: str) -> None:
+        super().__init__(f"{where}. {kind}")
+        self.kind, self.where = kind, where
+
+    def __reduce__(self) -> tuple[type["FileProblem"], tuple[str, str]]:
+        return FileProblem, (self.kind, self.where)  # so that it comes out of a worker process as it went in
+
+
+class Problems:
+    """Problems by kind. An error forbids training; a warning is something a person should know."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, list[str]] = {}
+        self.warnings: dict[str, list[str]] = {}
+
+    def error(self, kind: str, where: str) -> None:
+        """Add an error: `kind`, a sentence with the fix that holds for all of them, and the file or class it is in."""
+        self.errors.setdefault(kind, []).append(where)
+
+    def warn(self, kind: str, where: str) -> None:
+        """Add a warning, in the manner of `error`."""
+        self.warnings.setdefault(kind, []).append(where)
+
+    def raise_errors(self, name: str) -> None:
+        """Raise what was found in the data set `name`.
+
+        Raises:
+            DatasetError: there are errors.
+        """
+        if self.errors:
+            raise DatasetError(f"{name} cannot be used as it is.\n" + "\n".join(describe(self.errors)))
+
+
+def describe(problems: dict[str, list[str]]) -> list[str]:
+    """Lines of text: each kind with its count and the first files it was found in."""
+    lines = []
+    for kind, places in problems.items():
+        lines.append(f"- {kind} ({len(places)})" if len(places) > 1 else f"- {kind}")
+        lines += [f"    {place}" for place in places[:_NUM_NAMED]]
+        if len(places) > _NUM_NAMED:
+            lines.append(f"    … and {len(places) - _NUM_NAMED} more")
+    return lines
+
+
+def named(names: Sequence[object]) -> str:
+    """The first names of a list, and how many more there are."""
+    text = ", ".join(str(name) for name in names[:_NUM_NAMED])
+    return text if len(names) <= _NUM_NAMED else f"{text}, … ({len(names)} in all)"
