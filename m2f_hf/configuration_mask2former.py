@@ -9,6 +9,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin, consolidate_backbone_kwargs_to_config
 
+from .stock_checkpoints import add_known_labels, checkpoint_name
+
 
 _DEFAULT_BACKBONE: dict[str, Any] = {
     "depths": [2, 2, 18, 2],
@@ -25,7 +27,8 @@ class Mask2FormerConfig(PreTrainedConfig):
     Configuration of [`Mask2FormerModel`] and [`Mask2FormerForUniversalSegmentation`].
 
     Fields and defaults are those of `transformers`' `Mask2FormerConfig`; a configuration saved by it
-    (`model_type="mask2former"`) is read as it is. Added here: `pixel_decoder` and `freeze_backbone_norm`.
+    (`model_type="mask2former"`) is read as it is. Added here: `pixel_decoder`, `freeze_backbone_norm` and
+    `label_colors`.
 
     Args:
         backbone_config: configuration (or its dict) of any `AutoBackbone` with four feature maps at strides 4, 8, 16
@@ -59,6 +62,8 @@ class Mask2FormerConfig(PreTrainedConfig):
         pixel_decoder: `"msdeform"` (paper's default) or `"fpn"` (the original's plain feature pyramid).
         freeze_backbone_norm: whether the backbone's batch norms keep their statistics and affine parameters in
             training (the original's FrozenBN).
+        label_colors: an RGB colour, 0 to 255, for each label, to paint its segments in; None: no such colours. They are
+            those of the present labels: when the number of labels changes, they are dropped.
 
     Raises:
         StrictDataclassFieldValidationError: a field of another type (`huggingface_hub.errors`).
@@ -101,6 +106,7 @@ class Mask2FormerConfig(PreTrainedConfig):
     output_auxiliary_logits: bool | None = None
     pixel_decoder: str = "msdeform"
     freeze_backbone_norm: bool = False
+    label_colors: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # the class knows; in a stock dict it says "mask2former"
@@ -120,13 +126,39 @@ class Mask2FormerConfig(PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        labels = self.__dict__.get("id2label")
+        if name == "id2label" and labels is not None and value is not None and len(labels) != len(value):
+            self.label_colors = None
+        super().__setattr__(name, value)
+
     @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in `transformers`; a `mask2former` configuration is read as one of ours with fewer fields."""
-        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in `transformers`; a `mask2former` configuration is read as one of ours with fewer fields.
+
+        Where name or labels are those of a known data set, its colours are added, and its names for placeholders.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == "mask2former":
-            config_dict = {**config_dict, "model_type": cls.model_type}
+            config_dict = add_known_labels(config_dict, checkpoint_name(pretrained_model_name_or_path))
+            config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in `transformers`; labels given here, or a new number of them, leave nothing of the old ones behind."""
+        id2label, num_labels = kwargs.get("id2label"), kwargs.get("num_labels")
+        old_labels = config_dict.get("id2label")
+        if id2label is not None or (
+            num_labels is not None and old_labels is not None and num_labels != len(old_labels)
+        ):
+            config_dict = {k: v for k, v in config_dict.items() if k not in ("id2label", "label2id", "label_colors")}
+        if id2label is not None:
+            kwargs["id2label"] = {int(index): label for index, label in id2label.items()}
+            kwargs.setdefault("label2id", {label: int(index) for index, label in id2label.items()})
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self) -> None:
         """Refuse impossible combinations (`@strict` calls this after construction).
@@ -138,6 +170,7 @@ class Mask2FormerConfig(PreTrainedConfig):
         self._validate_counts()
         self._validate_widths()
         self._validate_backbone()
+        self._validate_colors()
 
     def _validate_widths(self) -> None:
         heads = self.num_attention_heads
@@ -194,6 +227,18 @@ class Mask2FormerConfig(PreTrainedConfig):
                 f"`common_stride`={self.common_stride} and `feature_strides`={list(self.feature_strides)}: only 4 and "
                 "[4, 8, 16, 32] exist."
             )
+
+    def _validate_colors(self) -> None:
+        if self.label_colors is None:
+            return
+        if len(self.label_colors) != self.num_labels:
+            raise ValueError(
+                f"`label_colors` has {len(self.label_colors)} colours for {self.num_labels} labels; give one for each, "
+                "or None."
+            )
+        for index, color in enumerate(self.label_colors):
+            if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+                raise ValueError(f"`label_colors`[{index}]={color} must be red, green and blue from 0 to 255.")
 
     def _validate_backbone(self) -> None:
         backbone = self.backbone_config

@@ -32,6 +32,7 @@ from .post_processing import (
     post_process_semantic_segmentation,
 )
 from .segment_ids import rgb_to_id
+from .stock_checkpoints import add_known_settings, checkpoint_name, read_labels, translate_settings
 
 
 Task = Literal["panoptic", "instance", "semantic"]
@@ -75,7 +76,10 @@ def _fetch_image(address: str) -> Image.Image:
 
 def _to_array(image: Image.Image) -> np.ndarray:
     """A Pillow image of any mode, (H, W, 3) uint8 or (H, W) of the mode's own type where that is wider than 8 bits."""
+    is_png = image.format == "PNG"  # a copy no longer knows
     image = ImageOps.exif_transpose(image)
+    if image.mode == "I" and is_png:
+        return np.asarray(image).astype(np.uint16)  # older versions of Pillow read 16 bits of grey as 32
     if image.mode.startswith("I") or image.mode == "F":
         return np.asarray(image)
     if image.mode == "P" and "transparency" in image.info:
@@ -105,7 +109,7 @@ def _to_channels_first(array: np.ndarray, prefers_channels_first: bool, data_for
 def _to_known_range(array: np.ndarray) -> np.ndarray:
     """uint8 of 0 to 255 from any whole numbers; float32 from fractions, whose range stays as it is.
 
-    Whole numbers above 255 are taken for 16 bits.
+    uint16 is 16 bits however dark it is. Other whole numbers do not say: they are 8 bits unless any is above 255.
     """
     if array.dtype == np.uint8:
         return array
@@ -115,7 +119,8 @@ def _to_known_range(array: np.ndarray) -> np.ndarray:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high > 65535:
             raise ValueError(f"pixels from {low} to {high}: whole numbers must be 0 to 255, or 0 to 65535 for 16 bits")
-        return np.rint(array / 257).astype(np.uint8) if high > 255 else array.astype(np.uint8)
+        is_16_bit = (array.dtype.kind, array.dtype.itemsize) == ("u", 2) or high > 255
+        return np.rint(array / 257).astype(np.uint8) if is_16_bit else array.astype(np.uint8)
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
             raise ValueError("the image has NaN or infinite pixels; replace them, for example by np.nan_to_num")
@@ -314,9 +319,21 @@ def _to_list(images: Any) -> list[Any]:
     return [images]
 
 
-def _per_image(values: Any, num_images: int, name: str) -> list[Any]:
-    """`values`, one for each image. A single value may come without a list around it if there is one image."""
+def _ndim(value: Any) -> int:
+    """Dimensions of an array, of nested lists, or of arrays in lists."""
+    if isinstance(value, list | tuple):
+        return 1 + (_ndim(value[0]) if len(value) else 0)
+    return getattr(value, "ndim", 0)
+
+
+def _per_image(values: Any, num_images: int, name: str, ndim: int | None = None) -> list[Any]:
+    """`values`, one for each image. A single value may come without a list around it if there is one image.
+
+    `ndim` is that of one image's value where this may be a list itself.
+    """
     is_batch = isinstance(values, list | tuple) or (_is_array(values) and num_images > 1)
+    if num_images == 1 and _ndim(values) == ndim:
+        is_batch = False
     values = list(values) if is_batch else [values]
     if len(values) != num_images:
         raise ValueError(f"{len(values)} {name} for {num_images} images: pass one for each image")
@@ -338,8 +355,8 @@ def _to_label_list(
     if segmentation_maps is None:
         if class_labels is None:
             raise ValueError("mask_labels without class_labels: pass one class for each mask")
-        masks = _per_image(mask_labels, num_images, "mask_labels")
-        classes = _per_image(class_labels, num_images, "class_labels")
+        masks = _per_image(mask_labels, num_images, "mask_labels", ndim=3)
+        classes = _per_image(class_labels, num_images, "class_labels", ndim=1)
         return [_read_masks(*of_image) for of_image in zip(masks, classes, strict=True)]
     if mask_labels is not None or class_labels is not None:
         raise ValueError("pass segmentation_maps, or mask_labels and class_labels, not both")
@@ -553,25 +570,27 @@ class M2FImageProcessor(PilBackend):
             raise ValueError("do_center_crop is not offered: crop images and label maps before they are processed")
 
     @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `transformers`; also reads the settings of `transformers`' own Mask2Former image processor.
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `transformers`; for its own Mask2Former image processor with what name and labels tell of the checkpoint.
 
-        There `size_divisor` stretches images, and 0 turns that off; here it is what they are padded to.
+        Those are the task, the stuff labels, the thresholds and, for released checkpoints, the size at which their
+        figures were measured. What had to be assumed is warned of; arguments of `from_pretrained` come before all.
         """
+        settings, unused = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if settings.get("image_processor_type") == cls.__name__:
+            return settings, unused
+        labels = read_labels(pretrained_model_name_or_path, kwargs)
+        name = checkpoint_name(pretrained_model_name_or_path)
+        return add_known_settings(translate_settings(settings), labels, name, given=unused), unused
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `transformers`; also reads the settings of `transformers`' own Mask2Former image processor."""
         settings = dict(image_processor_dict)
         if settings.get("image_processor_type") != cls.__name__:
-            # Older versions of transformers wrote every setting without a value as null.
-            settings = {name: value for name, value in settings.items() if value is not None}
-        longest_edge = settings.pop("max_size", None)
-        if isinstance(settings.get("size"), int):
-            settings["size"] = {"shortest_edge": settings["size"], "longest_edge": longest_edge}
-        if "reduce_labels" in settings:
-            settings.setdefault("do_reduce_labels", settings.pop("reduce_labels"))
-        if settings.get("size_divisor") == 0:
-            del settings["size_divisor"]
-        # The number of classes is the model's to know: a fine-tuned one has others than the folder it came from.
-        for left_behind in ("_max_size", "num_labels", "reduce_labels"):
-            settings.pop(left_behind, None)
+            settings = translate_settings(settings)
         for name in [name for name in kwargs if name in (cls.__init__.__kwdefaults__ or {})]:
             settings[name] = kwargs.pop(name)
         return super().from_dict(settings, **kwargs)
@@ -600,9 +619,9 @@ class M2FImageProcessor(PilBackend):
             images: one or a list of any sizes: path (str or Path), http(s) address, Pillow image of any mode, or array
                 or tensor (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels in the order RGB; where the shape fits
                 both, NumPy is read as (H, W, C) and torch as (C, H, W), unless `input_data_format` says. Whole numbers
-                are 0 to 255, or 16 bits if any is above; fractions are 0 to 1, or 0 to 255 if any is above 1. Alpha is
-                left out. The EXIF orientation of files and Pillow images is applied: sizes and results are those of
-                the upright image.
+                are 0 to 255, or 16 bits if they are uint16 or any is above 255; fractions are 0 to 1, or 0 to 255 if
+                any is above 1. Alpha is left out. The EXIF orientation of files and Pillow images is applied: sizes and
+                results are those of the upright image.
             segmentation_maps: one for each image, of the image's size, in any form that `read_label_map` reads:
                 classes, or segment ids up to 2^24 if one of the next two is given.
             instance_id_to_semantic_id: segment id -> class; one for all images or one for each.

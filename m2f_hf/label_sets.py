@@ -616,20 +616,20 @@ def are_placeholders(id2label: Mapping[int, str]) -> bool:
 
 def task_in_name(name: str) -> str | None:
     """The task that a checkpoint's name ends on: "panoptic", "semantic", "instance"; None where it has none."""
-    words = _own_name(name).split("-")
+    words = own_name(name).split("-")
     return next((word for word in reversed(words) if word in TASKS), None)
 
 
 def dataset_in_name(name: str) -> str | None:
     """The known data set in a checkpoint's name, such as "ade20k" or "ytvis2019"; None where it has none."""
-    own_name = _own_name(name)
+    words = own_name(name)
     for dataset, pattern in _DATASET_PATTERNS.items():
-        if re.search(rf"(?<![a-z0-9])({pattern})(?![a-z0-9])", own_name):
+        if re.search(rf"(?<![a-z0-9])({pattern})(?![a-z0-9])", words):
             return dataset
     return None
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """A checkpoint's name without its owner or parent folders, in lower case, its words joined by hyphens."""
     parts = re.split(r"[/\\]", name.lower().rstrip("/\\"))
     # The Hub's cache keeps "owner/name" as models--owner--name/snapshots/<commit>.

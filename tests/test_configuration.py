@@ -14,7 +14,7 @@ from m2f_hf import Mask2FormerConfig
 
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-OURS_ALONE = {"pixel_decoder": "msdeform", "freeze_backbone_norm": False}
+OURS_ALONE = {"label_colors": None, "pixel_decoder": "msdeform", "freeze_backbone_norm": False}
 TINY_SWIN = {
     "model_type": "swin",
     "embed_dim": 8,

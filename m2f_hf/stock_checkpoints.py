@@ -1,0 +1,144 @@
+"""Reads the settings of `transformers`' own Mask2Former checkpoints as ours, and fills in what they leave unsaid.
+
+Their files know neither the task nor which labels are stuff, and those of the released ones stretch every image to
+384x384. Name and labels tell better where they are those of a known data set.
+"""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from .label_sets import are_placeholders, find_label_set, matching_label_sets, own_name, task_in_name
+
+
+logger = logging.get_logger(__name__)
+
+_DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+
+# How the released checkpoints are called on the Hub.
+_RELEASED_NAME = re.compile(
+    r"mask2former-(swin-(tiny|small|base|base-in21k|large)|resnet-(50|101))-"
+    r"(coco|ade|cityscapes|mapillary-vistas)-(panoptic|instance|semantic)"
+)
+
+# Shortest and longest edge at which the original's figures were measured.
+_TEST_SIZES = {"coco": (800, 1333), "ade20k": (640, 2560), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
+_TEST_SIZE_OF_SMALL_ADE20K_SEMANTIC = (512, 2048)  # all backbones but Swin-B and Swin-L
+
+# OBJECT_MASK_THRESHOLD of the original's configs, where it is not the processor's default.
+_THRESHOLDS = {"mapillary": 0.0}
+
+
+def checkpoint_name(path: str | os.PathLike[str]) -> str:
+    """A checkpoint's id, or its folder's absolute path, also if what is given is a file in that folder."""
+    path = Path(path)
+    if path.is_file():
+        path = path.parent
+    return str(path.resolve()) if path.is_dir() else path.as_posix()
+
+
+def read_labels(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> dict[int, str]:
+    """The labels in the `config.json` beside a processor's settings; none where there is no such file.
+
+    Args:
+        path: a checkpoint's id, its folder, or a file in it.
+        arguments: of `from_pretrained`; those of the download are used.
+    """
+    place = Path(path).parent if Path(path).is_file() else path
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(
+            place, **{name: arguments[name] for name in _DOWNLOAD_ARGUMENTS if name in arguments}
+        )
+    except OSError:  # there is none, or the Hub cannot be reached
+        return {}
+    return _labels_in(fields)
+
+
+def _labels_in(fields: Mapping[str, Any]) -> dict[int, str]:
+    labels = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(fields.get("num_labels") or 0)}
+    return {int(index): label for index, label in labels.items()}
+
+
+def add_known_labels(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A stock configuration with the data set's colours and, for placeholders (`LABEL_0`), names, where it is known."""
+    labels = _labels_in(fields)
+    known = find_label_set(labels, name)
+    if known is None:
+        return dict(fields)
+    added: dict[str, Any] = {"label_colors": known.colors}
+    if are_placeholders(labels):
+        added["id2label"] = known.id2label
+        added["label2id"] = {label: index for index, label in known.id2label.items()}
+    return {**fields, **added}
+
+
+def translate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `transformers`' Mask2Former image processor, of any version, as those of ours.
+
+    `size_divisor` is what images are padded to rather than stretched to, with 0 for no change; the number of classes is
+    left out, which is the model's to know: a fine-tuned one has others than the folder it came from.
+    """
+    translated = {name: value for name, value in settings.items() if value is not None}
+    longest_edge = translated.pop("max_size", None)
+    if isinstance(translated.get("size"), int):
+        translated["size"] = {"shortest_edge": translated["size"], "longest_edge": longest_edge}
+    if "reduce_labels" in translated:
+        translated.setdefault("do_reduce_labels", translated["reduce_labels"])
+    if translated.get("size_divisor") == 0:
+        del translated["size_divisor"]
+    for left_behind in ("_max_size", "num_labels", "reduce_labels", "size_divisibility"):
+        translated.pop(left_behind, None)
+    return translated
+
+
+def add_known_settings(
+    settings: Mapping[str, Any], labels: Mapping[int, str], name: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Translated settings with the task, stuff, threshold and test size that a checkpoint's name and labels tell.
+
+    A task in the name is the checkpoint's; otherwise it is that of the data set with these labels, if there is one, and
+    otherwise "panoptic". The test size takes the place of a fixed height and width for released checkpoints only: what
+    was fine-tuned at a size is used at that size.
+
+    Args:
+        settings: those of the processor; what they say already stays.
+        labels: the model's.
+        name: the checkpoint's id or folder.
+        given: names of the settings that the caller passes: nothing is said about these.
+    """
+    candidates, known = matching_label_sets(labels, name), find_label_set(labels, name)
+    tasks = {candidate.task for candidate in candidates}
+    task = settings.get("task") or task_in_name(name) or (known.task if known is not None else "panoptic")
+    added: dict[str, Any] = {"task": task}
+    assumed = []
+    if task_in_name(name) is None and len(tasks) != 1 and "task" not in {*settings, *given}:
+        assumed.append(f'that its task is {task} (pass `task="semantic"`, for example, where it is another)')
+    if known is not None:
+        added["ignore_index"] = known.ignore_value
+        added["threshold"] = _THRESHOLDS.get(known.dataset)
+        added["label_ids_to_fuse"] = known.stuff_ids
+        is_stretched = "height" in (settings.get("size") or {})
+        if is_stretched and _RELEASED_NAME.fullmatch(own_name(name)):
+            settings = {**settings, "size": _test_size(name, known.dataset, task)}
+    elif task == "panoptic" and "label_ids_to_fuse" not in {*settings, *given}:
+        assumed.append("that none of its labels is stuff (pass `label_ids_to_fuse=[...]`, the stuff labels, or `[]`)")
+    if assumed:
+        logger.warning(
+            f"The settings of {name or 'this checkpoint'} are those of transformers' image processor, and its name and "
+            f"labels are of no known data set and task. Assumed: {'; '.join(assumed)}. Saving the processor once with "
+            "`save_pretrained` keeps the answer."
+        )
+    return {**{field: value for field, value in added.items() if value is not None}, **settings}
+
+
+def _test_size(name: str, dataset: str, task: str) -> dict[str, int]:
+    is_small = not re.search(r"swin-(base|large)", own_name(name))
+    size = _TEST_SIZES[dataset]
+    if (dataset, task) == ("ade20k", "semantic") and is_small:
+        size = _TEST_SIZE_OF_SMALL_ADE20K_SEMANTIC
+    return {"shortest_edge": size[0], "longest_edge": size[1]}
