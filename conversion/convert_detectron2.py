@@ -1,9 +1,11 @@
 """Turn a checkpoint of the original Mask2Former (detectron2) into a folder that `from_pretrained` reads.
 
+    python conversion/convert_detectron2.py --list
+    python conversion/convert_detectron2.py --variant coco-panoptic-swin-large --output DIR
     python conversion/convert_detectron2.py --checkpoint model.pkl --config-file config.yaml --output DIR
 
 Every parameter of the original is accounted for, or nothing is written. Neither the checkpoint nor the config can run
-code. Reading the config needs PyYAML (`pip install 'm2f_hf[convert]'`).
+code. Reading a config needs PyYAML (`pip install 'm2f_hf[convert]'`).
 """
 
 from __future__ import annotations
@@ -15,21 +17,28 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from detectron2_config import config_from_yaml, processor_from_yaml, read_config, read_labels
+from detectron2_config import UnsupportedOptionError, config_from_yaml, processor_from_yaml, read_config, read_labels
 from detectron2_mapping import constants, convert_state_dict
+from download import default_cache_dir, digest_in_name, download, md5_of
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image, ImageOps
+from released import Released, find_released, listing
 from safe_pickle import load_state_dict
 from safetensors import safe_open
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf.cli import BUNDLED_SCENES, CommandError, Segmenter
+from m2f_hf.hub import model_card
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
+from m2f_hf.visualization import draw_segments
 
 
 # Some versions of transformers build and save a last norm of the Swin classifier, which a backbone never uses.
 _UNUSED = re.compile(r"\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weight|bias)$")
+_SCENE = BUNDLED_SCENES / "scene-1.png"
 
 
 class Report(NamedTuple):
@@ -49,7 +58,9 @@ class Report(NamedTuple):
         )
 
 
-def convert(checkpoint: Path, config_file: Path, output: Path, labels_file: Path | None = None) -> Report:
+def convert(
+    checkpoint: Path, config_file: Path, output: Path, labels_file: Path | None = None, photo: Path | None = None
+) -> Report:
     """Convert one checkpoint.
 
     Args:
@@ -57,39 +68,134 @@ def convert(checkpoint: Path, config_file: Path, output: Path, labels_file: Path
         config_file: The YAML it was trained with.
         output: The folder to make; it must not exist, or be empty.
         labels_file: Names of the classes, and which are things (JSON; see `read_labels`).
+        photo: Segment this picture with the result, see `verify`.
 
     Raises:
         FileExistsError: `output` has something in it.
         UnsupportedOptionError, UnsafeCheckpointError, ValueError, OSError: see `read_config`, `read_labels`,
-            `load_state_dict` and `convert_state_dict`. Nothing is written then.
+            `load_state_dict`, `convert_state_dict` and `verify`. Nothing is written then.
         StrictDataclassError: the config has a value that no model can be built with.
     """
-    output = output.resolve()
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already. Give an --output that doesn't, or remove it first.")
+    output = _free(output)
     options = read_config(config_file)
     labels = read_labels(labels_file, options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]) if labels_file else None
     config = Mask2FormerConfig(**config_from_yaml(options, labels))
     processor = M2FImageProcessor(**processor_from_yaml(options, labels))
+    return _convert(checkpoint, config, processor, output, {}, photo)
+
+
+def convert_released(
+    row: Released,
+    output: Path,
+    checkpoint: Path | None = None,
+    cache_dir: Path | None = None,
+    photo: Path | None = None,
+) -> Report:
+    """Convert a released checkpoint, fetched if need be.
+
+    The authors' figures and licence go onto the card if the file is theirs, which its MD5 tells.
+
+    Args:
+        row: Which one; see `find_released`.
+        output, photo: As in `convert`.
+        checkpoint: Its file, where it is at hand already, or one of the same settings trained by somebody else.
+        cache_dir: Where a download is kept; default: `default_cache_dir()`.
+
+    Raises:
+        UnsupportedOptionError: It is a video checkpoint.
+        DownloadError: see `download`.
+        ValueError: `checkpoint` is called as the released file and is another.
+        And what `convert` raises.
+    """
+    output = _free(output)
+    if row.is_video:
+        raise UnsupportedOptionError(
+            f"{row.name} is a video checkpoint, and there is no video model here yet. Image checkpoints convert."
+        )
+    if checkpoint is None:
+        checkpoint = download(row.url, cache_dir or default_cache_dir())
+    card = row.card() if _is_the_released_file(checkpoint, row) else {}
+    return _convert(checkpoint, row.config(), row.processor(), output, card, photo)
+
+
+def _is_the_released_file(checkpoint: Path, row: Released) -> bool:
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {checkpoint}.")
+    digest = md5_of(checkpoint)
+    if digest.startswith(row.digest):
+        return True
+    if digest_in_name(checkpoint.name) == row.digest:
+        raise ValueError(
+            f"{checkpoint} is called as the released file and isn't it: its MD5 begins with "
+            f"{digest[: len(row.digest)]}. It is damaged or was changed: fetch it again from {row.url}."
+        )
+    return False
+
+
+def _free(output: Path) -> Path:
+    output = output.resolve()
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise FileExistsError(f"{output} exists already. Give an --output that doesn't, or remove it first.")
+    return output
+
+
+def _convert(
+    checkpoint: Path,
+    config: Mask2FormerConfig,
+    processor: M2FImageProcessor,
+    output: Path,
+    card: Mapping[str, Any],
+    photo: Path | None,
+) -> Report:
     original = load_state_dict(checkpoint)
     converted = convert_state_dict(original, config)
     model = _load_strictly(converted, config)
-
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         folder = Path(temporary) / output.name
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        model_card(config, processor, repo_id=output.name, **card).save(folder / "README.md")
         unused = _check_written(folder / "model.safetensors", converted)
+        overlay = verify(folder, photo) if photo else None
         os.replace(folder, output)
     filled, checked = constants(original, config)
-    return Report(
+    report = Report(
         read=len(original),
         written=len(converted) + len(unused),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         filled=filled + unused,
         checked=checked,
     )
+    if overlay:
+        overlay.save(overlay_path(output))
+    return report
+
+
+def overlay_path(output: Path) -> Path:
+    """Where `--verify` puts its picture: beside the folder, since it is no part of the checkpoint."""
+    return output.with_name(f"{output.name}.verify.png")
+
+
+def verify(folder: Path, photo: Path) -> Image.Image:
+    """Load a converted folder as anybody would, segment a photo with it and draw what it finds.
+
+    Raises:
+        ValueError: The folder doesn't fill the model, or its logits for the photo are not finite.
+        OSError: The photo cannot be read.
+    """
+    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+    segmenter = Segmenter.load(str(folder), task=None, threshold=None, device="cpu", dtype="float32")
+    segmenter.model.register_forward_hook(_check_finite)
+    segmentation, segments_info = segmenter(image)
+    colors = dict(enumerate(segmenter.model.config.label_colors or []))
+    return draw_segments(image, segmentation, segments_info, colors=colors)
+
+
+def _check_finite(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
+    for name in ("class_queries_logits", "masks_queries_logits"):
+        if not outputs[name].isfinite().all():
+            raise ValueError(f"The converted model's {name} are not finite: the checkpoint's weights are damaged.")
 
 
 def is_unused(name: str) -> bool:
@@ -130,19 +236,70 @@ def _check_written(path: Path, expected: Mapping[str, torch.Tensor]) -> list[str
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; give the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the original's .pkl or .pth")
-    parser.add_argument("--config-file", type=Path, required=True, help="the YAML it was trained with")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--labels", type=Path, help='JSON list of {"id": 0, "name": "cat", "isthing": true}')
+    parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        report = convert(options.checkpoint, options.config_file, options.output, options.labels)
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        if options.list is not None:
+            print(listing(options.list))
+        else:
+            _check_combination(parser, options)
+            print(_run(options))
+    except (ValueError, OSError, ImportError, StrictDataclassError, CommandError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{options.output}: {report}")
     return 0
+
+
+def _run(options: argparse.Namespace) -> str:
+    photo = options.photo or (_SCENE if options.verify else None)
+    if options.variant:
+        row = find_released(options.variant)
+        report = convert_released(row, options.output, options.checkpoint, options.cache_dir, photo)
+    else:
+        report = convert(options.checkpoint, options.config_file, options.output, options.labels, photo)
+    lines = [f"{options.output}: {report}"]
+    if photo:
+        lines.append(f"Verified: loads strictly, finite on {photo.name}. Look at {overlay_path(options.output)}.")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--list", nargs="*", metavar="WORD", help="show the released checkpoints, or those with all the words"
+    )
+    what.add_argument("--variant", metavar="NAME", help="convert this released checkpoint")
+    what.add_argument("--config-file", type=Path, metavar="YAML", help="convert one's own, trained with this config")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="the original's .pkl or .pth; a variant's is fetched without it",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to make")
+    parser.add_argument(
+        "--labels", type=Path, metavar="JSON", help='one\'s own: list of {"id": 0, "name": "cat", "isthing": true}'
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help=f"where downloads are kept (default: {default_cache_dir()})"
+    )
+    parser.add_argument("--verify", action="store_true", help="segment a photo with the result and draw it")
+    parser.add_argument("--photo", type=Path, metavar="FILE", help="the one for --verify (default: a generated scene)")
+    return parser
+
+
+def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.output is None:
+        parser.error("--output is missing: the folder to make")
+    if options.photo and not options.verify:
+        parser.error("--photo is for --verify")
+    if options.config_file and options.checkpoint is None:
+        parser.error("--config-file needs the --checkpoint that was trained with it")
+    if options.config_file and options.cache_dir:
+        parser.error("--cache-dir is for a --variant, which is fetched")
+    if options.variant and options.labels:
+        parser.error("--labels is for one's own --config-file; those of a --variant are known")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from detectron2_config import DEFAULTS, Label, config_from_yaml, processor_from_yaml
 
 from m2f_hf import Mask2FormerConfig
+from m2f_hf.hub import Figure
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
 from m2f_hf.label_sets import LabelSet, label_set
 
@@ -32,10 +33,18 @@ class Benchmark(NamedTuple):
     train: str  # the original's names of the data sets
     test: str
     size: tuple[int, int]  # shortest and longest edge at test, pixels
-    schedule: str  # as in the configs' names: epochs, or thousands of iterations
+    schedule: str  # as the authors write it: epochs (ep), or thousands of iterations (k)
     metrics: tuple[str, ...]
 
 
+_TASK_OF = {
+    "PQ": "panoptic",
+    "AP": "instance",
+    "AP50": "instance",
+    "Boundary AP": "instance",
+    "mIoU": "semantic",
+    "mIoU (ms+flip)": "semantic",
+}
 _PANOPTIC, _SEMANTIC = ("PQ", "AP", "mIoU"), ("mIoU", "mIoU (ms+flip)")
 BENCHMARKS = {
     "coco-panoptic": Benchmark(
@@ -75,10 +84,10 @@ BENCHMARKS = {
         (2048, 2048), "300k", _SEMANTIC,
     ),
     "ytvis2019-instance": Benchmark(
-        "YouTube-VIS 2019", "val", "ytvis_2019_train", "ytvis_2019_val", (360, 1333), "8ep", ("AP",)
+        "YouTube-VIS 2019", "val", "ytvis_2019_train", "ytvis_2019_val", (360, 1333), "6k", ("AP",)
     ),
     "ytvis2021-instance": Benchmark(
-        "YouTube-VIS 2021", "val", "ytvis_2021_train", "ytvis_2021_val", (360, 1333), "8ep", ("AP",)
+        "YouTube-VIS 2021", "val", "ytvis_2021_train", "ytvis_2021_val", (360, 1333), "8k", ("AP",)
     ),
 }  # fmt: skip
 
@@ -179,6 +188,10 @@ class Released:
         return dict(zip(self.benchmark.metrics, self.figures, strict=True))
 
     @property
+    def schedule(self) -> str:
+        return "100ep" if self.dataset == "coco" and self.backbone == "swin-large" else self.benchmark.schedule
+
+    @property
     def config_path(self) -> str:
         """The YAML it was trained with, below the original's `configs/` (video: `configs/` of the same repository)."""
         stem = _CONFIG_STEMS.get(self.name, self._stem)
@@ -208,7 +221,7 @@ class Released:
 
     @property
     def _stem(self) -> str:
-        schedule = "100ep" if self.dataset == "coco" and self.backbone == "swin-large" else self.benchmark.schedule
+        schedule = "8ep" if self.is_video else self.schedule
         stem = f"maskformer2_{BACKBONES[self.backbone].stem}_bs16_{schedule}"
         return ("video_" if self.is_video else "") + stem + ("_res640" if self._has_large_crops else "")
 
@@ -251,7 +264,8 @@ class Released:
 
     def config(self) -> Mask2FormerConfig:
         """The model's config, with the data set's labels and colours."""
-        return Mask2FormerConfig(**config_from_yaml(self.options(), self._labels()), label_colors=self.labels.colors)
+        settings = {**config_from_yaml(self.options(), self._labels()), "label_colors": self.labels.colors}
+        return Mask2FormerConfig(**settings)
 
     def processor(self) -> M2FImageProcessor:
         """The processor, for the task that the figures are reported for."""
@@ -259,6 +273,26 @@ class Released:
         if self.task != "panoptic":
             settings["label_ids_to_fuse"] = None
         return M2FImageProcessor(**settings)
+
+    def card(self) -> dict[str, Any]:
+        """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""
+        epochs = self.schedule.endswith("ep")
+        return {
+            "title": f"Mask2Former {BACKBONES[self.backbone].title}, {self.benchmark.title} {self.task} segmentation",
+            "datasets": [self.dataset],
+            "license": LICENSE,
+            "source_url": self.url,
+            "figures": [
+                Figure(_TASK_OF[metric], self.benchmark.title, self.benchmark.split, metric, value, MODEL_ZOO)
+                for metric, value in self.reported.items()
+            ],
+            "training": {
+                "config of the original": self.config_path,
+                "schedule": f"{self.schedule.removesuffix('ep')} epochs" if epochs else f"{self.schedule} iterations",
+                "batch size": 16,
+                "optimizer": "AdamW, learning rate 1e-4 (backbone 1e-5), weight decay 0.05",
+            },
+        }
 
     def _labels(self) -> list[Label]:
         return [Label(label.name, label.is_thing) for label in self.labels.labels]

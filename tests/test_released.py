@@ -1,5 +1,6 @@
 """The released checkpoints: the table is the authors', every key finds its place, downloads arrive whole or not."""
 
+import gzip
 import hashlib
 import json
 import sys
@@ -9,13 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers.core_model_loading import revert_weight_conversion
+
+from m2f_hf import Mask2FormerForUniversalSegmentation
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
 
+import account_released
 import download as download_module
+from account_released import account, read_shapes
 from detectron2_config import DEFAULTS, UnsupportedOptionError, read_config
+from detectron2_mapping import invert_state_dict
 from download import DownloadError, digest_in_name, download, md5_of
 from released import BACKBONES, RELEASED, find_released, listing
 
@@ -101,7 +109,7 @@ def test_every_row_is_the_authors(zoo):
         schedule = reported.pop("epochs", None) or reported.pop("iterations")
         assert {metric: str(value) for metric, value in row.reported.items()} == reported, row.name
         assert (row.url, row.model_id, row.config_path) == (record["url"], record["model_id"], record["config"])
-        assert row.config_path.removesuffix(".yaml").endswith("ep") or schedule.endswith("k")
+        assert row.schedule.removesuffix("ep") == schedule
         # One row of the authors' table calls a Swin-L checkpoint R50; its settings don't.
         if row.name != "ade20k-instance-swin-large":
             assert BACKBONES[row.backbone].title == record["backbone"]
@@ -171,6 +179,94 @@ def test_unknown_name_is_told_the_close_ones():
         find_released("coco-panoptic-swinl")
     with pytest.raises(ValueError, match="--list"):
         find_released("?")
+
+
+# --- every key ---
+
+
+@pytest.fixture(scope="module")
+def key_lists(shared) -> dict[str, dict[str, list[int]]]:
+    """Keys and shapes of each released checkpoint."""
+    return read_shapes(shared / "data" / "zoo" / "state_dict_shapes.json.gz")
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_key_has_its_place_and_every_place_its_key(key_lists, name):
+    row, shapes = RELEASED[name], key_lists[name]
+    result = account(row, shapes)
+    assert result.is_complete, result
+    assert len(result.stored) + len(result.checked) == len(shapes)
+    if row.backbone.startswith("swin"):
+        blocks = sum(row.options()["MODEL.SWIN.DEPTHS"])
+        assert [key.rpartition(".")[2] for key in result.checked] == ["relative_position_index"] * blocks
+        assert result.filled == []
+    else:
+        counters = [key for key in shapes if key.endswith("num_batches_tracked")]
+        norms = sum(key.endswith("running_mean") for key in shapes)
+        assert len(result.filled) + len(counters) == norms
+        assert bool(counters) == (row.options()["MODEL.RESNETS.NORM"] == "SyncBN")
+        assert all(name.endswith("num_batches_tracked") for name in result.filled)
+        assert result.checked == []
+
+
+def key_list(row) -> dict[str, list[int]]:
+    """Keys and shapes of the original's form of a model, told by turning our own around."""
+    config = row.config()
+    with torch.device("meta"):
+        model = Mask2FormerForUniversalSegmentation(config)
+        saved = revert_weight_conversion(model, model.state_dict())
+        return {name: list(value.shape) for name, value in invert_state_dict(saved, config).items()}
+
+
+@pytest.mark.parametrize("name", ["coco-panoptic-r50", "ade20k-semantic-swin-tiny"])
+def test_account_finds_what_does_not_fit(name):
+    row = RELEASED[name]
+    shapes = key_list(row)
+    assert account(row, shapes).is_complete
+    spoilt = dict(shapes)
+    del spoilt["sem_seg_head.predictor.query_feat.weight"]
+    spoilt["sem_seg_head.predictor.query_feat_2.weight"] = [100, 256]
+    spoilt["sem_seg_head.predictor.class_embed.bias"] = [7]
+    fused = "sem_seg_head.predictor.transformer_self_attention_layers.0.self_attn.in_proj_bias"
+    spoilt[fused] = [767]
+    result = account(row, spoilt)
+    assert not result.is_complete
+    assert result.missing == ["model.transformer_module.queries_features.weight"]
+    assert result.left == ["sem_seg_head.predictor.query_feat_2.weight"]
+    assert sorted(result.reshaped) == ["sem_seg_head.predictor.class_embed.bias", fused]
+
+
+def test_rows_of_another_size_do_not_fit():
+    shapes = key_list(RELEASED["coco-panoptic-r50"])
+    assert account(RELEASED["coco-instance-r50"], shapes).reshaped
+    assert account(RELEASED["coco-panoptic-r101"], shapes).missing
+    assert account(RELEASED["coco-panoptic-swin-tiny"], shapes).left
+
+
+def test_index_table_of_other_windows_is_noticed():
+    row = RELEASED["ade20k-semantic-swin-tiny"]
+    shapes = key_list(row)
+    table = "backbone.layers.0.blocks.0.attn.relative_position_index"
+    assert shapes[table] == [49, 49]
+    assert account(row, {**shapes, table: [144, 144]}).reshaped == [table]
+
+
+def test_account_prints_a_row_for_each_checkpoint(tmp_path, monkeypatch, capsys):
+    row = RELEASED["coco-instance-r50"]
+    monkeypatch.setattr(account_released, "RELEASED", {row.name: row})
+    shapes = key_list(row)
+    path = tmp_path / "shapes.json.gz"
+    for broken in (False, True):
+        if broken:
+            shapes["more"] = [1]
+        path.write_bytes(gzip.compress(json.dumps({row.config_path[:-5].replace("/", "_"): shapes}).encode()))
+        assert account_released.main([str(path)]) == broken
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f"| coco-instance-r50 | {len(shapes)} | ")
+        assert f" | 0 | {int(broken)} | 0 | 0 | " in line
+    path.write_bytes(gzip.compress(b"{}"))
+    assert account_released.main([str(path)]) == 1
+    assert "coco-instance-r50" in capsys.readouterr().err
 
 
 # --- downloads, from a server of this machine ---
