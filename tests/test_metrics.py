@@ -6,8 +6,8 @@ import torch
 
 from m2f_hf.data import CATEGORIES, ShapesDataset
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
-from m2f_hf.metrics import MeanIoU, PanopticEvaluation, PanopticQuality, evaluate_model
-from m2f_hf.metrics.evaluate_model import VOID_LABEL, semantic_map
+from m2f_hf.metrics import MeanIoU, PanopticEvaluation, PanopticQuality, PixelScores, evaluate_model, merged
+from m2f_hf.metrics.evaluation import VOID_LABEL, semantic_map
 
 
 TWO_THINGS_ONE_STUFF = [
@@ -38,9 +38,9 @@ def test_a_case_computed_by_hand():
     assert cat == {"pq": pytest.approx(0.8 / 1.5), "sq": pytest.approx(0.8), "rq": 1 / 1.5, "tp": 1, "fp": 1, "fn": 0}
     assert dog == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "tp": 0, "fp": 0, "fn": 1}
     assert sky == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "tp": 1, "fp": 0, "fn": 0}
-    assert result["things"]["pq"] == pytest.approx(0.8 / 1.5 / 2)
-    assert result["stuff"] == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "num_classes": 1}
-    assert result["all"]["pq"] == pytest.approx((0.8 / 1.5 + 0 + 1) / 3)
+    assert result["pq_things"] == pytest.approx(0.8 / 1.5 / 2)
+    assert [result[f"{key}_stuff"] for key in ("pq", "sq", "rq")] == [1.0, 1.0, 1.0]
+    assert result["pq_all"] == pytest.approx((0.8 / 1.5 + 0 + 1) / 3)
 
 
 def test_an_overlap_of_exactly_one_half_is_no_match():
@@ -148,8 +148,12 @@ def test_totals_of_two_processes_add_up():
         image = (*nearly(rng, target, target_infos), target, target_infos)
         whole.update(*image)
         halves[index % 2].update(*image)
-    halves[0].totals = halves[0].totals + halves[1].totals
-    assert halves[0].compute()["all"] == pytest.approx(whole.compute()["all"])
+    alone = halves[0].totals.copy()
+    result, expected = merged([*halves, PanopticQuality(TWO_THINGS_ONE_STUFF)]).compute(), whole.compute()
+    for name, entry in expected.pop("per_class").items():
+        assert result["per_class"][name] == pytest.approx(entry)
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
+    assert np.array_equal(halves[0].totals, alone), "the parts stay as they are"
 
 
 def test_a_target_predicts_itself_perfectly():
@@ -159,13 +163,16 @@ def test_a_target_predicts_itself_perfectly():
         item = dataset[index]
         metric.update(*[item["segmentation_map"], item["segments_info"]] * 2)
         iou.update(item["segmentation_map"] % 7, item["segmentation_map"] % 7)
-    assert metric.compute()["all"] == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "num_classes": 7}
-    assert iou.compute()["mean_iou"] == 1.0
+    result = metric.compute()
+    assert [entry["pq"] for entry in result["per_class"].values()] == [1.0] * 7
+    assert result["pq_all"] == result["sq_things"] == result["rq_stuff"] == 1.0
+    figures = iou.compute()
+    assert figures["miou"] == figures["fwiou"] == figures["macc"] == figures["pixel_accuracy"] == 1.0
 
 
 def test_nothing_seen_and_nothing_predicted():
     metric = PanopticQuality(TWO_THINGS_ONE_STUFF)
-    assert metric.compute()["all"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "num_classes": 0}
+    assert metric.compute()["pq_all"] is None
     metric.update(np.zeros((2, 2), int), [], np.ones((2, 2), int), segments((1, 0, 0)))
     assert metric.compute()["per_class"]["cat"]["fn"] == 1
 
@@ -178,6 +185,7 @@ def test_maps_that_contradict_their_segments_are_refused():
         ((ones, one, ones, segments((1, 0, 0), (2, 0, 0))), r"\[2\] in the segments only"),
         ((np.ones((3, 2), int), one, ones, one), "resize the prediction"),
         ((ones, segments((1, 9, 0)), ones, one), "not among"),
+        ((-ones, one, ones, one), "negative id -1"),
     ):
         with pytest.raises(ValueError, match=message):
             metric.update(*arguments)
@@ -185,24 +193,45 @@ def test_maps_that_contradict_their_segments_are_refused():
         PanopticQuality([TWO_THINGS_ONE_STUFF[0]] * 2)
 
 
-def test_mean_iou_by_hand_and_by_brute_force():
-    metric = MeanIoU(3)
-    metric.update(np.array([[0, 0, 1, 1]]), np.array([[0, 1, 1, 255]]))
-    assert metric.compute() == {"mean_iou": 0.5, "per_class": [0.5, 0.5, None]}
+def test_mean_iou_by_hand():
+    metric = MeanIoU([{"id": i, "name": name} for i, name in enumerate(("sky", "sea", "sun"))])
+    metric.update(np.array([[0, 0, 1, 1, 1]]), np.array([[0, 1, 1, 1, 255]]))
+    assert metric.compute() == {
+        "miou": pytest.approx((1 / 2 + 2 / 3) / 2),
+        "fwiou": pytest.approx(1 / 4 * 1 / 2 + 3 / 4 * 2 / 3),
+        "macc": pytest.approx((1 + 2 / 3) / 2),
+        "pixel_accuracy": 3 / 4,
+        "per_class": {
+            "sky": {"iou": 1 / 2, "accuracy": 1.0},
+            "sea": {"iou": pytest.approx(2 / 3), "accuracy": pytest.approx(2 / 3)},
+            "sun": {"iou": None, "accuracy": None},
+        },
+    }
 
+
+def test_mean_iou_equals_a_confusion_matrix_filled_pixel_by_pixel():
     rng = np.random.default_rng(0)
-    metric = MeanIoU(4, ignore_index=9)
-    targets = [rng.choice([0, 1, 2, 3, 9], (5, 7)) for _ in range(6)]
+    metric, halves = MeanIoU(4, ignore_index=9), [MeanIoU(4, ignore_index=9) for _ in range(3)]
+    targets = [rng.choice([0, 1, 2, 9], (5, 7)) for _ in range(6)]  # 3 is only ever predicted
     guesses = [np.where(rng.random((5, 7)) < 0.5, rng.integers(-1, 6, (5, 7)), target) for target in targets]
-    for guess, target in zip(guesses, targets, strict=True):
+    confusion = np.zeros((4, 5))
+    for index, (guess, target) in enumerate(zip(guesses, targets, strict=True)):
         metric.update(guess, target)
-    guess, target = np.stack(guesses), np.stack(targets)
-    counted = target != 9
-    expected = [
-        ((guess == c) & (target == c)).sum() / (((guess == c) | (target == c)) & counted).sum() for c in range(4)
-    ]
-    assert metric.compute()["per_class"] == pytest.approx(expected)
-    assert metric.compute()["mean_iou"] == pytest.approx(np.mean(expected))
+        halves[index % 2].update(guess, target)  # the third process sees nothing
+        for predicted, true in zip(guess.ravel(), target.ravel(), strict=True):
+            if true != 9:
+                confusion[true, predicted if 0 <= predicted < 4 else 4] += 1
+    assert confusion[:, 4].any() and confusion[:, 3].any()
+    right, pixels = np.diagonal(confusion), confusion.sum(1)
+    iou = right / (pixels + confusion[:, :4].sum(0) - right)
+    result = metric.compute()
+    assert [entry["iou"] for entry in result["per_class"].values()] == iou.tolist()
+    assert result["miou"] == iou.mean()
+    assert result["macc"] == (right[:3] / pixels[:3]).mean()
+    assert result["fwiou"] == pytest.approx((pixels[:3] / pixels.sum() * iou[:3]).sum(), rel=1e-15)
+    assert result["pixel_accuracy"] == right.sum() / pixels.sum()
+    assert merged(halves).compute() == result
+    assert MeanIoU(2).compute()["miou"] is None
 
 
 def test_mean_iou_refuses_labels_out_of_range():
@@ -210,6 +239,8 @@ def test_mean_iou_refuses_labels_out_of_range():
         MeanIoU(3).update(np.zeros((1, 1), int), np.full((1, 1), 3))
     with pytest.raises(ValueError, match="resize the prediction"):
         MeanIoU(3).update(np.zeros((1, 2), int), np.zeros((1, 1), int))
+    with pytest.raises(ValueError, match="renumber"):
+        MeanIoU([{"id": 1, "name": "cat"}])
 
 
 class Oracle(torch.nn.Module):
@@ -271,3 +302,49 @@ def test_three_hundred_classes_keep_their_labels_and_void_is_none_of_them():
     per_class = evaluation.compute()["mean_iou"]["per_class"]
     assert {i for i, iou in enumerate(per_class) if iou is not None} == {7, 255, 256, 299}
     assert min(per_class[i] for i in (7, 255, 256, 299)) > 0.8
+
+
+# --- pixel scores ---
+
+
+def test_pixel_scores_by_hand():
+    metric = PixelScores()
+    target = np.array([[True, True, True, False, False]])
+    metric.update(np.array([[0.9, 0.5, 0.2, 0.6, 0.0]]), target)
+    result = metric.compute()
+    assert result["iou"] == 2 / 4
+    assert result["dice"] == 4 / 6
+    assert result["precision"] == result["recall"] == 2 / 3
+    assert result["mae"] == pytest.approx((0.1 + 0.5 + 0.8 + 0.6) / 5)
+    assert result["mse"] == pytest.approx((0.01 + 0.25 + 0.64 + 0.36) / 5)
+    assert all(result[f"mean_{name}"] == result[name] for name in ("iou", "dice", "precision", "recall", "mae", "mse"))
+
+
+def test_pixel_scores_over_pixels_and_over_images():
+    """An image four times as large counts four times over pixels, once over images; an empty one has no IoU."""
+    metric, halves = PixelScores(), [PixelScores(), PixelScores(), PixelScores()]
+    right, wrong, empty = np.ones((4, 4), bool), np.zeros((2, 2), bool), np.zeros((2, 2), bool)
+    ignored = np.array([[True, False], [True, False]])
+    for index, arguments in enumerate(((right, right), (wrong, ~wrong), (empty, empty), (~wrong, ignored, ignored))):
+        metric.update(*arguments)
+        halves[index % 2].update(*arguments)
+    result = metric.compute()
+    assert result["iou"] == 16 / (16 + 4 + 2)
+    assert result["mean_iou"] == (1 + 0 + 0) / 3
+    assert result["recall"] == 16 / 20
+    assert result["precision"] == 16 / 18
+    assert result["mean_mae"] == (0 + 1 + 0 + 1) / 4
+    assert merged(halves).compute() == result
+    assert set(PixelScores().compute().values()) == {None}
+
+
+def test_pixel_scores_refuse_what_is_no_mask():
+    target = np.zeros((2, 2), bool)
+    for predicted, truth, message in (
+        (np.zeros((2, 3)), target, "resize the prediction"),
+        (np.full((2, 2), 3.0), target, "apply a sigmoid"),
+        (np.full((2, 2), np.nan), target, "apply a sigmoid"),
+        (np.zeros((2, 2)), target.astype(int), "not bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PixelScores().update(predicted, truth)

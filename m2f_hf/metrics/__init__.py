@@ -1,8 +1,26 @@
-"""Measures of segmentation quality: panoptic quality and mean intersection over union."""
+"""Measures of segmentation quality: panoptic quality, mask AP, mean IoU, scores of single masks."""
 
+from .base import Gather, Metric, merged
 from .evaluate_model import PanopticEvaluation, evaluate_model
+from .evaluation import MAIN_FIGURE, MEASURES, Evaluation, Prediction
+from .mask_ap import MaskAP
 from .mean_iou import MeanIoU
 from .panoptic_quality import PanopticQuality
+from .pixel_scores import PixelScores
 
 
-__all__ = ["PanopticQuality", "MeanIoU", "PanopticEvaluation", "evaluate_model"]
+__all__ = [
+    "Metric",
+    "Gather",
+    "merged",
+    "PanopticQuality",
+    "MaskAP",
+    "MeanIoU",
+    "PixelScores",
+    "Evaluation",
+    "Prediction",
+    "MEASURES",
+    "MAIN_FIGURE",
+    "PanopticEvaluation",
+    "evaluate_model",
+]

@@ -1,18 +1,15 @@
-"""Run a model over a panoptic dataset and measure it: PQ, SQ, RQ and mIoU."""
+"""Run a model over a data set, and hand what it says to a measure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .evaluation import VOID_LABEL, semantic_map
 from .mean_iou import MeanIoU
 from .panoptic_quality import PanopticQuality
-
-
-VOID_LABEL = -1  # outside the classes, however many there are
 
 
 class PanopticEvaluation:
@@ -46,7 +43,7 @@ class PanopticEvaluation:
             self.mean_iou.update(labels.cpu().numpy(), semantic_map(item["segmentation_map"], item["segments_info"]))
 
     def compute(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, Any]:
-        """`{"panoptic_quality": …, "mean_iou": …}` as the two metrics compute them.
+        """`{"panoptic_quality": {"all": …, "things": …, "stuff": …, "per_class": …}, "mean_iou": …}`.
 
         With `sum_over_processes` the totals of all processes are added up first.
         """
@@ -54,15 +51,16 @@ class PanopticEvaluation:
             for metric, name in ((self.panoptic_quality, "totals"), (self.mean_iou, "confusion")):
                 total = sum_over_processes(torch.from_numpy(getattr(metric, name)))
                 setattr(metric, name, total.cpu().numpy())
-        return {"panoptic_quality": self.panoptic_quality.compute(), "mean_iou": self.mean_iou.compute()}
-
-
-def semantic_map(segmentation_map: np.ndarray, segments_info: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Class of each pixel of a panoptic map: (H, W) int32, `VOID_LABEL` where there is none."""
-    labels = np.full(segmentation_map.shape, VOID_LABEL, dtype=np.int32)
-    for info in segments_info:
-        labels[segmentation_map == info["id"]] = info["category_id"]
-    return labels
+        quality, iou = self.panoptic_quality.compute(), self.mean_iou.compute()
+        nested = {
+            group: {key: quality[f"{key}_{group}"] or 0.0 for key in ("pq", "sq", "rq")}
+            for group in ("all", "things", "stuff")
+        }
+        per_class = [entry["iou"] for entry in iou["per_class"].values()]
+        return {
+            "panoptic_quality": {**nested, "per_class": quality["per_class"]},
+            "mean_iou": {"mean_iou": iou["miou"] or 0.0, "per_class": per_class},
+        }
 
 
 @torch.no_grad()
@@ -74,7 +72,7 @@ def evaluate_model(
 ) -> None:
     """Run `model` over batches of inputs and dataset items, and hand outputs and items to `update`.
 
-    `update` is a `PanopticEvaluation`'s, for example. The model is in evaluation mode meanwhile.
+    `update` is an `Evaluation`'s, for example. The model is in evaluation mode meanwhile.
     """
     was_training = model.training
     model.eval()

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from .base import Metric, names_of
+
 
 VOID = 0
 """Id of pixels of no segment, in predictions and targets."""
 
 
-class PanopticQuality:
+class PanopticQuality(Metric):
     """PQ, SQ and RQ over all classes, things, stuff and each class.
 
     A predicted and a true segment of one class match if their intersection over union is above 0.5; then no other
@@ -26,19 +28,19 @@ class PanopticQuality:
     targets.
 
     Args:
-        categories: the classes in COCO's form; `id`, `isthing` and `name` are read.
+        categories: the classes in COCO's form; `id`, `name` and `isthing` are read. Classes of which it is not known
+            (None) are among all, but neither things nor stuff.
 
     Raises:
         ValueError: if two categories have one id.
     """
 
     def __init__(self, categories: Sequence[Mapping[str, Any]]) -> None:
-        self.categories = {int(category["id"]): category for category in categories}
-        if len(self.categories) != len(categories):
-            raise ValueError("Two categories have the same id: give each class its own.")
-        self._row = {category_id: row for row, category_id in enumerate(self.categories)}
-        self.totals = np.zeros((len(self.categories), 4))
-        """Per class: sum of the matches' IoU, TP, FP, FN. Totals of several processes may be added up."""
+        self.names = names_of(categories)
+        self._row = {category_id: row for row, category_id in enumerate(self.names)}
+        self._isthing = [category.get("isthing") for category in categories]
+        self.totals = np.zeros((len(self.names), 4))
+        """Per class: sum of the matches' IoU, TP, FP, FN."""
 
     def update(
         self,
@@ -69,12 +71,10 @@ class PanopticQuality:
         category_of_target = self._categories_of(target_map, target_segments, "target")
         crowds = {int(segment["id"]) for segment in target_segments if segment.get("iscrowd", 0)}
 
-        pairs, counts = np.unique(
-            np.stack([target_map.ravel(), predicted_map.ravel()]).astype(np.int64), axis=1, return_counts=True
-        )
-        overlap = {
-            (int(target), int(predicted)): int(n) for (target, predicted), n in zip(pairs.T, counts, strict=True)
-        }
+        # Two ids of up to 31 bits in one number: unique numbers are found much faster than unique rows.
+        pairs = target_map.ravel().astype(np.int64) << 32 | predicted_map.ravel().astype(np.int64)
+        found, counts = np.unique(pairs, return_counts=True)
+        overlap = {(pair >> 32, pair & 0xFFFFFFFF): n for pair, n in zip(found.tolist(), counts.tolist(), strict=True)}
         target_area, predicted_area = _sum_by(overlap, 0), _sum_by(overlap, 1)
 
         matched_targets, matched_predictions = set(), set()
@@ -100,25 +100,28 @@ class PanopticQuality:
             if sum(overlap.get((target, predicted), 0) for target in excused) <= 0.5 * predicted_area[predicted]:
                 self.totals[self._row[category_id], 2] += 1
 
+    def merge(self, other: "PanopticQuality") -> None:
+        self.totals += other.totals
+
     def compute(self) -> dict[str, Any]:
         """The result so far, each figure in [0, 1].
 
         Returns:
-            `{"all": …, "things": …, "stuff": …, "per_class": {name: …}}`. Each `…` has `pq`, `sq`, `rq`; the averages
-            also `num_classes`, how many classes they run over (with none they are 0), and the classes `tp`, `fp`, `fn`
-            (None instead of the figures for a class that never occurred).
+            `pq_all`, `sq_all`, `rq_all`, the same of `_things` and `_stuff` (None where no class of the kind occurred),
+            and `per_class`, `{name: {"pq": …, "sq": …, "rq": …, "tp": …, "fp": …, "fn": …}}` (None for the first three
+            of a class that never occurred).
         """
-        per_class = {row: _qualities(self.totals[row]) for row in self._row.values()}
+        qualities = [_qualities(row) for row in self.totals]
         result: dict[str, Any] = {}
-        for group, kinds in (("all", (0, 1)), ("things", (1,)), ("stuff", (0,))):
+        for group, kinds in (("all", (True, False, None)), ("things", (True,)), ("stuff", (False,))):
             members = [
-                per_class[self._row[category_id]]
-                for category_id, category in self.categories.items()
-                if category["isthing"] in kinds and per_class[self._row[category_id]]["pq"] is not None
+                entry
+                for entry, isthing in zip(qualities, self._isthing, strict=True)
+                if (None if isthing is None else bool(isthing)) in kinds and entry["pq"] is not None
             ]
-            means = {key: float(np.mean([m[key] for m in members])) if members else 0.0 for key in ("pq", "sq", "rq")}
-            result[group] = {**means, "num_classes": len(members)}
-        result["per_class"] = {str(self.categories[i]["name"]): per_class[row] for i, row in self._row.items()}
+            for key in ("pq", "sq", "rq"):
+                result[f"{key}_{group}"] = float(np.mean([entry[key] for entry in members])) if members else None
+        result["per_class"] = dict(zip(self.names.values(), qualities, strict=True))
         return result
 
     def _categories_of(
@@ -126,13 +129,15 @@ class PanopticQuality:
     ) -> dict[int, int]:
         """Category id of each segment id; the map and the list must agree."""
         categories = {int(s["id"]): int(s["category_id"] if "category_id" in s else s["label_id"]) for s in segments}
-        present = {int(i) for i in np.unique(segment_map)} - {VOID}
+        present = set(np.unique(segment_map).tolist()) - {VOID}
+        if min(present, default=0) < 0:
+            raise ValueError(f"The {side} map has the negative id {min(present)}: ids count from 1, 0 is void.")
         if present != set(categories):
             raise ValueError(
                 f"The {side} map and its segments differ: ids {sorted(present - set(categories))} are in the map only, "
                 f"{sorted(set(categories) - present)} in the segments only."
             )
-        unknown = set(categories.values()) - set(self.categories)
+        unknown = set(categories.values()) - set(self.names)
         if unknown:
             raise ValueError(f"Categories {sorted(unknown)} of the {side} segments are not among the given categories.")
         return categories

@@ -1,0 +1,53 @@
+"""What all measures have in common: they see one image at a time, and what they keep can be sent to other processes."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+
+Gather = Callable[[list[Any]], list[Any]]
+"""Takes a list of objects on every process and returns all of them on every process, whatever the shares.
+
+`accelerate.utils.gather_object` is one.
+"""
+
+M = TypeVar("M", bound="Metric")
+
+
+class Metric(ABC):
+    """A measure over images. Its state is a few numbers per class or per object, never a map."""
+
+    @abstractmethod
+    def merge(self: M, other: M) -> None:
+        """Add what another instance with the same settings has seen."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, Any]:
+        """The result so far, which changes nothing: figures in [0, 1] under the names of the field, None where
+        undefined, and `per_class`, `{name: figures}`, where there are classes.
+        """
+
+
+def merged(parts: Sequence[M]) -> M:
+    """One measure that has seen what all `parts` have; these stay as they are."""
+    total = copy.deepcopy(parts[0])
+    for part in parts[1:]:
+        total.merge(part)
+    return total
+
+
+def names_of(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Id -> name of classes in COCO's form; the id is added to a name that several have.
+
+    Raises:
+        ValueError: if two categories have one id.
+    """
+    names = [str(category["name"]) for category in categories]
+    by_id = {
+        int(category["id"]): name if names.count(name) == 1 else f"{name} ({category['id']})"
+        for category, name in zip(categories, names, strict=True)
+    }
+    if len(by_id) != len(names):
+        raise ValueError("Two categories have the same id: give each class its own.")
+    return by_id

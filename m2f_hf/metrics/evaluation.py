@@ -1,0 +1,187 @@
+"""Measures of one model on one data set, from the model's outputs and the data set's items."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from .base import Gather, Metric, merged, names_of
+from .mask_ap import MaskAP
+from .mean_iou import MeanIoU
+from .panoptic_quality import PanopticQuality
+
+
+MEASURES: dict[str, tuple[str, ...]] = {"panoptic": ("pq", "ap", "miou"), "instance": ("ap",), "semantic": ("miou",)}
+"""What the paper reports for each task; a panoptic model is measured for all three."""
+MAIN_FIGURE = {"panoptic": "pq_all", "instance": "ap", "semantic": "miou"}
+"""The figure by which checkpoints and images of a task are compared."""
+VOID_LABEL = -1  # outside the classes, however many there are
+
+
+class Prediction(TypedDict, total=False):
+    """One image's results at its own size: those of `post_process_*_segmentation` that the measures need."""
+
+    panoptic: Mapping[str, Any]
+    instances: Mapping[str, Any]
+    semantic: torch.Tensor | np.ndarray
+
+
+class Evaluation:
+    """PQ, mask AP and mIoU of one model, image by image, in the frame of the original images.
+
+    Its state is a few numbers per class, image and detection. Processes may have seen different numbers of images, or
+    none.
+
+    Args:
+        task: "panoptic", "instance" or "semantic".
+        processor: an `M2FImageProcessor`, or what has its `post_process_*_segmentation` methods; its thresholds and
+            stuff classes are used.
+        categories: the classes in COCO's form with contiguous ids.
+        measures: some of `MEASURES[task]`, where not all are wanted: "pq", "ap" (which takes most of the time), "miou".
+
+    Raises:
+        ValueError: if the task or a measure of it does not exist.
+        ImportError: if mask AP is measured and pycocotools is not installed.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        processor: Any,
+        categories: Sequence[Mapping[str, Any]],
+        measures: Collection[str] | None = None,
+    ) -> None:
+        if task not in MEASURES:
+            raise ValueError(f"task {task!r} does not exist; choose one of {', '.join(MEASURES)}")
+        unknown = set(measures or ()) - set(MEASURES[task])
+        if unknown:
+            raise ValueError(
+                f"measures {sorted(unknown)} do not exist for task {task!r}; choose from {', '.join(MEASURES[task])}"
+            )
+        self.task, self.processor, self.categories = task, processor, categories
+        self.measures = MEASURES[task] if measures is None else tuple(measures)
+        self.metrics: dict[str, Any] = {}
+        if "pq" in self.measures:
+            self.metrics["pq"] = PanopticQuality(categories)
+        if "ap" in self.measures:
+            self.metrics["ap"] = MaskAP(categories)
+        if "miou" in self.measures:
+            self.metrics["miou"] = MeanIoU(categories, VOID_LABEL)
+
+    def update(self, outputs: Any, items: Sequence[Mapping[str, Any]]) -> None:
+        """Add a batch: the model's outputs, and the items of a data set (see `ShapesDataset`) they are for.
+
+        Raises:
+            ValueError: an image added before (by its `image_id`), an item without the labels that a measure needs, and
+                what the measures refuse.
+        """
+        for prediction, item in zip(self.predict(outputs, items), items, strict=True):
+            self.add(prediction, item)
+
+    def predict(self, outputs: Any, items: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+        """What the measures compare with the items: the outputs, post-processed to the images' sizes."""
+        sizes = [image_size(item) for item in items]
+        predictions: list[Prediction] = [{} for _ in items]
+        if "pq" in self.metrics:
+            found = self.processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)
+            for prediction, result in zip(predictions, found, strict=True):
+                prediction["panoptic"] = result
+        if "ap" in self.metrics:
+            found = self.processor.post_process_instance_segmentation(
+                outputs, threshold=0.0, target_sizes=sizes, return_coco_annotation=True
+            )
+            for prediction, result in zip(predictions, found, strict=True):
+                prediction["instances"] = result
+        if "miou" in self.metrics:
+            found = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            for prediction, labels in zip(predictions, found, strict=True):
+                prediction["semantic"] = labels
+        return predictions
+
+    def add(self, prediction: Prediction, item: Mapping[str, Any]) -> None:
+        """Add one image: a prediction as `predict` gives it, and the item it is for."""
+        if "pq" in self.metrics:
+            result = prediction["panoptic"]
+            self.metrics["pq"].update(
+                _to_array(result["segmentation"]), result["segments_info"], _label_map(item), item["segments_info"]
+            )
+        if "ap" in self.metrics:
+            instances = prediction["instances"]
+            detections = [
+                {**info, "segmentation": rle}
+                for info, rle in zip(instances["segments_info"], instances["segmentation"], strict=True)
+            ]
+            self.metrics["ap"].update(item["image_id"], image_size(item), detections, with_masks(item))
+        if "miou" in self.metrics:
+            target = semantic_map(_label_map(item), item["segments_info"])
+            self.metrics["miou"].update(_to_array(prediction["semantic"]), target)
+
+    def empty(self) -> "Evaluation":
+        """Another with the same settings that has seen nothing."""
+        return Evaluation(self.task, self.processor, self.categories, self.measures)
+
+    def merge(self, other: "Evaluation") -> None:
+        """Add what another with the same settings has seen."""
+        for name, metric in self.metrics.items():
+            metric.merge(other.metrics[name])
+
+    def compute(self, gather: Gather | None = None) -> dict[str, Any]:
+        """The measures' figures in one flat dict, each in [0, 1], None where undefined; nothing is changed by it.
+
+        Args:
+            gather: combines what all processes have seen (`accelerate.utils.gather_object`); all must call it then.
+
+        Returns:
+            For PQ `pq_all`, `sq_things`, …; for mask AP `ap`, `ap50`, …; for mIoU `miou`, `fwiou`, `macc`,
+            `pixel_accuracy`; and `per_class`: `{name: {"pq": …, "ap": …, "iou": …, …}}`.
+        """
+        parts = [self.metrics] if gather is None else gather([self.metrics])
+        result: dict[str, Any] = {}
+        per_class: dict[str, dict[str, Any]] = {name: {} for name in names_of(self.categories).values()}
+        for name in self.metrics:
+            metric: Metric = merged([part[name] for part in parts])
+            figures = metric.compute()
+            for class_name, of_class in figures.pop("per_class").items():
+                per_class[class_name] |= of_class
+            result |= figures
+        return {**result, "per_class": per_class}
+
+
+# --- items ---
+
+
+def image_size(item: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of an item's image."""
+    if "segmentation_map" in item:
+        height, width = item["segmentation_map"].shape
+        return height, width
+    return item["image"].height, item["image"].width
+
+
+def semantic_map(segmentation_map: np.ndarray, segments_info: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Class of each pixel of a panoptic map: (H, W) int32, `VOID_LABEL` where there is none."""
+    labels = np.full(segmentation_map.shape, VOID_LABEL, dtype=np.int32)
+    for info in segments_info:
+        labels[segmentation_map == info["id"]] = info["category_id"]
+    return labels
+
+
+def with_masks(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The segments of an item, each with its `segmentation`: its own, or cut out of the map as (H, W) bool."""
+    if "segmentation_map" not in item:
+        return list(item["segments_info"])
+    return [{**info, "segmentation": item["segmentation_map"] == info["id"]} for info in item["segments_info"]]
+
+
+def _label_map(item: Mapping[str, Any]) -> np.ndarray:
+    if "segmentation_map" not in item:
+        raise ValueError(
+            f"Image {item.get('image_id')!r} has masks that may overlap and no segmentation map: measure task "
+            "'instance', or take a data set with panoptic or semantic labels."
+        )
+    return item["segmentation_map"]
+
+
+def _to_array(labels: torch.Tensor | np.ndarray) -> np.ndarray:
+    return labels.cpu().numpy() if isinstance(labels, torch.Tensor) else labels
