@@ -195,7 +195,7 @@ def verify(folder: Path, photo: Path) -> Image.Image:
 def _check_finite(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
     for name in ("class_queries_logits", "masks_queries_logits"):
         if not outputs[name].isfinite().all():
-            raise ValueError(f"The converted model's {name} are not finite: the checkpoint's weights are damaged.")
+            raise ValueError(f"The converted model's {name} are not finite: the checkpoint is damaged or diverged.")
 
 
 def is_unused(name: str) -> bool:

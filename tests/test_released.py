@@ -1,10 +1,13 @@
 """The released checkpoints: the table is the authors', every key finds its place, downloads arrive whole or not."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
+import pickle
 import sys
 import threading
+from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,15 +15,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import pipeline
 from transformers.core_model_loading import revert_weight_conversion
 
 from m2f_hf import Mask2FormerForUniversalSegmentation
+from m2f_hf.cli import BUNDLED_SCENES
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
 
 import account_released
+import convert_detectron2
 import download as download_module
+import released
 from account_released import account, read_shapes
 from detectron2_config import DEFAULTS, UnsupportedOptionError, read_config
 from detectron2_mapping import invert_state_dict
@@ -333,6 +342,183 @@ def server(monkeypatch):
     yield server
     server.http.shutdown()
     server.http.server_close()
+
+
+# --- from a name to a folder ---
+
+
+SMALL = {
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 8,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 16,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 2,
+    "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": 0.0,  # keep what random queries find, overlapping as it does
+}
+SMALL_RESNET = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 4,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 2,
+}
+NAME = "coco-panoptic-r50"
+
+
+@pytest.fixture
+def small_release(server, monkeypatch):
+    """`coco-panoptic-r50` in a small form with random weights, served on loopback; gives our model of it."""
+    backbone = released.BACKBONES["r50"]
+    monkeypatch.setitem(released.BACKBONES, "r50", backbone._replace(options={**backbone.options, **SMALL_RESNET}))
+    monkeypatch.setattr(released, "_COMMON", {**released._COMMON, **SMALL})
+    benchmark = released.BENCHMARKS["coco-panoptic"]
+    monkeypatch.setitem(released.BENCHMARKS, "coco-panoptic", benchmark._replace(size=(64, 128)))
+    torch.manual_seed(0)
+    model = Mask2FormerForUniversalSegmentation(RELEASED[NAME].config()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model.class_predictor.bias[17] += 20  # so that the queries are sure of something: a horse …
+        somewhere = model.model.transformer_module.decoder.mask_predictor.mask_embedder[-1][0].bias
+        model.model.pixel_level_module.decoder.mask_projection.bias.copy_(somewhere.fill_(1.0))  # … somewhere
+    content = as_released(model)
+    row = dataclasses.replace(RELEASED[NAME], digest=hashlib.md5(content).hexdigest()[:6])
+    monkeypatch.setitem(RELEASED, NAME, row)
+    monkeypatch.setattr(released, "DOWNLOADS", server.address)
+    server.files[row.url.removeprefix(server.address)] = content
+    return model
+
+
+def as_released(model: Mask2FormerForUniversalSegmentation) -> bytes:
+    saved = revert_weight_conversion(model, model.state_dict())
+    original = {name: value.numpy() for name, value in invert_state_dict(saved, model.config).items()}
+    original = {name: value for name, value in original.items() if not name.endswith("num_batches_tracked")}
+    return pickle.dumps({"model": OrderedDict(original), "__author__": "nobody"})
+
+
+def run(*arguments) -> int:
+    return convert_detectron2.main([str(argument) for argument in arguments])
+
+
+def test_variant_becomes_a_working_model_with_its_card(small_release, server, tmp_path, capsys):
+    server.breaks = [100_000]
+    folder, cache = tmp_path / "made" / NAME, tmp_path / "cache"
+    assert run("--variant", NAME, "--cache-dir", cache, "--output", folder, "--verify") == 0
+    assert len(server.asked) == 2
+    printed = capsys.readouterr().out
+    assert "none left over" in printed
+    picture = folder.parent / f"{NAME}.verify.png"
+    assert f"Look at {picture}" in printed
+    with Image.open(picture) as overlay, Image.open(BUNDLED_SCENES / "scene-1.png") as scene:
+        assert overlay.size == scene.size
+        assert np.abs(np.asarray(overlay).astype(int) - np.asarray(scene.convert("RGB"))).mean() > 1
+    assert sorted(path.name for path in folder.parent.iterdir()) == [NAME, picture.name]
+
+    model, loading = Mask2FormerForUniversalSegmentation.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    pixel_values = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model.eval()(pixel_values), small_release(pixel_values)
+    assert torch.equal(ours.class_queries_logits, theirs.class_queries_logits)
+    assert torch.equal(ours.masks_queries_logits, theirs.masks_queries_logits)
+
+    segments = pipeline("image-segmentation", model=str(folder))(Image.open(BUNDLED_SCENES / "scene-1.png"))
+    assert {segment["label"] for segment in segments} == {"horse"}
+
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "cc-by-nc-4.0"
+    assert {result.metric_name.split(" ")[0]: result.metric_value for result in card.data.eval_results} == {
+        "PQ": 51.9,
+        "AP": 41.7,
+        "mIoU": 61.7,
+    }
+    row = RELEASED[NAME]
+    for told in (row.url, row.config_path, "50 epochs", "person", "things", "stuff", "| PQ | 51.9 |"):
+        assert told in card.text, told
+
+
+def test_file_of_somebody_else_is_converted_without_the_authors_figures(small_release, server, tmp_path):
+    with torch.no_grad():
+        small_release.class_predictor.bias.add_(1)
+    path = tmp_path / "mine.pkl"
+    path.write_bytes(as_released(small_release))
+    assert run("--variant", NAME, "--checkpoint", path, "--output", tmp_path / "out") == 0
+    assert server.asked == []
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.eval_results is None and card.data.license is None
+    assert "51.9" not in card.text
+
+
+def test_file_at_hand_is_checked_like_a_download(small_release, server, tmp_path, capsys):
+    row = RELEASED[NAME]
+    content = server.files[row.url.removeprefix(server.address)]
+    path = tmp_path / row.url.rpartition("/")[2]
+    path.write_bytes(content)
+    assert run("--variant", NAME, "--checkpoint", path, "--output", tmp_path / "out") == 0
+    assert "51.9" in (tmp_path / "out" / "README.md").read_text()
+    path.write_bytes(content[:-1] + b"!")
+    assert run("--variant", NAME, "--checkpoint", path, "--output", tmp_path / "other") == 1
+    assert row.url in capsys.readouterr().err
+    assert server.asked == []
+    assert not (tmp_path / "other").exists()
+    assert run("--variant", NAME, "--checkpoint", tmp_path / "none.pkl", "--output", tmp_path / "other") == 1
+    assert "none.pkl" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_do_not_pass_verification(small_release, tmp_path, capsys):
+    with torch.no_grad():
+        small_release.class_predictor.weight.fill_(3e38)  # finite, but no sum of them is
+    path = tmp_path / "mine.pkl"
+    path.write_bytes(as_released(small_release))
+    assert run("--variant", NAME, "--checkpoint", path, "--output", tmp_path / "out" / "model", "--verify") == 1
+    assert "class_queries_logits are not finite" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_photo_that_cannot_be_read_leaves_nothing(small_release, tmp_path, capsys):
+    cache, output = tmp_path / "cache", tmp_path / "out" / "model"
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"no picture")
+    assert run("--variant", NAME, "--cache-dir", cache, "--output", output, "--verify", "--photo", photo) == 1
+    assert "photo.jpg" in capsys.readouterr().err
+    assert list(output.parent.iterdir()) == []
+
+
+def test_video_variant_says_that_there_is_no_video_model_and_fetches_nothing(server, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(released, "DOWNLOADS", server.address)
+    assert run("--variant", "ytvis2019-instance-r50", "--output", tmp_path / "out") == 1
+    assert "no video model" in capsys.readouterr().err
+    assert server.asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--variant", NAME], "--output"),
+        (["--config-file", "c.yaml", "--output", "o"], "--checkpoint"),
+        (["--config-file", "c.yaml", "--checkpoint", "c.pkl", "--output", "o", "--cache-dir", "d"], "--cache-dir"),
+        (["--variant", NAME, "--output", "o", "--labels", "l.json"], "--labels"),
+        (["--variant", NAME, "--output", "o", "--photo", "p.jpg"], "--verify"),
+        (["--output", "o"], "--variant"),
+        (["--list", "--variant", NAME], "not allowed"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_told(arguments, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_command_line_lists_and_names_close_ones(tmp_path, capsys):
+    assert run("--list", "ade20k", "instance") == 0
+    assert "ade20k-instance-swin-large" in capsys.readouterr().out
+    assert run("--list", "pascal") == 1
+    assert run("--variant", "coco-panoptic-swinlarge", "--output", tmp_path / "out") == 1
+    assert "coco-panoptic-swin-large" in capsys.readouterr().err
+
+
+# --- the parts of a download ---
 
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
