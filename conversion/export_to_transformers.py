@@ -116,6 +116,8 @@ def export(source: str, output: Path) -> Report:
 
 def _check_model_type(source: str) -> None:
     settings, _ = PreTrainedConfig.get_config_dict(source)
+    if not settings:
+        raise FileNotFoundError(f"{source} has no config.json: give a folder that `save_pretrained` wrote.")
     model_type = settings.get("model_type")
     if model_type == StockConfig.model_type:
         raise ValueError(f"{source} is a checkpoint of `transformers`' Mask2Former already.")
@@ -186,8 +188,8 @@ def _write_model(folder: Path, config: StockConfig, tensors: dict[str, Tensor]) 
         raise NotExpressibleError(
             "the installed `transformers` builds another model from this configuration. It lacks "
             f"{sorted(tensors.keys() - expected)[:5]} and has besides {sorted(expected - tensors.keys())[:5]}. "
-            "(Releases before 5.2x don't save `input_projections`: with `feature_size` other than `hidden_dim`, or "
-            "`enforce_input_projection`, install a newer one.)"
+            "(Some releases don't save `input_projections`, which `feature_size` other than `hidden_dim` and "
+            "`enforce_input_projection` need: install a newer one.)"
         )
     stock.load_state_dict(tensors, assign=True)
     stock.save_pretrained(folder)
