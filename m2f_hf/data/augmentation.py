@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from PIL import Image, ImageOps
+from torch import Tensor
 from transformers.image_utils import SizeDict
 
 from ..image_processing_mask2former import get_resized_size, resize_labels
@@ -84,8 +86,8 @@ def _draw_offset(resized: Size, window: Size, rng: Generator) -> Size:
     return rows, columns
 
 
-def place_image(image: Image.Image, placement: Placement) -> Image.Image:
-    """The RGB image on the canvas, resized bilinearly; where it does not reach the canvas is grey.
+def cut_image(image: Image.Image, placement: Placement) -> Image.Image:
+    """The window of the mirrored and bilinearly resized image, RGB.
 
     Only the window is computed, from the part of the image that it shows: at twice the size of a large photo the rest
     would take most of the time and memory.
@@ -100,14 +102,15 @@ def place_image(image: Image.Image, placement: Placement) -> Image.Image:
         min((left + width) * across, image.width),
         min((top + height) * down, image.height),
     )
-    cut = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-    if placement.is_mirrored:
-        cut = ImageOps.mirror(cut)
-    if placement.window == placement.canvas:
-        return cut
-    canvas = Image.new("RGB", placement.canvas[::-1], (PADDING,) * 3)
-    canvas.paste(cut, (0, 0))
-    return canvas
+    window = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return ImageOps.mirror(window) if placement.is_mirrored else window
+
+
+def lay_on_canvas(window: Image.Image, canvas: Size) -> np.ndarray:
+    """An RGB image at the top left of a grey canvas (height, width): (height, width, 3) uint8."""
+    pixels = np.full((*canvas, 3), PADDING, dtype=np.uint8)
+    pixels[: window.height, : window.width] = np.asarray(window)
+    return pixels
 
 
 def place_map(labels: np.ndarray, placement: Placement) -> np.ndarray:
@@ -185,10 +188,10 @@ def _place_instances(
         mask = place_mask(info["segmentation"], item["image"].size[::-1], placement)
         is_kept.append(bool(mask.any()))
         if is_kept[-1]:
-            packed.append(np.packbits(mask, axis=1))
+            packed.append(pack_masks(mask))
     masks = np.empty((len(packed), *placement.canvas), dtype=bool)
     for mask, bits in zip(masks, packed, strict=True):
-        mask[:] = np.unpackbits(bits, axis=1, count=mask.shape[1])
+        mask[:] = np.unpackbits(bits, axis=-1, count=mask.shape[-1], bitorder="little")
     return masks, is_kept
 
 
@@ -209,6 +212,18 @@ def place_mask(segmentation: Any, size: Size, placement: Placement) -> np.ndarra
     if any(is_inside):
         mask[:height, :width] = decode_segmentation(polygons, height, width)
     return mask
+
+
+def pack_masks(masks: np.ndarray) -> np.ndarray:
+    """Eight pixels in a byte, for the way from a worker to the device: (..., W) bool -> (..., ceil(W / 8)) uint8."""
+    return np.packbits(masks, axis=-1, bitorder="little")
+
+
+def unpack_masks(packed: Tensor, width: int) -> Tensor:
+    """Inverse of `pack_masks`, on the tensor's own device: (..., ceil(width / 8)) uint8 -> (..., width) bool."""
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=packed.device)
+    # (..., bytes, 1) & (8,) -> (..., bytes, 8) -> (..., 8 * bytes)
+    return (packed[..., None] & bits).ne(0).flatten(-2)[..., :width]
 
 
 def largest_category_share(item: Mapping[str, Any], placement: Placement) -> float:
@@ -248,7 +263,7 @@ def _scale_values(image: Image.Image, factor: float = 1.0, offset: float = 0.0) 
     """`factor` times each value plus `offset`, clipped and cut to whole numbers."""
     if factor == 1.0 and offset == 0.0:
         return image
-    return image.point(_table(np.arange(256) * factor + offset) * len(image.getbands()))
+    return image.point(_table(np.arange(256, dtype=np.float32) * factor + offset) * len(image.getbands()))
 
 
 def shift_hue(image: Image.Image, saturation: float, turn: int) -> Image.Image:
@@ -296,15 +311,18 @@ class TrainingTransform:
         """
         recipe = self.recipe if size is None else self.recipe.at_size(size)
         placement = self._place(item, recipe, rng)
-        image = place_image(item["image"], placement)
+        window = cut_image(item["image"], placement)
         if recipe.color_jitter:
-            image = jitter_colors(image, rng)
+            window = jitter_colors(window, rng)
         masks, classes = place_targets(item, placement)
-        return {"image": np.array(image), "mask_labels": masks, "class_labels": classes}
+        return {"image": lay_on_canvas(window, placement.canvas), "mask_labels": masks, "class_labels": classes}
 
     @staticmethod
     def _place(item: Mapping[str, Any], recipe: Recipe, rng: Generator) -> Placement:
-        placement = draw_placement(item["image"].size[::-1], recipe, rng)
+        try:
+            placement = draw_placement(item["image"].size[::-1], recipe, rng)
+        except ValueError as error:
+            raise ValueError(f"{item.get('file_name') or item['image_id']}: {error}") from error
         if recipe.max_category_share < 1:
             for _ in range(CROP_TRIES - 1):
                 if largest_category_share(item, placement) < recipe.max_category_share:
@@ -374,8 +392,8 @@ def inspect_augmentation(
         samples = [{"image": np.array(item["image"]), "mask_labels": masks, "class_labels": classes}]
         samples += [transform(item, np.random.default_rng((seed, index, k)), size) for k in range(num_samples)]
         rows.append([_thumbnail(draw_sample(sample, id2label, colors), side) for sample in samples])
-        sizes = ", ".join(f"{len(s['class_labels'])} targets" for s in samples[1:])
-        titles.append(f"{item.get('file_name', item.get('image_id', index))}: {len(masks)} targets; samples: {sizes}")
+        counts = ", ".join(str(len(sample["class_labels"])) for sample in samples[1:])
+        titles.append(f"{item.get('file_name') or item['image_id']}: {len(masks)} targets; in the samples {counts}")
     return contact_sheet(rows, titles, ["as it lies", *(f"sample {k + 1}" for k in range(num_samples))])
 
 
