@@ -954,6 +954,8 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # Swin's last norm belongs to classification: no original checkpoint has it.
     _keys_to_ignore_on_load_missing = [r"encoder\.(swin\.)?layernorm\."]  # noqa: RUF012
+    # Computed from the window size; checkpoints written by transformers 4.2x have it.
+    _keys_to_ignore_on_load_unexpected = [r"\.relative_position_index$"]  # noqa: RUF012
     _no_split_modules = ["Mask2FormerPixelDecoderEncoderLayer", "Mask2FormerMaskedAttentionDecoderLayer"]  # noqa: RUF012
 
     @classmethod
@@ -1007,7 +1009,7 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
     """Backbone, pixel decoder and masked-attention decoder; the class head is the next class's."""
 
     # Checkpoints are those of the next class: what they have beyond this one is no surprise.
-    _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\.", r"\.relative_position_index$"]  # noqa: RUF012
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config)
