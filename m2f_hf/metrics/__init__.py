@@ -5,6 +5,7 @@ from .evaluate_model import PanopticEvaluation, evaluate_model
 from .evaluation import MAIN_FIGURE, MEASURES, Evaluation, Prediction
 from .mask_ap import MaskAP
 from .mean_iou import MeanIoU
+from .modules import module_path
 from .panoptic_quality import PanopticQuality
 from .pixel_scores import PixelScores
 
@@ -17,6 +18,7 @@ __all__ = [
     "MaskAP",
     "MeanIoU",
     "PixelScores",
+    "module_path",
     "Evaluation",
     "Prediction",
     "MEASURES",

@@ -104,18 +104,14 @@ class Evaluation:
         if "pq" in self.metrics:
             result = prediction["panoptic"]
             self.metrics["pq"].update(
-                _to_array(result["segmentation"]), result["segments_info"], _label_map(item), item["segments_info"]
+                to_array(result["segmentation"]), result["segments_info"], _label_map(item), item["segments_info"]
             )
         if "ap" in self.metrics:
-            instances = prediction["instances"]
-            detections = [
-                {**info, "segmentation": rle}
-                for info, rle in zip(instances["segments_info"], instances["segmentation"], strict=True)
-            ]
-            self.metrics["ap"].update(item["image_id"], image_size(item), detections, with_masks(item))
+            found = detections(prediction["instances"])
+            self.metrics["ap"].update(item["image_id"], image_size(item), found, with_masks(item))
         if "miou" in self.metrics:
             target = semantic_map(_label_map(item), item["segments_info"])
-            self.metrics["miou"].update(_to_array(prediction["semantic"]), target)
+            self.metrics["miou"].update(to_array(prediction["semantic"]), target)
 
     def empty(self) -> "Evaluation":
         """Another with the same settings that has seen nothing."""
@@ -174,6 +170,21 @@ def with_masks(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [{**info, "segmentation": item["segmentation_map"] == info["id"]} for info in item["segments_info"]]
 
 
+def detections(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The instances of a `post_process_instance_segmentation` result, each with its own mask as `segmentation`.
+
+    Raises:
+        ValueError: if the result is a map, where instances hide each other.
+    """
+    masks, segments = result["segmentation"], result["segments_info"]
+    if len(segments) != len(masks) or getattr(masks, "ndim", 3) != 3:
+        raise ValueError(
+            "Instances are measured by their whole masks: pass return_coco_annotation=True (or return_binary_maps=True) "
+            "to post_process_instance_segmentation."
+        )
+    return [{**info, "segmentation": mask} for info, mask in zip(segments, masks, strict=True)]
+
+
 def _label_map(item: Mapping[str, Any]) -> np.ndarray:
     if "segmentation_map" not in item:
         raise ValueError(
@@ -183,5 +194,6 @@ def _label_map(item: Mapping[str, Any]) -> np.ndarray:
     return item["segmentation_map"]
 
 
-def _to_array(labels: torch.Tensor | np.ndarray) -> np.ndarray:
-    return labels.cpu().numpy() if isinstance(labels, torch.Tensor) else labels
+def to_array(labels: Any) -> np.ndarray:
+    """A tensor on any device, an array or nested lists, as array."""
+    return labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)

@@ -1,0 +1,15 @@
+"""The measures as modules of the `evaluate` library: `evaluate.load(module_path("mask_ap"), categories=…)`."""
+
+from pathlib import Path
+
+
+def module_path(name: str) -> str:
+    """Where `evaluate.load` finds a module: "panoptic_quality", "mask_ap", "mean_iou" or "pixel_scores".
+
+    Raises:
+        ValueError: if there is no such module.
+    """
+    names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    if name not in names:
+        raise ValueError(f"there is no module {name!r}; choose one of {', '.join(names)}")
+    return str(Path(__file__).with_name(f"{name}.py"))

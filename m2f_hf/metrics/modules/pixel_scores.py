@@ -1,0 +1,35 @@
+"""Scores of single masks as a module of the `evaluate` library."""
+
+import datasets
+import evaluate
+
+from m2f_hf import metrics
+from m2f_hf.metrics import streaming
+
+
+class PixelScores(streaming.StreamingMetric):
+    """Settings: maybe `threshold`; `label`, where maps of labels are compared, the class meant; `ignore_index`."""
+
+    def _info(self):
+        mask = datasets.Sequence(datasets.Sequence(datasets.Value("float64")))
+        return evaluate.MetricInfo(
+            description=metrics.PixelScores.__doc__,
+            citation="",
+            inputs_description="""
+Predictions: (H, W) masks of bool or probabilities; references: (H, W) masks of bool or 0 and 1. With the setting
+`label` both are label maps, and the scores are that class's; pixels of `ignore_index` in the reference do not count.""",
+            features=datasets.Features({"predictions": mask, "references": mask}),
+        )
+
+    def build(self, threshold=0.5, label=None, ignore_index=255):
+        self.label, self.ignore_index = label, ignore_index
+        return metrics.PixelScores(threshold)
+
+    def update(self, prediction, reference):
+        predicted, target = streaming.to_array(prediction), streaming.to_array(reference)
+        if self.label is not None:
+            self.metric.update(predicted == self.label, target == self.label, target == self.ignore_index)
+            return
+        if not ((target == 0) | (target == 1)).all():
+            raise ValueError("A reference holds other values than 0 and 1: for label maps give the setting `label`.")
+        self.metric.update(predicted, target.astype(bool))
