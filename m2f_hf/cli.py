@@ -1,7 +1,7 @@
-"""The `m2f` command: segment pictures, run the bundled demo, describe a checkpoint.
+"""The `m2f` command: segment pictures, run the bundled demo, describe a checkpoint, publish one.
 
-Exit status: 0, all done; 1, some pictures could not be read or written, the others are done; 2, nothing was started,
-because the arguments, the model, the device or the output folder cannot be used.
+Exit status: 0, all done; 1, some pictures could not be read or written, the others are done; 2, nothing was done,
+because the arguments, the model, the device, the output folder or the repository cannot be used.
 """
 
 from __future__ import annotations
@@ -26,18 +26,24 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from PIL import Image
 from safetensors import SafetensorError
+from scipy.ndimage import find_objects
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from . import __version__
 from .configuration_mask2former import Mask2FormerConfig
+from .data.masks import decode_rle
+from .hub import HubFolder
 from .image_processing_mask2former import TASKS, M2FImageProcessor
 from .modeling_mask2former import Mask2FormerForUniversalSegmentation
-from .visualization import contact_sheet, draw_segments, segmentation_to_rgb, semantic_to_segments
+from .segment_ids import id_to_rgb
+from .visualization import ClassColors, contact_sheet, draw_segments, semantic_to_segments
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -75,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"m2f: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("m2f: stopped; pictures finished so far are complete", file=sys.stderr)
+        print("m2f: stopped; what was finished so far is complete", file=sys.stderr)
         return 130
 
 
@@ -113,13 +119,31 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="describe a model without loading its weights")
     info.add_argument("model", metavar="MODEL", help="a model on the Hugging Face Hub or a folder")
     info.set_defaults(run=_info)
+
+    push = commands.add_parser(
+        "push",
+        help="publish a model on the Hugging Face Hub",
+        description="Sends a folder that save_pretrained wrote, model and processor, to the Hub in one commit, with a "
+        "model card and the code that runs it where this package is not installed.",
+    )
+    push.add_argument("folder", type=Path, metavar="FOLDER", help="what save_pretrained wrote")
+    push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; made if need be")
+    push.add_argument("--private", action="store_true", help="a new repository that others do not see")
+    push.add_argument("--revision", metavar="BRANCH", help="made if need be; default: main")
+    push.add_argument("--message", help="of the commit")
+    push.add_argument("--replace-card", action="store_true", help="also where somebody wrote in the card on the Hub")
+    push.add_argument("--yes", action="store_true", help="do not ask")
+    push.set_defaults(run=_push)
     return parser
 
 
 def _probability(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
     return value
 
 
@@ -144,7 +168,9 @@ def _segment(options: argparse.Namespace) -> int:
             image = _open_image(path, segmenter.processor)
             segmentation, segments_info = segmenter(image)
             record = {"image": str(path), "model": options.model, "task": segmenter.task}
-            overlay = write_result(options.output, stem, image, segmentation, segments_info, record)
+            overlay = write_result(
+                options.output, stem, image, segmentation, segments_info, record, segmenter.model.config.label_colors
+            )
         except ImageError as error:
             num_failed += 1
             tqdm.write(f"m2f: {path}: {error}", file=sys.stderr)
@@ -265,28 +291,28 @@ class Segmenter:
 
     def _instance(self, outputs: Any, sizes: Sizes) -> Segments:
         post_process = self.processor.post_process_instance_segmentation
-        shared: dict[str, Any] = {"threshold": self.threshold, "target_sizes": sizes}
-        result = post_process(outputs, **shared)[0]
-        encodings = post_process(outputs, **shared, return_coco_annotation=True)[0]["segmentation"]
-        # Instance maps count from 0 with -1 for void; files have 0 for void, as COCO's.
+        result = post_process(outputs, threshold=self.threshold, target_sizes=sizes, return_coco_annotation=True)[0]
+        # Ids count from 0; files have 0 for void, as COCO's.
         infos = [
             {**info, "id": info["id"] + 1, "segmentation": encoding}
-            for info, encoding in zip(result["segments_info"], encodings, strict=True)
+            for info, encoding in zip(result["segments_info"], result["segmentation"], strict=True)
         ]
-        return result["segmentation"].cpu().numpy() + 1, infos
+        segmentation = np.zeros(sizes[0], dtype=np.int32)
+        for info in reversed(infos):  # the better over the worse
+            segmentation[decode_rle(info["segmentation"], *sizes[0])] = info["id"]
+        return segmentation, infos
 
     def _semantic(self, outputs: Any, sizes: Sizes) -> Segments:
         semantic_map = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0].cpu().numpy()
         segmentation, infos = semantic_to_segments(semantic_map, self.id2label)
         stuff_ids = self.processor.label_ids_to_fuse
+        areas, boxes = np.bincount(segmentation.ravel()), find_objects(segmentation)  # of id 0, 1, …; of id 1, 2, …
         for info in infos:
-            mask = segmentation == info["id"]
-            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            x, y = int(columns[0]), int(rows[0])
+            rows, columns = boxes[info["id"] - 1]
             info["isthing"] = None if stuff_ids is None else info["label_id"] not in stuff_ids
             info["score"] = None
-            info["area"] = int(mask.sum())
-            info["bbox"] = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+            info["area"] = int(areas[info["id"]])
+            info["bbox"] = [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
         return segmentation, infos
 
 
@@ -308,15 +334,17 @@ def write_result(
     segmentation: np.ndarray,
     segments_info: Sequence[Mapping[str, Any]],
     record: Mapping[str, Any],
+    colors: ClassColors | None = None,
     scale: int = 1,
 ) -> Path:
     """
-    Write `<stem>.overlay.png`, `<stem>.segments.png` and `<stem>.json`, and return the first.
+    Write `<stem>.overlay.png`, `<stem>.segments.png` and, when those are in place, `<stem>.json`; return the first.
 
     Args:
         image: RGB picture.
         segmentation: (height, width) ids of `segments_info`, 0 is void.
         record: what the JSON says of the picture before its `segments_info`.
+        colors: of the classes, by label id; default: the built-in palette.
         scale: enlargement of the overlay.
 
     Raises:
@@ -327,8 +355,8 @@ def write_result(
     text = _to_json(record, segments_info)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".m2f-") as work:
-            draw_segments(image, segmentation, segments_info, scale=scale).save(Path(work, overlay.name))
-            Image.fromarray(segmentation_to_rgb(segmentation)).save(Path(work, segments.name))
+            draw_segments(image, segmentation, segments_info, colors=colors, scale=scale).save(Path(work, overlay.name))
+            Image.fromarray(id_to_rgb(segmentation)).save(Path(work, segments.name))
             Path(work, description.name).write_text(text, encoding="utf-8")
             for target in (overlay, segments, description):
                 os.replace(Path(work, target.name), target)
@@ -473,6 +501,67 @@ def _count_parameters(config: Mask2FormerConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+# --- m2f push ---
+
+
+def _push(options: argparse.Namespace) -> int:
+    try:
+        with _loading(str(options.folder)):
+            folder = HubFolder(options.folder)
+    except CommandError as error:
+        # The folder's own errors name it already.
+        raise CommandError(str(error).removeprefix(f"{options.folder} cannot be loaded: ")) from error
+    place = f"{options.repo_id}{f', branch {options.revision}' if options.revision else ''}"
+    print(f"To {place}{' (private)' if options.private else ''}:")
+    for name, content in sorted(folder.files.items()):
+        print(f"  {_size(len(content) if isinstance(content, str) else content.stat().st_size):>8}  {name}")
+    if folder.left_out:
+        print(f"Not sent: {', '.join(folder.left_out)}")
+    if not options.yes and sys.stdin.isatty() and input("Publish? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("nothing was sent")
+        return 0
+    with _publishing(options.repo_id):
+        commit = folder.push(
+            options.repo_id,
+            private=options.private or None,
+            revision=options.revision,
+            commit_message=options.message,
+            replace_card=options.replace_card,
+        )
+    print(f"{commit.repo_url} is at {commit.oid[:8]}")
+    return 0
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
+
+
+@contextmanager
+def _publishing(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub and the network raise into one line that says what to do and what is there now."""
+    again = "no file was published. Run the same command again: what has been sent is not sent twice"
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise CommandError("nobody is logged in: run `hf auth login`, then this again") from error
+    except HFValidationError as error:
+        raise CommandError(f"{repo_id} cannot be a repository's name: give owner/name") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise CommandError("the Hub does not accept the token: run `hf auth login` again") from error
+        if status == 403:
+            raise CommandError(
+                f"this account may not write to {repo_id}: name a repository of your own, or log in with a token that "
+                "has the right to write (`hf auth login`)"
+            ) from error
+        raise CommandError(f"the Hub refuses ({_first_line(error)}); {again}") from error
+    except ValueError as error:
+        raise CommandError(_first_line(error)) from error
+    except NETWORK_ERRORS as error:
+        raise CommandError(f"the connection broke off ({_first_line(error)}); {again}") from error
+
+
 # --- checks before anything is started ---
 
 
@@ -548,8 +637,15 @@ def _loading(model: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CommandError(f"{model} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
+        raise CommandError(f"{model} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong, in one line; a configuration's error names the field in the first line and the fault below."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

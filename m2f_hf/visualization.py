@@ -1,4 +1,4 @@
-"""Pictures of segmentation results, and the PNG form of segment id maps. Needs Pillow and NumPy only."""
+"""Pictures of segmentation results. Needs Pillow and NumPy only."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 Color = tuple[int, int, int]
+ClassColors = Mapping[int, Sequence[int]] | Sequence[Sequence[int]]
 
 _FILL_PERCENT = 45
 # Labels are placed on a map no larger than this, so that the search costs the same for a phone's photo.
@@ -28,42 +29,6 @@ _INSTANCE_VARIATION = (
     (0.05, -0.18),
     (-0.05, 0.25),
 )
-
-
-def segmentation_to_rgb(segmentation: Any) -> np.ndarray:
-    """
-    Encode segment ids as colours, the way COCO's panoptic PNGs do: `id = R + 256 * G + 65536 * B`.
-
-    Args:
-        segmentation: (H, W) integers from 0 to 2**24 - 1.
-
-    Returns:
-        (H, W, 3) uint8.
-
-    Raises:
-        ValueError: for another number of dimensions, for floats, and for ids out of range.
-    """
-    ids = np.asarray(segmentation)
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"a segment id map is (height, width) of integers, not {ids.dtype} of shape {ids.shape}")
-    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 24):
-        raise ValueError(f"segment ids must lie in 0..{(1 << 24) - 1}; these reach from {ids.min()} to {ids.max()}")
-    ids = ids.astype(np.uint32)
-    return np.stack([ids & 255, (ids >> 8) & 255, ids >> 16], axis=-1).astype(np.uint8)
-
-
-def rgb_to_segmentation(rgb: Any) -> np.ndarray:
-    """
-    Inverse of [`segmentation_to_rgb`]: (H, W, 3) uint8 (or such a Pillow image) to (H, W) int32 ids.
-
-    Raises:
-        ValueError: unless there are three 8-bit channels.
-    """
-    rgb = np.asarray(rgb)
-    if rgb.ndim != 3 or rgb.shape[-1] != 3 or rgb.dtype != np.uint8:
-        raise ValueError(f"an encoded id map is (height, width, 3) uint8, not {rgb.dtype} of shape {rgb.shape}")
-    channels = rgb.astype(np.int32)
-    return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
 
 
 def semantic_to_segments(semantic_map: Any, id2label: Mapping[int, str]) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -91,25 +56,28 @@ def label_color(label_id: int) -> Color:
     return _from_hls(hue, lightness, 0.85)
 
 
-def segment_colors(
-    segments_info: Iterable[Mapping[str, Any]], colors: Mapping[int, Sequence[int]] | None = None
-) -> dict[int, Color]:
+def segment_colors(segments_info: Iterable[Mapping[str, Any]], colors: ClassColors | None = None) -> dict[int, Color]:
     """
-    One colour for each segment: its class's, in another shade for each further segment of that class.
+    One colour for each segment: its class's, in another shade for each further instance of a class. Segments of stuff
+    all have their class's.
 
     Args:
-        segments_info: dictionaries with `id` and `label_id`.
-        colors: RGB of classes by label id; those not given get [`label_color`].
+        segments_info: dictionaries with `id` and `label_id`, and where known `isthing`.
+        colors: RGB of classes by label id, such as a configuration's `label_colors`; those not given get
+            [`label_color`].
 
     Returns:
         Segment id -> RGB, 0-255.
     """
+    known = dict(colors if isinstance(colors, Mapping) else enumerate(colors or ()))
     seen: Counter[int] = Counter()
     result = {}
     for info in segments_info:
         label_id = info["label_id"]
-        base = (colors or {}).get(label_id) or label_color(label_id)
-        result[info["id"]] = _vary(base, *_INSTANCE_VARIATION[seen[label_id] % len(_INSTANCE_VARIATION)])
+        red, green, blue = known.get(label_id) or label_color(label_id)
+        step = seen[label_id] % len(_INSTANCE_VARIATION)
+        is_plain = step == 0 or info.get("isthing") is False
+        result[info["id"]] = (red, green, blue) if is_plain else _vary((red, green, blue), *_INSTANCE_VARIATION[step])
         seen[label_id] += 1
     return result
 
@@ -119,7 +87,7 @@ def draw_segments(
     segmentation: Any,
     segments_info: Sequence[Mapping[str, Any]],
     id2label: Mapping[int, str] | None = None,
-    colors: Mapping[int, Sequence[int]] | None = None,
+    colors: ClassColors | None = None,
     scale: int = 1,
 ) -> Image.Image:
     """
@@ -130,7 +98,7 @@ def draw_segments(
         segmentation: (H, W) integer ids at the photo's size; ids that `segments_info` lacks stay undrawn.
         segments_info: dictionaries with `id` and `label_id`, and where known `label` and `score` (0-1).
         id2label: names for segments without `label`; without a name the number is written.
-        colors: RGB of classes by label id, in place of the built-in palette.
+        colors: RGB of classes by label id, such as a configuration's `label_colors`, in place of the built-in palette.
         scale: whole-number enlargement of the picture, for labels that can be read on small images.
 
     Returns:
@@ -176,9 +144,12 @@ def contact_sheet(
     return sheet
 
 
-def _vary(color: Sequence[int], hue_step: float, lightness_step: float) -> Color:
+def _vary(color: Color, hue_step: float, lightness_step: float) -> Color:
     hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in color))
-    return _from_hls((hue + hue_step) % 1.0, min(max(lightness + lightness_step, 0.0), 1.0), saturation)
+    varied = lightness + lightness_step
+    if not 0 <= varied <= 1:  # the other way, or black and white would have no shades
+        varied = lightness - lightness_step
+    return _from_hls((hue + hue_step) % 1.0, varied, saturation)
 
 
 def _darken(color: Sequence[int]) -> Color:

@@ -22,7 +22,7 @@ from m2f_hf.configuration_mask2former import Mask2FormerConfig
 from m2f_hf.data.shapes import CATEGORIES, ShapesDataset
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
 from m2f_hf.modeling_mask2former import Mask2FormerForUniversalSegmentation
-from m2f_hf.visualization import rgb_to_segmentation
+from m2f_hf.segment_ids import rgb_to_id
 
 
 NAMES = {category["id"]: category["name"] for category in CATEGORIES}
@@ -82,7 +82,7 @@ def photo(tmp_path) -> Path:
 def result(folder: Path, stem: str) -> tuple[dict, np.ndarray]:
     """The JSON and the id map of a picture."""
     record = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-    return record, rgb_to_segmentation(Image.open(folder / f"{stem}.segments.png"))
+    return record, rgb_to_id(Image.open(folder / f"{stem}.segments.png"))
 
 
 def names(folder: Path) -> list[str]:
@@ -159,6 +159,31 @@ def test_result_is_what_model_and_processor_give(model, photo, tmp_path):
     assert record["task"] == "panoptic"
     assert np.array_equal(segmentation, expected["segmentation"].numpy())
     assert [i["score"] for i in record["segments_info"]] == [i["score"] for i in expected["segments_info"]]
+
+
+def test_instances_are_those_of_the_processor(model, photo, tmp_path):
+    main(["segment", str(photo), "--model", model, "--task", "instance", "--output", str(tmp_path)])
+    record, segmentation = result(tmp_path, "photo")
+    processor = M2FImageProcessor.from_pretrained(model)
+    network = Mask2FormerForUniversalSegmentation.from_pretrained(model).eval()
+    with torch.inference_mode():
+        outputs = network(**processor(images=Image.open(photo), return_tensors="pt"))
+    expected = processor.post_process_instance_segmentation(outputs, target_sizes=[(70, 96)])[0]
+    assert np.array_equal(segmentation, expected["segmentation"].numpy() + 1)
+    assert [i["score"] for i in record["segments_info"]] == [i["score"] for i in expected["segments_info"]]
+
+
+def test_segments_are_painted_in_the_colours_that_the_checkpoint_knows(model, photo, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "label_colors": [[255, 0, 255]] * len(NAMES)}))
+    for name in (model, str(folder)):
+        arguments = ["segment", str(photo), "--model", name, "--task", "semantic", "--output", str(tmp_path / "out")]
+        assert main(arguments) == 0
+        overlay = np.asarray(Image.open(tmp_path / "out" / "photo.overlay.png")).astype(int)
+        green, others = overlay[..., 1], overlay[..., [0, 2]].mean(axis=-1)
+        assert ((others - green).mean() > 60) == (name == str(folder))
 
 
 def test_threshold_leaves_out_what_is_below(model, photo, tmp_path):
@@ -340,6 +365,16 @@ def test_output_that_cannot_be_written(photo, tmp_path, capsys, monkeypatch):
     assert "cannot be written (Permission denied)" in capsys.readouterr().err
 
 
+def test_the_json_comes_last(tmp_path, monkeypatch):
+    """Who finds it finds the pictures it speaks of."""
+    put = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (put.append(Path(target).name), replace(source, target)))
+    write_result(tmp_path, "a", Image.new("RGB", (4, 3)), np.zeros((3, 4), dtype=int), [], {})
+    assert sorted(put) == names(tmp_path)
+    assert put[-1] == "a.json"
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     def fail(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -363,6 +398,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         (lambda path: str(path / "list"), "no JSON object"),
         (lambda path: str(path / "weightless"), "cannot be loaded"),
         (lambda path: str(path / "damaged"), "cannot be loaded"),
+        (lambda path: str(path / "queryless"), "`num_queries`=0 must be at least 1"),
+        (lambda path: str(path / "worded"), "num_queries"),
         (lambda path: str(path / "partial"), "lacks 1 of the model's weights, such as class_predictor.bias"),
     ],
 )
@@ -381,6 +418,12 @@ def test_a_model_that_cannot_be_used(make, says, model, photo, tmp_path, capsys)
     weights = load_file(tmp_path / "partial" / "model.safetensors")
     del weights["class_predictor.bias"]
     save_file(weights, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
+
+    for name, queries in {"queryless": 0, "worded": "many"}.items():
+        (tmp_path / name).mkdir()
+        settings = json.loads((Path(model) / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**settings, "num_queries": queries}))
+        shutil.copy(Path(model) / "preprocessor_config.json", tmp_path / name)
 
     out = tmp_path / "out"
     assert main(["segment", str(photo), "--model", make(tmp_path), "--output", str(out)]) == 2
@@ -441,13 +484,24 @@ def test_threshold_means_nothing_for_semantic(model, photo, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["segment"], ["segment", "a.jpg", "--threshold", "2"], ["segment", "a.jpg", "--task", "depth"], ["fly"]],
+    [
+        [],
+        ["segment"],
+        ["segment", "a.jpg", "--threshold", "2"],
+        ["segment", "a.jpg", "--threshold", "nan"],
+        ["segment", "a.jpg", "--threshold", "abc"],
+        ["segment", "a.jpg", "--task", "depth"],
+        ["push", "folder"],
+        ["fly"],
+    ],
 )
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert "usage: m2f" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "usage: m2f" in error
+    assert ("not a number from 0 to 1" in error) == ("--threshold" in arguments)
 
 
 # --- words ---
@@ -461,6 +515,7 @@ def test_description_counts_things_and_names_stuff():
     assert describe(infos) == "2 circles and 1 star on sand and sea"
     assert describe(infos[1:2]) == "sand"
     assert describe(infos[:1]) == "1 circle"
+    assert describe([info("sea", None), info("cat", None), info("cat", None)]) == "2 cats and 1 sea"
     assert describe([]) == "nothing found"
 
 

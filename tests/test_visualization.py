@@ -1,6 +1,4 @@
-"""Pictures and id maps."""
-
-import json
+"""Pictures of segments."""
 
 import numpy as np
 import pytest
@@ -10,9 +8,7 @@ from m2f_hf.visualization import (
     contact_sheet,
     draw_segments,
     label_color,
-    rgb_to_segmentation,
     segment_colors,
-    segmentation_to_rgb,
     semantic_to_segments,
 )
 
@@ -28,49 +24,6 @@ def halves(height: int, width: int) -> np.ndarray:
 def info(segment_id: int, label_id: int, label: str = "") -> dict:
     # A label of one space draws a box but no glyph: pictures without text.
     return {"id": segment_id, "label_id": label_id, "label": label or " "}
-
-
-# --- id maps as colours ---
-
-
-def test_ids_are_written_as_in_cocos_panoptic_files():
-    ids = np.array([[0, 1, 255], [256, 65536, 2**24 - 1]])
-    expected = [[[0, 0, 0], [1, 0, 0], [255, 0, 0]], [[0, 1, 0], [0, 0, 1], [255, 255, 255]]]
-    rgb = segmentation_to_rgb(ids)
-    assert rgb.dtype == np.uint8
-    assert rgb.tolist() == expected
-    assert rgb_to_segmentation(rgb).tolist() == ids.tolist()
-
-
-def test_ids_of_a_real_panoptic_png(shared):
-    folder = shared / "data" / "coco_panoptic"
-    annotation = json.loads((folder / "panoptic.json").read_text())["annotations"][0]
-    png = Image.open(folder / "panoptic" / annotation["file_name"]).convert("RGB")
-    ids, areas = np.unique(rgb_to_segmentation(png), return_counts=True)
-    found = dict(zip(ids.tolist(), areas.tolist(), strict=True))
-    assert {i: a for i, a in found.items() if i} == {s["id"]: s["area"] for s in annotation["segments_info"]}
-    assert np.array_equal(segmentation_to_rgb(rgb_to_segmentation(png)), np.asarray(png))
-
-
-@pytest.mark.parametrize(
-    ("bad", "says"),
-    [
-        (np.array([[-1]]), "0..16777215"),
-        (np.array([[1 << 24]]), "0..16777215"),
-        (np.zeros((2, 2)), "integers"),
-        (np.zeros((2, 2, 3), dtype=int), r"\(height, width\)"),
-    ],
-)
-def test_ids_that_no_png_can_hold(bad, says):
-    with pytest.raises(ValueError, match=says):
-        segmentation_to_rgb(bad)
-
-
-def test_decoding_wants_three_bytes():
-    with pytest.raises(ValueError, match="uint8"):
-        rgb_to_segmentation(np.zeros((2, 2, 3)))
-    with pytest.raises(ValueError, match="uint8"):
-        rgb_to_segmentation(np.zeros((2, 2), dtype=np.uint8))
 
 
 def test_semantic_map_becomes_one_segment_for_each_class():
@@ -95,6 +48,22 @@ def test_instances_of_a_class_have_different_colours_and_the_first_has_the_class
     assert colors[1] == label_color(4)
     assert len(set(colors.values())) == 7
     assert segment_colors(infos[:1], {4: (10, 20, 30)})[1] == (10, 20, 30)
+
+
+@pytest.mark.parametrize("base", [(220, 20, 60), (0, 0, 142), (0, 0, 0), (255, 255, 255), (70, 70, 70)])
+def test_things_have_shades_of_their_classs_colour_and_stuff_has_exactly_that(base):
+    things = [{"id": i, "label_id": 1, "isthing": True} for i in range(1, 8)]
+    shades = segment_colors(things, [(1, 2, 3), list(base)])
+    assert shades[1] == base
+    assert len(set(shades.values())) == 7
+    stuff = [{"id": i, "label_id": 1, "isthing": False} for i in range(1, 4)]
+    assert set(segment_colors(stuff, [(1, 2, 3), list(base)]).values()) == {base}
+
+
+def test_classes_without_a_colour_get_the_built_in_one():
+    infos = [info(1, 0), info(2, 5)]
+    assert segment_colors(infos, [[9, 8, 7]]) == {1: (9, 8, 7), 2: label_color(5)}
+    assert segment_colors(infos, None) == {1: label_color(0), 2: label_color(5)}
 
 
 # --- overlays ---
