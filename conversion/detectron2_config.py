@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import ast
 import json
+import math
+import reprlib
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig, ResNetConfig, SwinConfig
+
+from m2f_hf.label_sets import label_set
 
 
 # What detectron2 and the original assume for an option that a config leaves out.
@@ -32,7 +37,6 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.RESNETS.NUM_GROUPS": 1,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
     "MODEL.RESNETS.STRIDE_IN_1X1": True,
-    "MODEL.RESNETS.RES4_DILATION": 1,
     "MODEL.RESNETS.RES5_DILATION": 1,
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
@@ -90,32 +94,55 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
 }
 
-# The only values that our model has an equivalent of. Options of the other backbone don't matter.
+# The only values that our model has an equivalent of, and why. Lists of features may be in any order, as the original
+# sorts them. Options of a part that the model hasn't don't matter.
 _FOUR_STAGES = ["res2", "res3", "res4", "res5"]
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "INPUT.FORMAT": ("RGB", "BGR"),
-    "MODEL.META_ARCHITECTURE": ("MaskFormer",),
-    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "D2SwinTransformer"),
-    "MODEL.RESNETS.NORM": ("FrozenBN", "SyncBN", "BN"),
-    "MODEL.RESNETS.OUT_FEATURES": (_FOUR_STAGES,),
-    "MODEL.RESNETS.NUM_GROUPS": (1,),
-    "MODEL.RESNETS.RES4_DILATION": (1,),
-    "MODEL.RESNETS.RES5_DILATION": (1,),
-    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False] * 4,),
-    "MODEL.SWIN.PATCH_SIZE": (4,),
-    "MODEL.SWIN.QK_SCALE": (None,),
-    "MODEL.SWIN.APE": (False,),
-    "MODEL.SWIN.PATCH_NORM": (True,),
-    "MODEL.SWIN.OUT_FEATURES": (_FOUR_STAGES,),
-    "MODEL.SEM_SEG_HEAD.NAME": ("MaskFormerHead",),
-    "MODEL.SEM_SEG_HEAD.IN_FEATURES": (_FOUR_STAGES,),
-    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": (4,),
-    "MODEL.SEM_SEG_HEAD.NORM": ("GN",),
-    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": ("MSDeformAttnPixelDecoder", "BasePixelDecoder"),
-    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": (["res3", "res4", "res5"],),
-    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": ("MultiScaleMaskedTransformerDecoder",),
-    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": ("multi_scale_pixel_decoder",),
+_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "INPUT.FORMAT": (("RGB", "BGR"), "Pictures come in three channels."),
+    "MODEL.META_ARCHITECTURE": (("MaskFormer",), "Other architectures are other models."),
+    "MODEL.BACKBONE.NAME": (
+        ("build_resnet_backbone", "D2SwinTransformer"),
+        "Other backbones have other parameters.",
+    ),
+    "MODEL.SEM_SEG_HEAD.NAME": (("MaskFormerHead",), "Other heads have no transformer decoder."),
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": (
+        ("MSDeformAttnPixelDecoder", "BasePixelDecoder"),
+        "That of MaskFormer's first version has another encoder.",
+    ),
+    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": (
+        ("MultiScaleMaskedTransformerDecoder",),
+        "MaskFormer's first version has no masked attention.",
+    ),
+    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": (
+        ("multi_scale_pixel_decoder",),
+        "Masked attention reads three levels in turn.",
+    ),
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ((_FOUR_STAGES,), "The pixel decoder reads strides 4, 8, 16 and 32."),
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": ((4,), "Mask features have stride 4."),
+    "MODEL.SEM_SEG_HEAD.NORM": (("GN",), "The pixel decoder's convolutions have no bias, but a group norm."),
 }
+_SUPPORTED_DEFORMABLE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": (
+        (["res3", "res4", "res5"],),
+        "The deformable encoder has three levels.",
+    ),
+}
+_SUPPORTED_RESNET: dict[str, tuple[tuple[Any, ...], str]] = {
+    "MODEL.RESNETS.DEPTH": ((18, 34, 50, 101, 152), "There are no other ResNets."),
+    "MODEL.RESNETS.NORM": (("FrozenBN", "SyncBN", "BN"), "The backbone has batch norms."),
+    "MODEL.RESNETS.OUT_FEATURES": ((_FOUR_STAGES,), "The pixel decoder reads four levels."),
+    "MODEL.RESNETS.NUM_GROUPS": ((1,), "A ResNeXt's grouped convolutions have no equivalent."),
+    "MODEL.RESNETS.RES5_DILATION": ((1,), "The last level has stride 32."),
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": (([False] * 4,), "Deformable convolutions have no equivalent."),
+}
+_SUPPORTED_SWIN: dict[str, tuple[tuple[Any, ...], str]] = {
+    "MODEL.SWIN.PATCH_SIZE": ((4,), "The first level has stride 4."),
+    "MODEL.SWIN.QK_SCALE": ((None,), "Attention is scaled by the width of a head."),
+    "MODEL.SWIN.APE": ((False,), "Resized absolute position embeddings have no equivalent in transformers' Swin."),
+    "MODEL.SWIN.PATCH_NORM": ((True,), "Patch embeddings are normalised."),
+    "MODEL.SWIN.OUT_FEATURES": ((_FOUR_STAGES,), "The pixel decoder reads four levels."),
+}
+_SIZE_DIVISOR = 32  # what the model takes an image's own padding to be
 _VIDEO_ARCHITECTURE = "VideoMaskFormer"
 _PIXEL_DECODERS = {"MSDeformAttnPixelDecoder": "msdeform", "BasePixelDecoder": "fpn"}
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -127,16 +154,21 @@ _RESNETS = {
     152: ("bottleneck", [3, 8, 36, 3]),
 }
 
-# Which classes of the panoptic data sets of the released checkpoints are things; the others are stuff:
-# start of the data set's name -> ranges of thing ids (both ends included).
-_THINGS = {
-    "coco_2017": "0-79",
-    "cityscapes_fine": "11-18",
-    "ade20k": (
-        "7-8,10,12,14-15,18-20,22-24,27,30-33,35-39,41-45,47,49-50,53,55-58,62,64-67,69-76,78,80-83,85-90,92-93,95,"
-        "97-98,102-104,107-108,110-112,115-116,118-121,123-127,129-130,132-139,142-144,146-149"
-    ),
-    "mapillary_vistas": "0-1,8,19-23,32-42,44-57,59-62",
+# The data sets of the released checkpoints under the names that the original registers them by. The first pattern that
+# fits a name counts, and only if the number of classes is the same.
+_DATA_SETS = {
+    "coco_*_panoptic*": "coco-panoptic",
+    "coco_20??_*": "coco-instance",
+    "ade20k_panoptic_*": "ade20k-panoptic",
+    "ade20k_sem_seg_*": "ade20k-semantic",
+    "ade20k_instance_*": "ade20k-instance",
+    "cityscapes_*_panoptic_*": "cityscapes-panoptic",
+    "cityscapes_*_sem_seg_*": "cityscapes-semantic",
+    "cityscapes_*_instance_seg_*": "cityscapes-instance",
+    "mapillary_vistas_panoptic_*": "mapillary-panoptic",
+    "mapillary_vistas_sem_seg_*": "mapillary-semantic",
+    "ytvis_2019_*": "ytvis2019",
+    "ytvis_2021_*": "ytvis2021",
 }
 
 
@@ -145,17 +177,19 @@ class UnsupportedOptionError(ValueError):
 
 
 class Label(NamedTuple):
-    """One class: its name, and whether it is a thing (countable) or stuff; None where the file doesn't say."""
+    """One class: its name, whether it is a thing (countable) or stuff, its colour; None where nothing says."""
 
     name: str
     is_thing: bool | None
+    color: tuple[int, int, int] | None = None  # RGB, 0 to 255
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read a config of the original, its bases included, and check that our model can express it.
 
     Args:
-        path: A YAML file, complete or with a `_BASE_` relative to itself. Tags that ask for code are never executed.
+        path: A YAML file, complete or with a `_BASE_` (or several) relative to itself. Tags that ask for code are never
+            executed.
 
     Returns:
         The value of every option of `DEFAULTS`, by dotted name.
@@ -166,15 +200,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
         UnsupportedOptionError: An option has a value without an equivalent, or one that only code could tell.
         ValueError: The file is no YAML mapping, its bases go round in a circle, or an option is of the wrong type.
     """
-    options = {**DEFAULTS, **_flatten(_read_with_bases(Path(path), ()))}
-    options = {name: _decoded(options[name], default) for name, default in DEFAULTS.items()}
+    configs = _with_bases(Path(path), (), {})
+    options = {name: _decoded(_look_up(configs, name), default) for name, default in DEFAULTS.items()}
     for name, value in options.items():
         if _has_unread(value):
             raise UnsupportedOptionError(
                 f"{name} in {path} is an expression to execute. Write its value instead; nothing in a config is run."
             )
         if not _is_of_kind(value, DEFAULTS[name]):
-            raise ValueError(f"{name} in {path} is {value!r}; a value like {DEFAULTS[name]!r} is expected.")
+            raise ValueError(f"{name} in {path} is {reprlib.repr(value)}; a value like {DEFAULTS[name]!r} is expected.")
     _check_supported(options)
     return options
 
@@ -183,8 +217,8 @@ def read_labels(path: str | Path, num_labels: int) -> list[Label]:
     """Read the classes of a checkpoint from a JSON file.
 
     Args:
-        path: A list of `{"id": int, "name": str, "isthing": bool}` or an object that holds one as `categories`. Ids run
-            from 0 without a gap. Only a panoptic checkpoint needs `isthing`.
+        path: A list of `{"id": int, "name": str, "isthing": bool, "color": [R, G, B]}` or an object that holds one as
+            `categories`. Ids run from 0 without a gap. Only a panoptic checkpoint needs `isthing`, none needs `color`.
         num_labels: How many classes the checkpoint has.
 
     Raises:
@@ -193,28 +227,41 @@ def read_labels(path: str | Path, num_labels: int) -> list[Label]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         categories = content["categories"] if isinstance(content, dict) else content
-        by_id = {int(entry["id"]): Label(str(entry["name"]), entry.get("isthing")) for entry in categories}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        by_id = {int(entry["id"]): _read_label(entry) for entry in categories}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f'{path} is no list of labels: expected [{{"id": 0, "name": "cat", "isthing": true}}, …] ({error!r}).'
         ) from error
     if sorted(by_id) != list(range(num_labels)) or len(categories) != num_labels:
         raise ValueError(
-            f"{path} has {len(categories)} labels; the checkpoint needs ids 0 to {num_labels - 1}, once each."
+            f"{path} has {len(categories)} labels; the config (MODEL.SEM_SEG_HEAD.NUM_CLASSES) needs ids 0 to "
+            f"{num_labels - 1}, once each."
         )
     return [by_id[i] for i in range(num_labels)]
+
+
+def _read_label(entry: Mapping[str, Any]) -> Label:
+    is_thing, color = entry.get("isthing"), entry.get("color")
+    if color is not None:
+        red, green, blue = (int(value) for value in color)
+        color = (red, green, blue)
+    return Label(str(entry["name"]), None if is_thing is None else bool(is_thing), color)
 
 
 def config_from_yaml(options: Mapping[str, Any], labels: list[Label] | None = None) -> dict[str, Any]:
     """Give the arguments of `Mask2FormerConfig` for a config that `read_config` returned.
 
-    Without `labels` the classes are called `LABEL_0`, `LABEL_1`, … as in `transformers`. A dropout other than 0 acts in
-    the transformer decoder too, where the original has none; outputs in evaluation are the same.
+    Without `labels` the classes are those of DATASETS.TRAIN where that is one of the released checkpoints' data sets,
+    else `LABEL_0`, `LABEL_1`, … as in `transformers`. A dropout other than 0 acts in the transformer decoder too, where
+    the original has none; outputs in evaluation are the same.
     """
     head, former = _section(options, "MODEL.SEM_SEG_HEAD"), _section(options, "MODEL.MASK_FORMER")
+    labels = labels or _known_labels(options)
     names = [label.name for label in labels] if labels else [f"LABEL_{i}" for i in range(head["NUM_CLASSES"])]
+    colors = [list(label.color) for label in labels or [] if label.color is not None]
     backbone_config, freeze_backbone_norm = _backbone(options)
     return {
+        **({"label_colors": colors} if len(colors) == len(names) else {}),
         "backbone_config": backbone_config,
         "freeze_backbone_norm": freeze_backbone_norm,
         "pixel_decoder": _PIXEL_DECODERS[head["PIXEL_DECODER_NAME"]],
@@ -264,7 +311,7 @@ def processor_from_yaml(options: Mapping[str, Any], labels: list[Label] | None =
         ),
         "channel_order": options["INPUT.FORMAT"],
         "size": {"shortest_edge": options["INPUT.MIN_SIZE_TEST"], "longest_edge": options["INPUT.MAX_SIZE_TEST"]},
-        "size_divisor": options["MODEL.MASK_FORMER.SIZE_DIVISIBILITY"],
+        "size_divisor": _SIZE_DIVISOR,
         "image_mean": _per_unit(options["MODEL.PIXEL_MEAN"]),
         "image_std": _per_unit(options["MODEL.PIXEL_STD"]),
         "ignore_index": options["MODEL.SEM_SEG_HEAD.IGNORE_VALUE"],
@@ -318,23 +365,26 @@ def _task(test: Mapping[str, Any]) -> str:
 
 
 def _stuff_ids(options: Mapping[str, Any], labels: list[Label] | None) -> list[int]:
-    num_labels = options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]
-    if labels and all(label.is_thing is not None for label in labels):
-        return [i for i, label in enumerate(labels) if not label.is_thing]
-    for name in (*options["DATASETS.TRAIN"], *options["DATASETS.TEST"]):
-        for start, ranges in _THINGS.items():
-            if name.startswith(start) and "panoptic" in name:
-                things = _expand(ranges)
-                return [i for i in range(num_labels) if i not in things]
+    for known in (labels, _known_labels(options)):
+        if known and all(label.is_thing is not None for label in known):
+            return [i for i, label in enumerate(known) if not label.is_thing]
     raise UnsupportedOptionError(
-        f"DATASETS.TRAIN is {list(options['DATASETS.TRAIN'])}, no panoptic data set whose things are known. Pass "
-        "--labels with `isthing` for each class."
+        f"DATASETS.TRAIN is {list(options['DATASETS.TRAIN'])}, no panoptic data set of "
+        f"{options['MODEL.SEM_SEG_HEAD.NUM_CLASSES']} classes whose things are known. Pass --labels with `isthing` for "
+        "each class."
     )
 
 
-def _expand(ranges: str) -> set[int]:
-    ends = [[int(end) for end in part.split("-")] for part in ranges.split(",")]
-    return {i for end in ends for i in range(end[0], end[-1] + 1)}
+def _known_labels(options: Mapping[str, Any]) -> list[Label] | None:
+    """The classes of the data set it was trained or tested on; None where that is not one of the released."""
+    for name in (*options["DATASETS.TRAIN"], *options["DATASETS.TEST"]):
+        for pattern, known in _DATA_SETS.items():
+            if fnmatchcase(str(name), pattern):
+                labels = label_set(known).labels
+                if len(labels) == options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]:
+                    return [Label(label.name, label.is_thing, label.color) for label in labels]
+                break
+    return None
 
 
 def _per_unit(values: list[float]) -> list[float]:
@@ -344,6 +394,10 @@ def _per_unit(values: list[float]) -> list[float]:
 
 def _is_swin(options: Mapping[str, Any]) -> bool:
     return options["MODEL.BACKBONE.NAME"] == "D2SwinTransformer"
+
+
+def _has_deformable_encoder(options: Mapping[str, Any]) -> bool:
+    return options["MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME"] == "MSDeformAttnPixelDecoder"
 
 
 def _section(options: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -357,22 +411,51 @@ def _check_supported(options: Mapping[str, Any]) -> None:
         raise UnsupportedOptionError(
             f"MODEL.META_ARCHITECTURE is {_VIDEO_ARCHITECTURE}: a video checkpoint. Only image checkpoints convert."
         )
-    unused_backbone = "MODEL.RESNETS." if _is_swin(options) else "MODEL.SWIN."
-    for name, supported in _SUPPORTED.items():
-        value = list(options[name]) if isinstance(options[name], tuple) else options[name]
-        if value not in supported and not name.startswith(unused_backbone):
-            choices = " or ".join(repr(choice) for choice in supported)
-            raise UnsupportedOptionError(f"{name} is {value!r}; our model has an equivalent of {choices} only.")
+    supported = {**_SUPPORTED, **(_SUPPORTED_SWIN if _is_swin(options) else _SUPPORTED_RESNET)}
+    if _has_deformable_encoder(options):
+        supported |= _SUPPORTED_DEFORMABLE
+    for name, (choices, reason) in supported.items():
+        value = options[name]
+        if isinstance(value, list | tuple):
+            value = sorted(value, key=str)
+        if value not in choices:
+            known = " or ".join(repr(choice) for choice in choices)
+            raise UnsupportedOptionError(f"{name} is {options[name]!r}; only {known} converts. {reason}")
     if not _is_swin(options):
         _check_resnet(_section(options, "MODEL.RESNETS"))
-    for name in ("INPUT.MIN_SIZE_TEST", "MODEL.MASK_FORMER.SIZE_DIVISIBILITY"):
+    _check_numbers(options)
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    for name in ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", *_COUNTS):
         if options[name] < 1:
-            raise UnsupportedOptionError(f"{name} is {options[name]}; give the number of pixels, at least 1.")
+            raise UnsupportedOptionError(f"{name} is {options[name]}; give a number of at least 1.")
+    if _has_deformable_encoder(options) and options["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"] < 1:
+        raise UnsupportedOptionError(
+            f"MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS is {options['MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS']}; our "
+            "deformable pixel decoder has at least one layer."
+        )
+    divisor = options["MODEL.MASK_FORMER.SIZE_DIVISIBILITY"]
+    if divisor != _SIZE_DIVISOR and not (divisor < 0 and _is_swin(options)):  # below 0: the backbone's own; a Swin's 32
+        raise UnsupportedOptionError(
+            f"MODEL.MASK_FORMER.SIZE_DIVISIBILITY is {divisor}; our model takes pictures padded to a multiple of "
+            f"{_SIZE_DIVISOR}. Set it to {_SIZE_DIVISOR} to convert all the same: results near the right and lower "
+            "edge then differ a little."
+        )
+    for name in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
+        if len(options[name]) != 3 or not all(isinstance(value, int | float) for value in options[name]):
+            raise UnsupportedOptionError(f"{name} is {options[name]!r}; three numbers are expected, one for a channel.")
+
+
+_COUNTS = (
+    "TEST.DETECTIONS_PER_IMAGE",
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
+    "MODEL.MASK_FORMER.DEC_LAYERS",
+)
 
 
 def _check_resnet(section: Mapping[str, Any]) -> None:
-    if section["DEPTH"] not in _RESNETS:
-        raise UnsupportedOptionError(f"MODEL.RESNETS.DEPTH is {section['DEPTH']}; known are {list(_RESNETS)}.")
     layer_type, _ = _RESNETS[section["DEPTH"]]
     if layer_type == "bottleneck" and section["RES2_OUT_CHANNELS"] != 4 * section["WIDTH_PER_GROUP"]:
         raise UnsupportedOptionError(
@@ -386,71 +469,89 @@ class _Unread:
 
 
 def _has_unread(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(_has_unread(item) for item in value)
-    return isinstance(value, _Unread)
+    return any(isinstance(item, _Unread) for item in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def _decoded(value: Any, default: Any) -> Any:
-    """Read a list that is written as Python's tuple, which YAML takes for text: `("coco_2017_train", )`."""
-    if isinstance(value, str) and isinstance(default, list | tuple):
+    """Read a value that is written as Python's, which YAML takes for text: `("coco_2017_train", )`, `1e-1`."""
+    if isinstance(value, str) and not isinstance(default, str) and len(value) <= _LONGEST_LITERAL:
         try:
             return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return value
     return value
 
 
+_LONGEST_LITERAL = 1000
+
+
 def _is_of_kind(value: Any, default: Any) -> bool:
     if default is None:
-        return True
+        return value is None or _is_scalar(value)
     if isinstance(default, list | tuple):
-        return isinstance(value, list | tuple)
-    return isinstance(value, int | float if isinstance(default, float) else type(default))
+        return isinstance(value, list | tuple) and all(_is_scalar(item) for item in value)
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, type(default)) and not isinstance(value, bool)
 
 
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _with_bases(path: Path, seen: tuple[Path, ...], read: dict[Path, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Read a config and what it is based on, each file once: those that overrule others come first."""
     path = path.resolve()
     if path in seen:
         raise ValueError(f"{path} is its own _BASE_, by way of {', '.join(str(other) for other in seen)}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no config {path}" + (f", the _BASE_ of {seen[-1]}." if seen else "."))
-    config = _parse(path)
-    base = config.pop("_BASE_", None)
-    if base is None:
-        return config
-    if not isinstance(base, str) or "://" in base:
-        raise UnsupportedOptionError(f"_BASE_ in {path} is {base!r}; only the path of a local file is followed.")
-    return _merged(_read_with_bases(path.parent / Path(base).expanduser(), (*seen, path)), config)
+    if path not in read:
+        read[path] = _parse(path)
+        bases = read[path].get("_BASE_", [])
+        for base in reversed(bases if isinstance(bases, list) else [bases]):  # a later one overrules those before it
+            if not isinstance(base, str) or "://" in base:
+                raise UnsupportedOptionError(
+                    f"_BASE_ in {path} is {reprlib.repr(base)}; only paths of local files are followed."
+                )
+            _with_bases(path.parent / Path(base).expanduser(), (*seen, path), read)
+    return list(read.values())
 
 
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+def _look_up(configs: list[dict[str, Any]], name: str) -> Any:
+    """Find an option by its dotted name in the first config that has it.
+
+    Configs aren't merged or written out in full: a few lines of YAML can refer to themselves a billion times.
+    """
+    for config in configs:
+        value: Any = config
+        for part in name.split("."):
+            if isinstance(value, _Unread):
+                return value
+            value = value.get(part, _NOT_GIVEN) if isinstance(value, dict) else _NOT_GIVEN
+        if value is not _NOT_GIVEN:
+            return value
+    return DEFAULTS[name]
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+_NOT_GIVEN = object()
 
 
 def _parse(path: Path) -> dict[str, Any]:
     yaml, loader = _yaml()
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML file ({error}).") from error
+    # The parser checks neither what it makes numbers and dates of nor how deep lists are nested.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML file ({str(error) or type(error).__name__}).") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no config of the original: expected options by name.")
     return config
+
+
+_MOST_KEYS = 10_000
 
 
 def _yaml() -> tuple[Any, Callable[..., Any]]:
@@ -461,7 +562,10 @@ def _yaml() -> tuple[Any, Callable[..., Any]]:
         raise ImportError("Reading the original's configs needs PyYAML: pip install 'm2f_hf[convert]'.") from error
 
     class InertLoader(yaml.SafeLoader):
-        pass
+        def flatten_mapping(self, node: Any) -> None:
+            super().flatten_mapping(node)
+            if len(node.value) > _MOST_KEYS:
+                raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) without end", node.start_mark)
 
     InertLoader.add_constructor(None, lambda loader, node: _Unread())
     return yaml, InertLoader

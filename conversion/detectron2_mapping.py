@@ -7,6 +7,7 @@ same whichever version of `transformers` is installed (in memory the backbones' 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ PIXEL_DECODER = "model.pixel_level_module.decoder"
 TRANSFORMER = "model.transformer_module"
 COUNTER = "num_batches_tracked"
 POSITION_INDEX = "relative_position_index"
+CLASS_WEIGHTS = "criterion.empty_weight"
 
 
 class Entry(NamedTuple):
@@ -37,8 +39,9 @@ class Entry(NamedTuple):
 class Constants(NamedTuple):
     """What only one of the two sides keeps.
 
-    `filled` names targets that have no source (batch counters of frozen norms, zero); `checked` names sources that have
-    no target (Swin's index tables, equal to the ones computed from the window size).
+    `filled` names targets without a source in the checkpoint (batch counters of frozen norms, zero; the class weights
+    of the loss, which the config tells); `checked` names sources in the checkpoint that have no target (Swin's index
+    tables, equal to the ones computed from the window size).
     """
 
     filled: list[str]
@@ -48,45 +51,53 @@ class Constants(NamedTuple):
 def convert_state_dict(original: Mapping[str, Array], config: Any) -> dict[str, torch.Tensor]:
     """Rename and split the original's parameters for the model that `config` describes.
 
+    Older names are read as well: those before `pixel_decoder` and `query_feat` were introduced, and those with the
+    prefix of a model that was wrapped for training (`module.`, `_orig_mod.`).
+
     Args:
         original: The original's state dict, arrays or tensors by name. Not modified.
         config: A `Mask2FormerConfig`, with a Swin or ResNet backbone.
 
     Returns:
-        The parameters under the names a saved checkpoint has: float32, integer counters int64.
+        The parameters under the names a saved checkpoint has: float32 whatever the precision of the source, integer
+        counters int64.
 
     Raises:
-        ValueError: A parameter is missing or left over, a fused one doesn't divide, or an index table differs.
+        ValueError: A parameter is missing, left over or there twice, a fused one doesn't divide, an index table
+            differs, or the config tells another number of classes or queries than the parameters.
     """
-    remaining = {name: _as_tensor(value) for name, value in original.items()}
+    remaining = _current_names(original)
+    _check_counts(remaining, config)
     converted: dict[str, torch.Tensor] = {}
     missing = []
     for source, targets in mapping_for(config):
         if source not in remaining:
-            if source.endswith(COUNTER):
-                converted[targets[0]] = torch.zeros((), dtype=torch.int64)
-            else:
+            constant = _constant(source, config)
+            if constant is not None:
+                converted[targets[0]] = constant
+            elif targets:
                 missing.append(source)
             continue
-        value = remaining.pop(source)
+        value = _as_tensor(remaining.pop(source).value)
         if not targets:
             _check_position_index(source, value, config.backbone_config.window_size)
         else:
             converted.update(zip(targets, _split(source, value, len(targets)), strict=True))
     if missing or remaining:
+        left_over = [parameter.name for parameter in remaining.values()]
         raise ValueError(
             "The checkpoint and the config describe different models; convert it with the config it was trained with. "
-            f"Missing from the checkpoint: {_shortened(missing)}. Not in the model: {_shortened(list(remaining))}."
+            f"Missing from the checkpoint: {_shortened(missing)}. Not in the model: {_shortened(left_over)}."
         )
     return converted
 
 
 def constants(original: Mapping[str, Array], config: Any) -> Constants:
     """Name the constants that `convert_state_dict` fills in or checks for the same arguments."""
-    entries = mapping_for(config)
+    entries, names = mapping_for(config), _current_names(original)
     return Constants(
-        filled=[entry.targets[0] for entry in entries if entry.source not in original],
-        checked=[entry.source for entry in entries if not entry.targets],
+        filled=[entry.targets[0] for entry in entries if entry.targets and entry.source not in names],
+        checked=[entry.source for entry in entries if not entry.targets and entry.source in names],
     )
 
 
@@ -258,7 +269,7 @@ def _decoder_layer(source: str, layer: int, target: str) -> Iterator[Entry]:
 
 def _heads() -> Iterator[Entry]:
     yield from _affine("sem_seg_head.predictor.class_embed", "class_predictor")
-    yield _same("empty_weight", "criterion", "criterion")
+    yield Entry(CLASS_WEIGHTS, ("criterion.empty_weight",))
 
 
 def _same(name: str, source: str, target: str) -> Entry:
@@ -270,6 +281,66 @@ def _affine(source: str, target: str) -> Iterator[Entry]:
     yield _same("bias", source, target)
 
 
+class _Named(NamedTuple):
+    """A parameter under the name its file has for it."""
+
+    name: str
+    value: Array
+
+
+def _current_names(original: Mapping[str, Array]) -> dict[str, _Named]:
+    """Index the parameters by the names that the original gives them today."""
+    prefix = _common_prefix(original)
+    current: dict[str, _Named] = {}
+    for name, value in original.items():
+        new = _OLD_PIXEL_DECODER.sub(r"\1pixel_decoder.", name[len(prefix) :]).replace("static_query", "query_feat")
+        if new in current:
+            raise ValueError(f"The checkpoint has {new} twice: as {current[new].name} and as {name}.")
+        current[new] = _Named(name, value)
+    return current
+
+
+# Before version 2 of its head the original kept the pixel decoder's parameters in the head itself.
+_OLD_PIXEL_DECODER = re.compile(r"^(sem_seg_head\.)(?!pixel_decoder\.|predictor\.)")
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and averaged copies; torch.compile
+
+
+def _common_prefix(names: Mapping[str, Array]) -> str:
+    """What wrappers put before every name: nothing, or one or more of `_WRAPPERS`."""
+    prefix = ""
+    while names and (wrapper := next((w for w in _WRAPPERS if all(n.startswith(prefix + w) for n in names)), None)):
+        prefix += wrapper
+    return prefix
+
+
+def _check_counts(parameters: Mapping[str, _Named], config: Any) -> None:
+    predictor = "sem_seg_head.predictor"
+    for source, what, option, expected, besides in (
+        (f"{predictor}.class_embed.weight", "classes", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", config.num_labels, 1),
+        (f"{predictor}.query_feat.weight", "queries", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", config.num_queries, 0),
+    ):
+        if source not in parameters:
+            continue
+        shape = parameters[source].value.shape
+        count = (shape[0] if shape else 0) - besides
+        if count != expected:
+            raise ValueError(
+                f"The checkpoint has {count} {what} ({parameters[source].name}), the config {expected}: set {option} "
+                "to the checkpoint's."
+            )
+
+
+def _constant(source: str, config: Any) -> torch.Tensor | None:
+    """The value of a parameter that a checkpoint may leave out; None for one it may not."""
+    if source.endswith(COUNTER):
+        return torch.zeros((), dtype=torch.int64)
+    if source == CLASS_WEIGHTS:
+        weights = torch.ones(config.num_labels + 1)
+        weights[-1] = config.no_object_weight
+        return weights
+    return None
+
+
 def _as_tensor(value: Array) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach().clone()
     return tensor.float() if tensor.is_floating_point() else tensor
@@ -278,7 +349,7 @@ def _as_tensor(value: Array) -> torch.Tensor:
 def _split(source: str, value: torch.Tensor, parts: int) -> list[torch.Tensor]:
     if parts == 1:
         return [value]
-    if value.shape[0] % parts:
+    if value.ndim == 0 or value.shape[0] % parts:
         raise ValueError(
             f"{source} of shape {tuple(value.shape)} does not divide into {parts} along its first dimension."
         )

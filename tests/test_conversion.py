@@ -389,6 +389,7 @@ def test_folder_holds_model_and_processor_with_equal_outputs(tiny_original, tmp_
 
     folder = tmp_path / "made" / "model"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
