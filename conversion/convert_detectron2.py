@@ -30,7 +30,7 @@ from safe_pickle import load_state_dict
 from safetensors import safe_open
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
-from m2f_hf.cli import BUNDLED_SCENES, CommandError, Segmenter
+from m2f_hf.cli import BUNDLED_SCENES, CommandError, ImageError, Segmenter, describe
 from m2f_hf.hub import model_card
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
 from m2f_hf.visualization import draw_segments
@@ -42,13 +42,17 @@ _SCENE = BUNDLED_SCENES / "scene-1.png"
 
 
 class Report(NamedTuple):
-    """What a conversion did: tensors read, tensors and parameters written, and constants only one side keeps."""
+    """What a conversion did: tensors read, tensors and parameters written, and constants only one side keeps.
+
+    `found` is what the verification saw in its photo, in words; None where none was asked for.
+    """
 
     read: int
     written: int
     parameters: int
     filled: list[str]
     checked: list[str]
+    found: str | None = None
 
     def __str__(self) -> str:
         return (
@@ -59,7 +63,11 @@ class Report(NamedTuple):
 
 
 def convert(
-    checkpoint: Path, config_file: Path, output: Path, labels_file: Path | None = None, photo: Path | None = None
+    checkpoint: Path,
+    config_file: Path,
+    output: Path,
+    labels_file: Path | None = None,
+    photo: Image.Image | None = None,
 ) -> Report:
     """Convert one checkpoint.
 
@@ -68,7 +76,7 @@ def convert(
         config_file: The YAML it was trained with.
         output: The folder to make; it must not exist, or be empty.
         labels_file: Names of the classes, and which are things (JSON; see `read_labels`).
-        photo: Segment this picture with the result, see `verify`.
+        photo: RGB; segment it with the result, see `verify`, and put the picture at `overlay_path`.
 
     Raises:
         FileExistsError: `output` has something in it.
@@ -89,7 +97,7 @@ def convert_released(
     output: Path,
     checkpoint: Path | None = None,
     cache_dir: Path | None = None,
-    photo: Path | None = None,
+    photo: Image.Image | None = None,
 ) -> Report:
     """Convert a released checkpoint, fetched if need be.
 
@@ -112,10 +120,9 @@ def convert_released(
         raise UnsupportedOptionError(
             f"{row.name} is a video checkpoint, and there is no video model here yet. Image checkpoints convert."
         )
-    if checkpoint is None:
-        checkpoint = download(row.url, cache_dir or default_cache_dir())
-    card = row.card() if _is_the_released_file(checkpoint, row) else {}
-    return _convert(checkpoint, row.config(), row.processor(), output, card, photo)
+    is_theirs = checkpoint is None or _is_the_released_file(checkpoint, row)
+    checkpoint = checkpoint or download(row.url, cache_dir or default_cache_dir())
+    return _convert(checkpoint, row.config(), row.processor(), output, row.card() if is_theirs else {}, photo)
 
 
 def _is_the_released_file(checkpoint: Path, row: Released) -> bool:
@@ -145,7 +152,7 @@ def _convert(
     processor: M2FImageProcessor,
     output: Path,
     card: Mapping[str, Any],
-    photo: Path | None,
+    photo: Image.Image | None,
 ) -> Report:
     original = load_state_dict(checkpoint)
     converted = convert_state_dict(original, config)
@@ -157,19 +164,19 @@ def _convert(
         processor.save_pretrained(folder)
         model_card(config, processor, repo_id=output.name, **card).save(folder / "README.md")
         unused = _check_written(folder / "model.safetensors", converted)
-        overlay = verify(folder, photo) if photo else None
+        found = verify(folder, photo, Path(temporary) / "verify.png") if photo else None
         os.replace(folder, output)
+        if photo:
+            os.replace(Path(temporary) / "verify.png", overlay_path(output))
     filled, checked = constants(original, config)
-    report = Report(
+    return Report(
         read=len(original),
         written=len(converted) + len(unused),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         filled=filled + unused,
         checked=checked,
+        found=found,
     )
-    if overlay:
-        overlay.save(overlay_path(output))
-    return report
 
 
 def overlay_path(output: Path) -> Path:
@@ -177,19 +184,27 @@ def overlay_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.verify.png")
 
 
-def verify(folder: Path, photo: Path) -> Image.Image:
-    """Load a converted folder as anybody would, segment a photo with it and draw what it finds.
+def verify(folder: Path, photo: Image.Image, overlay: Path) -> str:
+    """Load a converted folder as anybody would and segment a photo with it.
+
+    Args:
+        folder: What `convert` made.
+        photo: RGB.
+        overlay: Where to save the photo with its segments drawn over it.
+
+    Returns:
+        What was found, in words.
 
     Raises:
-        ValueError: The folder doesn't fill the model, or its logits for the photo are not finite.
-        OSError: The photo cannot be read.
+        CommandError, ImageError: The folder doesn't fill the model, or the photo is of an impossible size.
+        ValueError: The logits are not finite.
     """
-    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
     segmenter = Segmenter.load(str(folder), task=None, threshold=None, device="cpu", dtype="float32")
     segmenter.model.register_forward_hook(_check_finite)
-    segmentation, segments_info = segmenter(image)
+    segmentation, segments_info = segmenter(photo)
     colors = dict(enumerate(segmenter.model.config.label_colors or []))
-    return draw_segments(image, segmentation, segments_info, colors=colors)
+    draw_segments(photo, segmentation, segments_info, colors=colors).save(overlay)
+    return describe(segments_info)
 
 
 def _check_finite(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
@@ -244,14 +259,15 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _check_combination(parser, options)
             print(_run(options))
-    except (ValueError, OSError, ImportError, StrictDataclassError, CommandError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError, CommandError, ImageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _run(options: argparse.Namespace) -> str:
-    photo = options.photo or (_SCENE if options.verify else None)
+    photo_file = options.photo or _SCENE
+    photo = ImageOps.exif_transpose(Image.open(photo_file)).convert("RGB") if options.verify else None
     if options.variant:
         row = find_released(options.variant)
         report = convert_released(row, options.output, options.checkpoint, options.cache_dir, photo)
@@ -259,7 +275,10 @@ def _run(options: argparse.Namespace) -> str:
         report = convert(options.checkpoint, options.config_file, options.output, options.labels, photo)
     lines = [f"{options.output}: {report}"]
     if photo:
-        lines.append(f"Verified: loads strictly, finite on {photo.name}. Look at {overlay_path(options.output)}.")
+        lines.append(
+            f"Verified: every weight loads, and logits are finite for {photo_file.name} ({report.found}). "
+            f"Look at {overlay_path(options.output)}."
+        )
     return "\n".join(lines)
 
 

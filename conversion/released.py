@@ -277,13 +277,19 @@ class Released:
     def card(self) -> dict[str, Any]:
         """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""
         epochs = self.schedule.endswith("ep")
+        backbone, benchmark = BACKBONES[self.backbone].title, self.benchmark
         return {
-            "title": f"Mask2Former {BACKBONES[self.backbone].title}, {self.benchmark.title} {self.task} segmentation",
+            "title": f"Mask2Former {backbone}, {benchmark.title} {self.task} segmentation",
+            "description": (
+                f"A [Mask2Former](https://arxiv.org/abs/2112.01527) for {self.task} segmentation with a {backbone} "
+                f"backbone, trained on {benchmark.title} by the authors of the paper (their model {self.model_id}) and "
+                "converted from their file: the same weights under other names."
+            ),
             "datasets": [self.dataset],
             "license": LICENSE,
             "source_url": self.url,
             "figures": [
-                Figure(_TASK_OF[metric], self.benchmark.title, self.benchmark.split, metric, value, MODEL_ZOO)
+                Figure(_TASK_OF[metric], benchmark.title, benchmark.split, metric, value, MODEL_ZOO)
                 for metric, value in self.reported.items()
             ],
             "training": {

@@ -406,6 +406,7 @@ def test_variant_becomes_a_working_model_with_its_card(small_release, server, tm
     assert len(server.asked) == 2
     printed = capsys.readouterr().out
     assert "none left over" in printed
+    assert "horse" in printed
     picture = folder.parent / f"{NAME}.verify.png"
     assert f"Look at {picture}" in printed
     with Image.open(picture) as overlay, Image.open(BUNDLED_SCENES / "scene-1.png") as scene:
@@ -432,7 +433,7 @@ def test_variant_becomes_a_working_model_with_its_card(small_release, server, tm
         "mIoU": 61.7,
     }
     row = RELEASED[NAME]
-    for told in (row.url, row.config_path, "50 epochs", "person", "things", "stuff", "| PQ | 51.9 |"):
+    for told in (row.url, row.config_path, row.model_id, "50 epochs", "person", "things", "stuff", "| PQ | 51.9 |"):
         assert told in card.text, told
 
 
@@ -474,13 +475,13 @@ def test_weights_that_are_not_finite_do_not_pass_verification(small_release, tmp
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_photo_that_cannot_be_read_leaves_nothing(small_release, tmp_path, capsys):
-    cache, output = tmp_path / "cache", tmp_path / "out" / "model"
+def test_photo_that_cannot_be_read_is_told_before_anything_is_fetched(small_release, server, tmp_path, capsys):
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(b"no picture")
-    assert run("--variant", NAME, "--cache-dir", cache, "--output", output, "--verify", "--photo", photo) == 1
+    assert run("--variant", NAME, "--output", tmp_path / "out", "--verify", "--photo", photo) == 1
     assert "photo.jpg" in capsys.readouterr().err
-    assert list(output.parent.iterdir()) == []
+    assert server.asked == []
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
 def test_video_variant_says_that_there_is_no_video_model_and_fetches_nothing(server, monkeypatch, tmp_path, capsys):
