@@ -13,7 +13,7 @@ from .panoptic_quality import PanopticQuality
 
 
 MEASURES: dict[str, tuple[str, ...]] = {"panoptic": ("pq", "ap", "miou"), "instance": ("ap",), "semantic": ("miou",)}
-"""What the paper reports for each task; a panoptic model is measured for all three."""
+"""What the paper reports for each task, the main one first; a panoptic model is measured for all three."""
 MAIN_FIGURE = {"panoptic": "pq_all", "instance": "ap", "semantic": "miou"}
 """The figure by which checkpoints and images of a task are compared."""
 VOID_LABEL = -1  # outside the classes, however many there are
@@ -179,8 +179,8 @@ def detections(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     masks, segments = result["segmentation"], result["segments_info"]
     if len(segments) != len(masks) or getattr(masks, "ndim", 3) != 3:
         raise ValueError(
-            "Instances are measured by their whole masks: pass return_coco_annotation=True (or return_binary_maps=True) "
-            "to post_process_instance_segmentation."
+            "Instances are measured by their whole masks: pass return_coco_annotation=True (or "
+            "return_binary_maps=True) to post_process_instance_segmentation."
         )
     return [{**info, "segmentation": mask} for info, mask in zip(segments, masks, strict=True)]
 

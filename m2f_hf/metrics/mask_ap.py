@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.masks import decode_segmentation
 from ..post_processing import encode_rle
 from .base import Metric, names_of
 
@@ -81,7 +82,7 @@ class MaskAP(Metric):
                 category = self._category_of(entry, side)
                 if category is None:
                     continue
-                rle = to_rle(entry["segmentation"], size, mask_api)
+                rle = to_rle(entry["segmentation"], size)
                 pixels = int(mask_api.area(rle))
                 own = {"id": number, "image_id": 0, "category_id": category, "segmentation": rle, "area": pixels}
                 if side == "target":
@@ -139,26 +140,23 @@ def is_thing(category: Mapping[str, Any]) -> bool:
     return known is None or bool(known)
 
 
-def to_rle(segmentation: Any, size: tuple[int, int], mask_api: Any) -> dict[str, Any]:
-    """A mask in any of COCO's forms, or an (H, W) array, as compressed run-length encoding.
+def to_rle(segmentation: Any, size: tuple[int, int]) -> Mapping[str, Any]:
+    """A mask in any of COCO's forms, or an (H, W) array or tensor, as compressed run-length encoding.
 
     Raises:
         ValueError: if its size is not `size`.
     """
-    height, width = size
     if isinstance(segmentation, Mapping):
-        found = tuple(segmentation["size"])
-        counts = segmentation["counts"]
-        rle = dict(segmentation)
-        if found == size and not isinstance(counts, str | bytes):
-            rle = mask_api.frPyObjects({"size": [height, width], "counts": [int(n) for n in counts]}, height, width)
-    elif isinstance(segmentation, list | tuple):
-        found, rle = size, mask_api.merge(mask_api.frPyObjects([list(p) for p in segmentation], height, width))
+        found, is_compressed = tuple(segmentation["size"]), isinstance(segmentation["counts"], str | bytes)
     else:
-        found, rle = tuple(segmentation.shape), encode_rle(segmentation)
+        found, is_compressed = tuple(getattr(segmentation, "shape", size)), False
     if found != size:
         raise ValueError(f"A mask is {found} and its image {size} (height, width): resize the one to the other.")
-    return rle
+    if is_compressed:
+        return segmentation
+    if hasattr(segmentation, "shape"):
+        return encode_rle(segmentation)
+    return encode_rle(decode_segmentation(segmentation, *size))
 
 
 def _finite(score: Any) -> float:

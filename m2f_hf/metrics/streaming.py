@@ -47,7 +47,7 @@ class StreamingMetric(evaluate.Metric):
         """Add one image to `self.metric`."""
 
     def _reset(self) -> None:
-        self.metric = self.build(**self.settings)
+        self.metric: Any = self.build(**self.settings)
         self.num_images = 0
 
     def __len__(self) -> int:

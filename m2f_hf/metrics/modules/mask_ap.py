@@ -26,8 +26,8 @@ Predictions: results of `post_process_instance_segmentation(outputs, threshold=0
             reference_urls=["https://cocodataset.org/#detection-eval", "https://github.com/cocodataset/cocoapi"],
         )
 
-    def build(self, categories, engine=None):
-        return metrics.MaskAP(categories, engine)
+    def build(self, **settings):
+        return metrics.MaskAP(**settings)
 
     def update(self, prediction, reference):
         self.metric.update(

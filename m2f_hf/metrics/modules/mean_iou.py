@@ -22,8 +22,8 @@ Predictions: label maps (H, W), as of `post_process_semantic_segmentation`. Refe
             reference_urls=["https://arxiv.org/abs/1411.4038"],
         )
 
-    def build(self, num_classes, ignore_index=255):
-        return metrics.MeanIoU(num_classes, ignore_index)
+    def build(self, **settings):
+        return metrics.MeanIoU(**settings)
 
     def update(self, prediction, reference):
         self.metric.update(streaming.to_array(prediction), streaming.to_array(reference))

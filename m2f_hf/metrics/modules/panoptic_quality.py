@@ -24,8 +24,8 @@ Predictions: results of `post_process_panoptic_segmentation`. References: items 
             reference_urls=["https://arxiv.org/abs/1801.00868", "https://github.com/cocodataset/panopticapi"],
         )
 
-    def build(self, categories):
-        return metrics.PanopticQuality(categories)
+    def build(self, **settings):
+        return metrics.PanopticQuality(**settings)
 
     def update(self, prediction, reference):
         target = reference["segmentation_map" if "segmentation_map" in reference else "segmentation"]

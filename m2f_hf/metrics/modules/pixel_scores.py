@@ -17,13 +17,13 @@ class PixelScores(streaming.StreamingMetric):
             citation="",
             inputs_description="""
 Predictions: (H, W) masks of bool or probabilities; references: (H, W) masks of bool or 0 and 1. With the setting
-`label` both are label maps, and the scores are that class's; pixels of `ignore_index` in the reference do not count.""",
+`label` both are label maps, and the scores are that class's; pixels of `ignore_index` in the reference don't count.""",
             features=datasets.Features({"predictions": mask, "references": mask}),
         )
 
-    def build(self, threshold=0.5, label=None, ignore_index=255):
+    def build(self, *, label=None, ignore_index=255, **settings):
         self.label, self.ignore_index = label, ignore_index
-        return metrics.PixelScores(threshold)
+        return metrics.PixelScores(**settings)
 
     def update(self, prediction, reference):
         predicted, target = streaming.to_array(prediction), streaming.to_array(reference)
