@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from detectron2_config import DEFAULTS, Label, config_from_yaml, processor_from_yaml
+from detectron2_config import DEFAULTS, config_from_yaml, processor_from_yaml
 
 from m2f_hf import Mask2FormerConfig
 from m2f_hf.hub import Figure
@@ -264,12 +264,11 @@ class Released:
 
     def config(self) -> Mask2FormerConfig:
         """The model's config, with the data set's labels and colours."""
-        settings = {**config_from_yaml(self.options(), self._labels()), "label_colors": self.labels.colors}
-        return Mask2FormerConfig(**settings)
+        return Mask2FormerConfig(**config_from_yaml(self.options()))
 
     def processor(self) -> M2FImageProcessor:
         """The processor, for the task that the figures are reported for."""
-        settings = {**processor_from_yaml(self.options(), self._labels()), "task": self.task}
+        settings = {**processor_from_yaml(self.options()), "task": self.task}
         if self.task != "panoptic":
             settings["label_ids_to_fuse"] = None
         return M2FImageProcessor(**settings)
@@ -299,9 +298,6 @@ class Released:
                 "optimizer": "AdamW, learning rate 1e-4 (backbone 1e-5), weight decay 0.05",
             },
         }
-
-    def _labels(self) -> list[Label]:
-        return [Label(label.name, label.is_thing) for label in self.labels.labels]
 
 
 # Configs and download folders whose names don't follow the rule.
