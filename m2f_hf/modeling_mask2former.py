@@ -4,7 +4,7 @@ Paper: Masked-attention Mask Transformer for Universal Image Segmentation, arXiv
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from .backbone import load_backbone_weights, read_backbone_config
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
 from .criterion import Mask2FormerLoss
 from .multi_scale_deformable_attention import multi_scale_deformable_attention
@@ -23,6 +24,21 @@ from .multi_scale_deformable_attention import multi_scale_deformable_attention
 NUM_FEATURE_LEVELS = 3  # strides 32, 16 and 8 feed the decoder (paper, section 3.2.2)
 NUM_SAMPLING_POINTS = 4  # of deformable attention, for each head and level
 PADDING_DIVISOR = 32  # an image's own padding; what a batch adds beyond it is hidden
+
+# What of a checkpoint cannot be kept under another value of a field.
+_DEPENDS_ON_FIELD = {
+    "num_labels": ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight"),
+    "num_queries": ("transformer_module.queries_features.weight", "transformer_module.queries_embedder.weight"),
+}
+_DOWNLOAD_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 
 # --- Outputs ---------------------------------------------------------------------------------------------------------
@@ -963,6 +979,84 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
         # transformers looks for its attention interface in this file; ours reads the setting at each call just as well.
         return True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`; but heads that the caller gives another size start anew without a flag.
+
+        With `num_labels`, `id2label`, `num_queries` or a `config` that differ from the checkpoint's in the number of
+        labels or queries, the class head (and the weights of its loss) or the queries get this model's first weights.
+        `transformers` reports them by name, and `output_loading_info` has them as "mismatched_keys". Everything else
+        is the checkpoint's. Other names for as many labels replace nothing.
+
+        Raises:
+            RuntimeError: anything else has another shape than the checkpoint's.
+        """
+        replaced = cls._replaced_parameters(pretrained_model_name_or_path, kwargs)
+        if not replaced or kwargs.get("ignore_mismatched_sizes"):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model, info = loaded
+        others = sorted(entry[0] for entry in info["mismatched_keys"] if not entry[0].endswith(replaced))
+        if others:
+            raise RuntimeError(
+                f"{len(others)} parameters have other shapes in {pretrained_model_name_or_path}, beside those that "
+                f"another number of labels or queries replaces: {others[:5]}. Give them the checkpoint's sizes, or "
+                "replace them too with `ignore_mismatched_sizes=True`."
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _replaced_parameters(cls, name: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """Ends of the names of the parameters whose size the caller changes from the checkpoint's."""
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig):
+            wanted = {field: getattr(config, field) for field in _DEPENDS_ON_FIELD}
+        else:
+            wanted = {field: kwargs[field] for field in _DEPENDS_ON_FIELD if kwargs.get(field) is not None}
+            if kwargs.get("id2label") is not None:
+                wanted["num_labels"] = len(kwargs["id2label"])
+        if name is None or not wanted:
+            return ()
+        own = cls.config_class.from_pretrained(name, **_download_arguments(kwargs))
+        return tuple(
+            parameter
+            for field, value in wanted.items()
+            if value != getattr(own, field)
+            for parameter in _DEPENDS_ON_FIELD[field]
+        )
+
+    @classmethod
+    def from_backbone(
+        cls, backbone_name_or_path: Any, *, backbone_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """A new model around a pretrained backbone, in evaluation mode: the start of training on a data set.
+
+        Args:
+            backbone_name_or_path: id on the Hub or folder of a model whose body `AutoBackbone` knows: a classifier
+                such as "microsoft/swin-tiny-patch4-window7-224", or one without its head.
+            backbone_kwargs: fields of the backbone's configuration, such as `drop_path_rate`.
+            kwargs: fields of [`Mask2FormerConfig`], `num_labels` and `id2label` among them, and the `revision`,
+                `token`, `cache_dir`, `subfolder`, `force_download` and `local_files_only` of a download.
+
+        Raises:
+            TypeError: an argument that is no field of the configuration.
+            ValueError: the backbone has no maps at strides 4, 8, 16 and 32 (a plain ViT has one), or lacks weights.
+            OSError: there is no such checkpoint.
+        """
+        download = _download_arguments(kwargs)
+        settings = {name: value for name, value in kwargs.items() if name not in download}
+        known = {field.name for field in fields(cls.config_class)} | {"num_labels"}
+        for name in settings:
+            if name not in known - {"backbone_config"}:
+                raise TypeError(f"`{name}` is no field of {cls.config_class.__name__}.")
+        backbone_config = read_backbone_config(backbone_name_or_path, backbone_kwargs, download)
+        weights = load_backbone_weights(backbone_name_or_path, backbone_config, download).state_dict()
+        model: Any = cls(cls.config_class(backbone_config=backbone_config, **settings))
+        model.base_model.pixel_level_module.encoder.load_state_dict(weights)
+        return model.eval()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initial weights; what it leaves at PyTorch's defaults is left there."""
@@ -1005,6 +1099,10 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
         init.uniform_(module.bias, -bound, bound)
 
 
+def _download_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
+
+
 class Mask2FormerModel(Mask2FormerPreTrainedModel):
     """Backbone, pixel decoder and masked-attention decoder; the class head is the next class's."""
 
@@ -1025,7 +1123,6 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
         output_attentions: bool | None = None,
         output_auxiliary_logits: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
     ) -> Mask2FormerModelOutput | tuple[Any, ...]:
         """
         Args:
@@ -1133,7 +1230,6 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
         output_auxiliary_logits: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
     ) -> Mask2FormerForUniversalSegmentationOutput | tuple[Any, ...]:
         """
         Args:
