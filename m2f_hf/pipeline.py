@@ -3,22 +3,47 @@
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import ImageSegmentationPipeline
 
 from .image_processing_mask2former import M2FImageProcessor
+
+
+PADDED_INPUTS = ("pixel_values", "pixel_mask")
+
+
+def _pad_together(images: list[Any]) -> torch.Tensor:
+    """(..., h, w) each, or lists of these, of any sizes, to (B, ..., H, W) with zeros at the bottom and right."""
+    images = [image for item in images for image in (item if isinstance(item, list) else [item])]
+    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+    return torch.stack([F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images])
 
 
 class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
     """`transformers`' pipeline, unchanged for every model but ours.
 
     The stock one always passes the thresholds 0.9, 0.5 and 0.5 and segments panoptically whenever it can. For our
-    models only what the caller gave is passed on; the rest is the checkpoint's.
+    models only what the caller gave is passed on; the rest is the checkpoint's. With `batch_size`, images of different
+    sizes are padded together.
 
     Results are those of the stock pipeline, a list of `{"score", "label", "mask"}` for each image: the mask a Pillow
     image of mode "L" (0 or 255) of the image's size, the score None in semantic segmentation. Masks of instances may
     overlap; the list is then sorted by score.
     """
+
+    def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's inputs of one image; for our models as lists, which make a batch whatever the images' sizes."""
+        inputs = super().preprocess(image, *args, **kwargs)
+        if isinstance(self.image_processor, M2FImageProcessor):
+            inputs.update({name: list(inputs[name]) for name in PADDED_INPUTS})
+        return inputs
+
+    def _forward(self, model_inputs: Any) -> Any:
+        if isinstance(self.image_processor, M2FImageProcessor):
+            model_inputs.update({name: _pad_together(model_inputs[name]) for name in PADDED_INPUTS})
+        return super()._forward(model_inputs)
 
     def postprocess(self, model_outputs: Any, subtask: Any = None, **thresholds: Any) -> Any:  # type: ignore[override]
         """Segments of one image.

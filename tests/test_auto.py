@@ -178,6 +178,27 @@ def test_pipeline_subtasks(ours, image):
         segmenter(image, subtask="depth")
 
 
+@pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
+def test_pipeline_in_batches_of_any_sizes(ours, subtask):
+    segmenter = pipeline("image-segmentation", model=str(ours))
+    random = np.random.default_rng(4)
+    images = [
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for height, width in ((50, 70), (90, 40), (30, 30), (41, 87), (50, 70))
+    ]
+    singly = [segmenter(image, subtask=subtask) for image in images]
+    assert sum(map(len, singly)) >= len(images)
+    for batch_size in (2, 5):
+        batched = segmenter(images, subtask=subtask, batch_size=batch_size)
+        for image, alone, together in zip(images, singly, batched, strict=True):
+            assert [segment["label"] for segment in together] == [segment["label"] for segment in alone]
+            for segment, expected in zip(together, alone, strict=True):
+                assert segment["score"] == pytest.approx(expected["score"], abs=1e-4)
+                assert segment["mask"].size == image.size
+                differs = np.asarray(segment["mask"]) != np.asarray(expected["mask"])
+                assert differs.mean() < 0.005  # a pixel at the threshold may fall on either side
+
+
 def test_stock_folders_get_the_stock_classes_and_results(stock, image):
     assert type(AutoConfig.from_pretrained(stock)) is transformers.Mask2FormerConfig
     model = AutoModelForUniversalSegmentation.from_pretrained(stock)

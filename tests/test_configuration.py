@@ -332,3 +332,81 @@ def test_a_bad_file_is_refused_when_it_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(StrictDataclassClassValidationError, match="`hidden_dim`=30 must be a multiple"):
         Mask2FormerConfig.from_pretrained(tmp_path)
+
+
+# Colours of the labels
+
+
+COLORS = [[0, 0, 0], [255, 128, 0], [1, 2, 3]]
+
+
+def test_colours_are_kept_with_the_labels(tmp_path, warnings_of_transformers):
+    config = Mask2FormerConfig(backbone_config=dict(TINY_SWIN), num_labels=3, label_colors=COLORS)
+    config.save_pretrained(tmp_path)
+    assert Mask2FormerConfig.from_pretrained(tmp_path).label_colors == COLORS
+    assert Mask2FormerConfig.from_pretrained(tmp_path, num_labels=3).label_colors == COLORS
+    assert warnings_of_transformers == []
+
+
+@pytest.mark.parametrize(
+    ("colors", "message"),
+    [
+        (COLORS[:2], "`label_colors` has 2 colours for 3 labels"),
+        ([], "`label_colors` has 0 colours for 3 labels"),
+        ([*COLORS[:2], [0, 0]], r"`label_colors`\[2\]=\[0, 0\] must be red, green and blue from 0 to 255"),
+        ([*COLORS[:2], [0, 0, 256]], "must be red, green and blue"),
+        ([*COLORS[:2], [-1, 0, 0]], "must be red, green and blue"),
+    ],
+)
+def test_colours_that_do_not_fit_are_refused(colors, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        Mask2FormerConfig(num_labels=3, label_colors=colors)
+
+
+NEW_LABELS = {0: "cell", 1: "glass"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels"),
+    [
+        ({"num_labels": 2}, {0: "LABEL_0", 1: "LABEL_1"}),
+        ({"id2label": NEW_LABELS}, NEW_LABELS),
+        ({"id2label": {"0": "cell", "1": "glass"}}, NEW_LABELS),
+        ({"id2label": NEW_LABELS, "num_labels": 2}, NEW_LABELS),
+        ({"id2label": NEW_LABELS, "label2id": {"cell": 0, "glass": 1}}, NEW_LABELS),
+    ],
+)
+@pytest.mark.parametrize("folder_is_stock", [False, True])
+def test_new_labels_leave_nothing_of_the_old_ones(
+    arguments, labels, folder_is_stock, tmp_path, warnings_of_transformers
+):
+    if folder_is_stock:
+        stock_config().save_pretrained(tmp_path)
+    else:
+        Mask2FormerConfig(
+            backbone_config=dict(TINY_SWIN), id2label={0: "a", 1: "b", 2: "c"}, label_colors=COLORS
+        ).save_pretrained(tmp_path)
+    warnings_of_transformers.clear()
+    config = Mask2FormerConfig.from_pretrained(tmp_path, **arguments)
+    assert (config.num_labels, config.id2label, config.label_colors) == (2, labels, None)
+    assert config.label2id == {label: index for index, label in labels.items()}
+    config.save_pretrained(tmp_path / "again")
+    assert Mask2FormerConfig.from_pretrained(tmp_path / "again").id2label == labels
+    assert warnings_of_transformers == []
+
+
+def test_new_labels_of_the_same_number_have_no_colours_yet(tmp_path):
+    Mask2FormerConfig(backbone_config=dict(TINY_SWIN), num_labels=3, label_colors=COLORS).save_pretrained(tmp_path)
+    config = Mask2FormerConfig.from_pretrained(tmp_path, id2label={0: "x", 1: "y", 2: "z"})
+    assert (config.label_colors, config.label2id) == (None, {"x": 0, "y": 1, "z": 2})
+    config = Mask2FormerConfig.from_pretrained(tmp_path, id2label={0: "x", 1: "y", 2: "z"}, label_colors=COLORS)
+    assert config.label_colors == COLORS
+
+
+def test_labels_set_afterwards_drop_the_colours(tmp_path):
+    for change in ({"num_labels": 2}, {"id2label": NEW_LABELS}):
+        config = Mask2FormerConfig(backbone_config=dict(TINY_SWIN), num_labels=3, label_colors=COLORS)
+        for name, value in change.items():
+            setattr(config, name, value)
+        assert (config.num_labels, config.label_colors) == (2, None)
+        config.save_pretrained(tmp_path)

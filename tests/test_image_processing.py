@@ -236,6 +236,29 @@ def test_16_bits(tmp_path):
     assert np.array_equal(pixels(tmp_path / "wide.png")[..., 2], expected)
 
 
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path, byte_order):
+    """Its values would fit into 8 bits; its type says that they are not."""
+    dark = np.arange(250, 215, -1).reshape(5, 7)
+    assert np.array_equal(pixels(dark.astype(np.int32))[..., 0], dark)  # this type doesn't say
+    for image in (dark.astype(f"{byte_order}u2"), Image.fromarray(dark.astype(np.uint16))):
+        assert np.array_equal(pixels(image)[..., 0], np.rint(dark / 257))
+    Image.fromarray(dark.astype(np.uint16)).save(tmp_path / "dark.png")
+    Image.fromarray(dark.astype(np.uint16)).save(tmp_path / "dark.tif")
+    for name in ("dark.png", "dark.tif"):
+        assert np.array_equal(pixels(tmp_path / name)[..., 0], np.rint(dark / 257))
+
+
+def test_a_16_bit_file_that_pillow_reads_as_32(tmp_path):
+    """Older versions of Pillow give a 16-bit PNG the mode "I"."""
+    dark = np.arange(35, dtype=np.int32).reshape(5, 7)
+    image = Image.fromarray(dark)
+    assert (image.mode, image.format) == ("I", None)
+    assert np.array_equal(pixels(image)[..., 0], dark)
+    image.format = "PNG"
+    assert np.array_equal(pixels(image)[..., 0], np.rint(dark / 257))
+
+
 def test_fractional_pillow_image():
     fractions = np.linspace(0, 255, 35, dtype=np.float32).reshape(5, 7)
     assert np.array_equal(pixels(Image.fromarray(fractions))[..., 0], fractions)
@@ -531,6 +554,46 @@ def test_defaults_survive(tmp_path):
     loaded = M2FImageProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == M2FImageProcessor().to_dict()
     assert (loaded.label_ids_to_fuse, loaded.semantic_resize_before_inference) == (None, None)
+
+
+PLAIN_MASKS = np.array([[[1, 0], [0, 0]], [[0, 0], [0, 1]]])
+
+
+@pytest.mark.parametrize(
+    ("masks", "classes"),
+    [
+        (PLAIN_MASKS, [3, 1]),
+        (PLAIN_MASKS, [[3, 1]]),
+        ([PLAIN_MASKS], [3, 1]),
+        ([PLAIN_MASKS], [[3, 1]]),
+        ([PLAIN_MASKS], [np.array([3, 1])]),
+        (PLAIN_MASKS.tolist(), [3, 1]),
+        ([PLAIN_MASKS.tolist()], [[3, 1]]),
+        (list(PLAIN_MASKS), (3, 1)),
+        (list(torch.from_numpy(PLAIN_MASKS)), torch.tensor([3, 1])),
+    ],
+)
+def test_masks_and_classes_as_plain_lists(masks, classes):
+    """With a list around the one image's, and without."""
+    batch = M2FImageProcessor(do_resize=False, do_pad=False)(
+        np.zeros((2, 2, 3), np.uint8), mask_labels=masks, class_labels=classes
+    )
+    assert np.array_equal(batch["mask_labels"][0], PLAIN_MASKS.astype(bool))
+    assert batch["class_labels"][0].tolist() == [3, 1]
+    assert batch["class_labels"][0].dtype == np.int64
+
+
+def test_plain_lists_for_two_images_and_for_none():
+    processor = M2FImageProcessor(do_resize=False, do_pad=False)
+    picture = np.zeros((2, 2, 3), np.uint8)
+    batch = processor(
+        [picture, picture], mask_labels=[PLAIN_MASKS.tolist(), PLAIN_MASKS[:1].tolist()], class_labels=[[0, 1], [2]]
+    )
+    assert [labels.tolist() for labels in batch["class_labels"]] == [[0, 1], [2]]
+    assert [len(masks) for masks in batch["mask_labels"]] == [2, 1]
+    batch = processor(picture, mask_labels=PLAIN_MASKS[:0], class_labels=[])
+    assert batch["mask_labels"][0].shape == (0, 2, 2)
+    assert batch["class_labels"][0].shape == (0,)
 
 
 def test_the_number_of_classes_is_checked_but_not_saved():

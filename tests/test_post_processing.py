@@ -179,6 +179,11 @@ def test_panoptic_equals_the_definition(image_size, target_size, seed):
         assert info["isthing"] is (info["label_id"] not in stuff)
         assert info["was_fused"] is (info["label_id"] in stuff)
         assert threshold < info["score"] <= 1
+    # Where the stuff is not known nothing is called thing or stuff; where there is none, everything is a thing.
+    for known, is_thing in ((None, None), ((), True)):
+        unfused = post_process_panoptic_segmentation(outputs, threshold, 0.5, overlap, known, [target_size])[0]
+        assert {info["isthing"] for info in unfused["segments_info"]} == {is_thing}
+        assert {info["was_fused"] for info in unfused["segments_info"]} == {False}
 
 
 @pytest.mark.parametrize("seed", range(2))
