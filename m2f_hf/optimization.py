@@ -1,10 +1,12 @@
-"""AdamW with the original's parameter groups, and its learning rate schedules with warm-up."""
+"""What the optimizer is given: parameter groups, rates and steps, shares of accumulated losses; averaged weights."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,6 +23,10 @@ UNDECAYED_NAMES = ("relative_position_bias_table", "position_embeddings", "absol
 """Last parts of the names of position tables that are plain parameters: Swin's, under old and new names."""
 BACKBONE = "pixel_level_module.encoder."
 """How the names of a backbone's parameters go on after `model.` (or begin, in a `Mask2FormerModel`)."""
+REFERENCE_BATCH_SIZE = 16
+"""Images per step at which the original's learning rate of 1e-4 holds."""
+IMAGES_PER_ROOT = 1000
+"""Images seen in fine-tuning, divided by the square root of the data set's size."""
 
 
 def get_parameter_groups(
@@ -67,11 +73,13 @@ def get_schedule(
     warmup_steps: int = 10,
     milestones: Sequence[float] = (0.9, 0.95),
     power: float = 0.9,
+    warmup_factor: float = 0.0,
 ) -> LambdaLR:
     """Learning rate schedule, to be advanced once per optimizer step; every group keeps its own peak rate.
 
-    A linear warm-up of `warmup_steps` rises to the peak. (The original's starts at it; its COCO recipes warm up over 10
-    steps.) `kind` says what multiplies the rate at step t of `total_steps`:
+    A linear warm-up rises from above `warmup_factor` times the peak to the peak in `warmup_steps`. (The original's
+    factor is 1.0: it starts at the peak, whatever the number of steps.) `kind` says what multiplies the rate at step t
+    of `total_steps`:
 
     - "multistep": 0.1 for each milestone passed, given as shares of `total_steps` (the original on COCO: 327,778 and
       355,092 of 368,750 steps);
@@ -91,7 +99,208 @@ def get_schedule(
     decay = decays[kind]
 
     def factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / (warmup_steps + 1))
+        done = min(1.0, (step + 1) / (warmup_steps + 1))
+        warmup = warmup_factor + (1.0 - warmup_factor) * done
         return warmup * decay(min(step / max(total_steps, 1), 1.0))
 
     return LambdaLR(optimizer, factor)
+
+
+# --- defaults from the batch and the data set ---
+
+
+class Choice(NamedTuple):
+    """A number that was chosen for a run, and why, in words for its log."""
+
+    value: float
+    reason: str
+
+
+def scale_learning_rate(batch_size: int, learning_rate: float = 1e-4) -> Choice:
+    """The learning rate for `batch_size` images per step (over all processes and accumulated batches).
+
+    `learning_rate` is that for 16 images. It goes with the square root of the batch: AdamW's step has the same length
+    whatever the gradient's, only its noise shrinks with the batch (Malladi et al., arXiv 2205.10287).
+
+    Raises:
+        ValueError: if `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"A batch has 1 image or more, got {batch_size}.")
+    value = learning_rate * math.sqrt(batch_size / REFERENCE_BATCH_SIZE)
+    if batch_size == REFERENCE_BATCH_SIZE:
+        return Choice(value, f"learning rate {value:.3g}: the original's for {REFERENCE_BATCH_SIZE} images per step")
+    return Choice(
+        value,
+        f"learning rate {value:.3g}: {learning_rate:.3g} for {REFERENCE_BATCH_SIZE} images per step, times the square "
+        f"root of {batch_size}/{REFERENCE_BATCH_SIZE}",
+    )
+
+
+def choose_num_steps(num_images: int, batch_size: int) -> Choice:
+    """How many steps to fine-tune a model that segments already, on `num_images` images.
+
+    Images are seen 1000 times the square root of their number: 10 images 316 times each, 200 images 71 times, 20,000
+    images 7 times. The original sees 17,000 (COCO) to 36,000 (Mapillary Vistas) times that root, starting from a
+    backbone alone; this is about a twentieth. A rule of thumb: watch the validation figure.
+
+    Raises:
+        ValueError: if there is no image, or `batch_size` is below 1.
+    """
+    if num_images < 1 or batch_size < 1:
+        raise ValueError(f"Need at least one image, in batches of one or more; got {num_images} and {batch_size}.")
+    seen = IMAGES_PER_ROOT * math.sqrt(num_images)
+    steps = math.ceil(seen / batch_size)
+    reason = (
+        f"{steps} steps: {IMAGES_PER_ROOT} times the square root of {num_images} training images, in batches of "
+        f"{batch_size}, each image about {max(1, round(seen / num_images))} times"
+    )
+    return Choice(steps, reason)
+
+
+# --- gradient accumulation ---
+
+
+class LossShare(NamedTuple):
+    """What a batch's losses count for in the step that several batches make together: factors from 0 to 1.
+
+    Attributes:
+        classes: of `loss_cross_entropy`.
+        masks: of `loss_mask` and `loss_dice`.
+    """
+
+    classes: float
+    masks: float
+
+
+def get_loss_shares(
+    class_labels: Sequence[Sequence[Tensor]],
+    num_queries: int,
+    empty_weight: Tensor,
+    average: Callable[[Tensor], Tensor] = lambda totals: totals,
+) -> list[LossShare]:
+    """Shares with which the losses of batches add up to the loss of all their images in one batch.
+
+    A loss is a sum over its batch, divided by the batch's number of targets (masks) or by the batch's sum of class
+    weights (classes). Batches differ in both, so the mean of their losses is another loss than that of the images put
+    together. Here each is multiplied back and divided by what belongs to the whole step:
+
+        shares = get_loss_shares([batch["class_labels"] for batch in batches], num_queries, criterion.empty_weight)
+        for batch, share in zip(batches, shares):
+            outputs = model(**batch)
+            model.get_loss(scale_losses(outputs.loss_dict, share)).backward()
+
+    The sum of the gradients is then that of the large batch (norm layers that look at a whole batch aside, and classes
+    of different weight in images with more targets than queries, of which the matching decides which count).
+
+    Args:
+        class_labels: for each batch of the step, for each image (N,) int64.
+        num_queries: of the model.
+        empty_weight: (num_labels + 1,) weights of the classes, the last of "no object" (`Mask2FormerLoss`).
+        average: mean over processes of a (batches, 2) float32 tensor, where there are several. Every process must call
+            it with as many batches.
+    """
+    weight = empty_weight.detach().double().cpu()
+    totals = []
+    for labels in class_labels:
+        num_targets = sum(len(image) for image in labels)
+        class_weight = torch.zeros((), dtype=torch.float64)
+        for image in labels:
+            matched = min(len(image), num_queries)
+            class_weight += (num_queries - matched) * weight[-1]
+            class_weight += matched * weight[image.cpu()].mean() if matched else 0.0
+        totals.append([float(num_targets), float(class_weight)])
+    targets, weights = average(torch.tensor(totals)).double().cpu().unbind(1)
+    # As the loss does: a batch without targets is divided by one; without any class weight it is 0 as it is.
+    masks = targets.clamp(min=1) / targets.sum().clamp(min=1)
+    classes = weights / weights.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return [LossShare(*pair) for pair in zip(classes.tolist(), masks.tolist(), strict=True)]
+
+
+def scale_losses(loss_dict: Mapping[str, Tensor], share: LossShare) -> dict[str, Tensor]:
+    """A model's `loss_dict` with the terms multiplied by their share; over the batches of a step the results add up."""
+    return {
+        name: loss * (share.classes if name.startswith("loss_cross_entropy") else share.masks)
+        for name, loss in loss_dict.items()
+    }
+
+
+# --- averaged weights ---
+
+
+class ExponentialMovingAverage:
+    """A running average of a model's weights, often better at evaluation than the weights of any one step.
+
+    After each step: average = d * average + (1 - d) * weights, with d = min(`decay`, (1 + t) / (10 + t)) at step t, so
+    that the start is forgotten soon. What is trained and what is counted along (float buffers) is averaged, in float32
+    at least; frozen parameters are left alone.
+
+    Args:
+        model: on its device, without wrappers (DDP, compile), as later to `update` and `applied`.
+        decay: of the average, in [0, 1).
+
+    Raises:
+        ValueError: if `decay` is out of range.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"The decay of a moving average lies in [0, 1), got {decay}.")
+        self.decay = decay
+        self.num_updates = 0
+        self.averages = {
+            name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            for name, tensor in self._averaged(model).items()
+        }
+
+    @staticmethod
+    def _averaged(model: nn.Module) -> dict[str, Tensor]:
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        tensors = model.state_dict(keep_vars=True)
+        return {name: t for name, t in tensors.items() if t.is_floating_point() and name not in frozen}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the model's weights into the average; once per optimizer step."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        tensors = self._averaged(model)
+        for name, average in self.averages.items():
+            average.lerp_(tensors[name].to(average.dtype), 1 - decay)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averaged weights inside the `with` block, and its own again after it."""
+        tensors = self._averaged(model)
+        own = {name: tensors[name].detach().clone() for name in self.averages}
+        try:
+            for name, average in self.averages.items():
+                tensors[name].copy_(average)
+            yield
+        finally:
+            for name, weights in own.items():
+                tensors[name].copy_(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: numbers and tensors."""
+        return {"decay": self.decay, "num_updates": self.num_updates, "averages": self.averages}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: if it belongs to another model.
+        """
+        averages = state["averages"]
+        other = set(averages) ^ set(self.averages) or {
+            name for name, average in averages.items() if average.shape != self.averages[name].shape
+        }
+        if other:
+            raise ValueError(
+                f"These averages are another model's: {', '.join(sorted(other)[:5])} differ. Start a new average, or "
+                "freeze the same parameters as before."
+            )
+        self.decay, self.num_updates = state["decay"], state["num_updates"]
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
