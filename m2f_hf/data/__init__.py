@@ -4,13 +4,18 @@ from .base import SegmentationDataset
 from .coco import CocoInstanceDataset, CocoPanopticDataset
 from .coco_panoptic import write_coco_panoptic
 from .masks import decode_segmentation, segment_masks
+from .opening import DataSplits, open_dataset
 from .problems import DatasetError
+from .report import DatasetReport
 from .shapes import CATEGORIES, ShapesDataset
 
 
 __all__ = [
     "CATEGORIES",
     "ShapesDataset",
+    "open_dataset",
+    "DataSplits",
+    "DatasetReport",
     "SegmentationDataset",
     "CocoInstanceDataset",
     "CocoPanopticDataset",

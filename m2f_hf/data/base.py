@@ -16,7 +16,8 @@ from .masks import segment_masks
 from .problems import FileProblem
 
 
-ImageFile = Path | BytesIO
+ImageFile = Path | BytesIO | Image.Image
+"""Where an image is read from; an image that is open already stands for itself."""
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -69,6 +70,9 @@ def read_map(file: ImageFile, name: str) -> np.ndarray:
 @contextmanager
 def _open_image(file: ImageFile, name: str, what: str = "Images") -> Iterator[Image.Image]:
     try:
+        if isinstance(file, Image.Image):
+            yield file
+            return
         with Image.open(file) as image:
             yield image
     except FileNotFoundError as error:
@@ -102,6 +106,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     segments: np.ndarray | None = None
     _positions: np.ndarray
     _category_map: dict[int, int] | None = None
+    _merges_classes: bool = False
 
     def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
         """The image's file, and the item without image and size; `category_id` is that of the annotation's own list."""
@@ -113,7 +118,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, item = self._open(index)
         image = read_image(file, item["file_name"])
-        return {"image": image, **self._finish(item, image.height, image.width)}
+        return {"image": image, **self.complete(item, image.height, image.width)}
 
     def annotation(self, index: int) -> dict[str, Any]:
         """The item without `image`; the size is read from the file's header.
@@ -122,7 +127,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             FileProblem: a file is missing or damaged, or the annotation is for another size.
         """
         file, item = self._open(index)
-        return self._finish(item, *read_size(file, item["file_name"]))
+        return self.complete(item, *read_size(file, item["file_name"]))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "SegmentationDataset":
         """The items at these indices, in this order."""
@@ -143,23 +148,25 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         Raises:
             ValueError: the annotations don't say enough for the task.
         """
-        if task == self.task:
+        stuff = {category["id"] for category in self.categories if category["isthing"] is False}
+        if task == self.task and not (task == "instance" and stuff):
             return self
         result = copy.copy(self)
         result.task = task
         if task == "semantic":
+            result._merges_classes = True
             if self.segments is not None:
                 pairs = np.unique(self.segments[:, :2], axis=0)
                 result.segments = np.concatenate([pairs, np.zeros_like(pairs[:, :1])], axis=1)
             return result
-        if task != "instance" or self.task != "panoptic":
+        if task != "instance" or self.task == "semantic":
             reason = (
                 "they don't tell the objects of a class apart"
                 if self.task == "semantic"
                 else "instances may overlap, and there is no stuff"
             )
             raise ValueError(f"{self.task} annotations don't do for task={task!r}: {reason}.")
-        things = [category for category in self.categories if category["isthing"]]
+        things = [category for category in self.categories if category["id"] not in stuff]
         if not things:
             raise ValueError("None of the classes is a thing, so there are no instances: use task='semantic'.")
         return result._with_categories(
@@ -183,6 +190,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             segments[:, 1] = table[segments[:, 1]]
             self.segments = segments[segments[:, 1] >= 0]
         self.categories = categories
+        self._merges_classes |= self.task == "semantic"  # segment ids are the class + 1
         return self
 
     def _open(self, index: int) -> tuple[ImageFile, dict[str, Any]]:
@@ -190,7 +198,12 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"Item {index} of {len(self)}: indices run from 0 to {len(self) - 1}.")
         return self._load(int(self._positions[index]))
 
-    def _finish(self, item: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    def complete(self, item: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        """An item as `_load` gives it, with its image's size, and classes as `categories` and `task` say.
+
+        Raises:
+            FileProblem: the annotation is for another size.
+        """
         item = {**item, "height": height, "width": width}
         if "segmentation_map" in item and item["segmentation_map"].shape != (height, width):
             _refuse_size(item["file_name"], item["segmentation_map"].shape, (height, width))
@@ -199,12 +212,16 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             if annotated is not None and tuple(annotated) != (height, width):
                 _refuse_size(item["file_name"], annotated, (height, width))
         segments = item["segments_info"]
+        for segment in segments:
+            mask = segment.get("segmentation")
+            if isinstance(mask, Mapping) and list(mask["size"]) != [height, width]:
+                _refuse_size(item["file_name"], mask["size"], (height, width))
         if self._category_map is not None:
             ids = self._category_map
             segments = [{**s, "category_id": ids[s["category_id"]]} for s in segments if s["category_id"] in ids]
         isthing = [category["isthing"] for category in self.categories]
         item["segments_info"] = [{**segment, "isthing": isthing[segment["category_id"]]} for segment in segments]
-        return merge_classes(item) if self.task == "semantic" else item
+        return merge_classes(item) if self._merges_classes else item
 
 
 def _refuse_size(file_name: str, annotated: Sequence[int], size: tuple[int, int]) -> None:
@@ -214,7 +231,7 @@ def _refuse_size(file_name: str, annotated: Sequence[int], size: tuple[int, int]
         else ""
     )
     raise FileProblem(
-        "Annotations are for another size than their image (height x width): scale them, or take the image they are of.",
+        "Annotations are for another size than their image (height x width): scale them, or take their image.",
         f"{file_name} is {size[0]}x{size[1]}, its annotation {annotated[0]}x{annotated[1]}{hint}",
     )
 

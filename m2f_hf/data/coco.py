@@ -107,7 +107,7 @@ class _CocoDataset(SegmentationDataset):
         if category in self._contiguous_id:
             return self._contiguous_id[category]
         problems.error(
-            f"Segments have a category that {self.annotation_file} does not list: add it to `categories`, or remove them.",
+            f"Segments have a category that {self.annotation_file} does not list: add it, or remove them.",
             f"{file_name}: segment {annotation.get('id')} has category {category}",
         )
         return None
@@ -161,6 +161,8 @@ class CocoInstanceDataset(_CocoDataset):
             candidates = image_folders(path) if image_folder is None else [Path(image_folder)]
             self.image_folder = find_folder(candidates, names, "images")
         super().__init__(path, content, problems)
+        for category in self.categories:
+            category["isthing"] = category["isthing"] is not False
 
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:
         images = _unique_images(content, self.annotation_file, problems)
@@ -342,8 +344,5 @@ class CocoPanopticDataset(_CocoDataset):
         path = self.image_folder / record["file_name"]
         map_path = self.panoptic_folder / record.pop("map_file")
         colors = read_map(map_path, str(map_path))
-        if colors.ndim == 2:
-            segmentation_map = colors.astype(np.int32)  # ids below 256 in a grey PNG
-        else:
-            segmentation_map = rgb_to_id(colors)
+        segmentation_map = rgb_to_id(colors) if colors.ndim == 3 else colors.astype(np.int32)
         return path, {**record, "file_name": str(path), "segmentation_map": segmentation_map}

@@ -25,7 +25,7 @@ def decode_segmentation(
         return segmentation.astype(bool)
     if isinstance(segmentation, Mapping):
         return decode_rle(segmentation, height, width)
-    return _draw_polygons(segmentation, height, width)
+    return _draw_polygons(list(segmentation), height, width)
 
 
 def run_lengths(counts: str | bytes | Sequence[int]) -> np.ndarray:

@@ -1,0 +1,545 @@
+"""Open a data set as it lies: guess its form, find its splits and classes, check it, and say what was found."""
+
+import contextlib
+import itertools
+import mmap
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..label_sets import LABEL_SETS, TASKS, LabelSet, dataset_in_name, label_set
+from .base import SegmentationDataset, read_map
+from .categories import Labels, find_name_file, from_label_set, make_categories, match_by_name, read_labels
+from .coco import CocoInstanceDataset, CocoPanopticDataset
+from .hub_datasets import (
+    Columns,
+    StreamingDataset,
+    TableDataset,
+    as_file,
+    category_ids,
+    class_names,
+    find_columns,
+    names_on_hub,
+)
+from .label_maps import (
+    SPLITS,
+    InstanceMapDataset,
+    LabelCoding,
+    LabelMapDataset,
+    Pairs,
+    choose_coding,
+    find_pairs,
+    is_colored,
+    known_coding,
+    match_files,
+    recognise,
+    used_numbers,
+)
+from .problems import DatasetError, FileProblem, Problems, named
+from .report import DatasetReport, inspect_split, stream_report, warn_of_empty_classes
+
+
+FORMS = ("coco-panoptic", "coco-instance", "label-maps", "table")
+"""What a data set can be taken for."""
+
+
+class DataSplits(NamedTuple):
+    """A data set that is ready for training.
+
+    Attributes:
+        train, validation: items as `SegmentationDataset` describes them.
+        categories: the classes of both.
+        task: "panoptic", "instance" or "semantic".
+        report: what was found.
+    """
+
+    train: Any
+    validation: Any
+    categories: list[dict[str, Any]]
+    task: str
+    report: DatasetReport
+
+
+class _Opened(NamedTuple):
+    """Splits by name ("train", "validation"; "" where there are none), and what they were taken for."""
+
+    splits: dict[str, Any]
+    form: str
+    notes: list[str]
+
+
+def open_dataset(
+    source: Any,
+    *,
+    task: str | None = None,
+    form: str | None = None,
+    labels: Labels | None = None,
+    validation: str | os.PathLike[str] | None = None,
+    held_out: float = 0.1,
+    seed: int = 0,
+    image_folder: str | os.PathLike[str] | None = None,
+    reduce_labels: bool | None = None,
+    ignore_index: int | None = None,
+    max_opened: int | None = 500,
+    streaming: bool = False,
+    config_name: str | None = None,
+) -> DataSplits:
+    """Open images with segments for training and validation, in the form in which they lie.
+
+    Args:
+        source: a folder; an annotation file in COCO's form; a folder of `save_to_disk` or of Parquet files; the name of
+            a data set on the Hub; or a `datasets.Dataset`, `IterableDataset` or dict of them.
+        task: "panoptic", "instance" or "semantic"; what the annotations are made for if None. Panoptic annotations do
+            for all three, instances for semantic segmentation too.
+        form: one of `FORMS`, where the guess is wrong.
+        labels: class names, where the data set does not name them: a known label set ("ade20k-semantic"), a file
+            (JSON or one name a line), `{number: name}`, or a list.
+        validation: another folder or file to validate on.
+        held_out: share of the images that is validated on where there is no validation split, drawn with `seed`. 0
+            validates on the training images themselves.
+        image_folder: where the images of a COCO file lie, if not where they usually do.
+        reduce_labels: in label maps 0 is "other", and the first class is 1.
+        ignore_index: number of pixels without a class in label maps (default 255).
+        max_opened: number of images per split whose header and label map are opened to check them; None: all. That all
+            files exist, and all of a JSON, is checked in any case.
+        streaming: read a Hub data set as a stream, without downloading it first.
+        config_name: configuration of a Hub data set.
+
+    Raises:
+        FileNotFoundError: `source` is not there.
+        DatasetError: the data set cannot be trained on; every problem is named, with the files it is in.
+        ValueError: `source` is in no known form, splits have different classes, or an argument makes no sense.
+        ImportError: `datasets` or `pycocotools` is needed and not installed.
+    """
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task={task!r}: use one of {', '.join(TASKS)}.")
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form={form!r}: use one of {', '.join(FORMS)}.")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out={held_out} is a share of the images: 0 or more, below 1.")
+    name = source if isinstance(source, str) else str(source) if isinstance(source, os.PathLike) else "the data set"
+    problems = Problems()
+    arguments = _Arguments(
+        task, form, labels, image_folder, reduce_labels, ignore_index, streaming, config_name, problems
+    )
+    opened = _open(source, arguments)
+    notes = list(opened.notes)
+    splits = dict(opened.splits)
+    if validation is not None:
+        other = _open(validation, arguments).splits
+        splits = {"train": _first(splits, "train"), "validation": _first(other, "validation")}
+    for split in splits.values():
+        if isinstance(split, SegmentationDataset) and not len(split):
+            problems.error("The data set is empty: there is no image with an annotation.", name)
+    problems.raise_errors(name)
+    train, held, more = _split(splits, held_out, seed)
+    if train.task != held.task:
+        raise ValueError(f"The training data is for task {train.task!r}, the validation data for {held.task!r}.")
+    held = _with_classes_of(train, held)
+    native = (train, held)
+    train, held = (split.with_task(task or split.task) for split in native)
+    if len(train.categories) < len(native[0].categories):
+        more.append(f"{len(native[0].categories) - len(train.categories)} stuff classes have no instances: left out")
+    reports = [
+        inspect_split(split, own, split_name, problems, max_opened)
+        if isinstance(split, SegmentationDataset)
+        else stream_report(split, split_name)
+        for split_name, split, own in zip(("train", "validation"), (train, held), native, strict=True)
+    ]
+    problems.raise_errors(name)
+    warn_of_empty_classes(train.categories, reports, problems)
+    report = DatasetReport(name, opened.form, train.task, train.categories, reports, notes + more, problems)
+    return DataSplits(train, held, train.categories, train.task, report)
+
+
+class _Arguments(NamedTuple):
+    """What `open_dataset` was asked for, and where problems are collected."""
+
+    task: str | None
+    form: str | None
+    labels: Labels | None
+    image_folder: str | os.PathLike[str] | None
+    reduce_labels: bool | None
+    ignore_index: int | None
+    streaming: bool
+    config_name: str | None
+    problems: Problems
+
+
+def _open(source: Any, arguments: _Arguments) -> _Opened:
+    if not isinstance(source, (str, os.PathLike)):
+        return _open_table(source, "the data set", arguments)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _open_coco({"": path}, arguments, _coco_kind(path))
+    if path.is_dir():
+        return _open_folder(path, arguments)
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and path.suffix != ".json":
+        return _open_table(source, source, arguments)
+    raise FileNotFoundError(f"{source} is neither a folder or file nor the name of a data set on the Hub.")
+
+
+def _open_folder(folder: Path, arguments: _Arguments) -> _Opened:
+    form = arguments.form
+    if form == "table" or (form is None and _is_saved_table(folder)):
+        return _open_table(folder, str(folder), arguments)
+    if form in (None, "coco-panoptic", "coco-instance"):
+        kind, files = _find_coco(folder, arguments)
+        if files:
+            return _open_coco(files, arguments, kind)
+    if form in (None, "label-maps"):
+        pairs = find_pairs(folder)
+        if pairs:
+            return _open_maps(folder, pairs, arguments)
+    if form is None and any(_has_files(folder, ending) for ending in ("*.parquet", "*.arrow", "metadata.*")):
+        return _open_table(folder, str(folder), arguments)
+    names = sorted(path.name for path in folder.iterdir())
+    raise ValueError(
+        f"{folder} has no {'data set' if form is None else form} in a layout that is known (it has: "
+        f"{named(names) or 'nothing'}). Known are COCO's annotation files (in the folder, in annotations/ or in train/ "
+        "and valid/), images/ with masks/ (each with or without training/ and validation/), Cityscapes, Mapillary, "
+        "Parquet files, and what save_to_disk writes."
+    )
+
+
+def _has_files(folder: Path, pattern: str) -> bool:
+    return any(next(folder.glob(f"{depth}{pattern}"), None) is not None for depth in ("", "*/"))
+
+
+def _is_saved_table(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+# --- COCO's files ---
+
+
+def _coco_kind(path: Path) -> str | None:
+    """ "panoptic" or "instance" for an annotation file in COCO's form, without parsing it; None for another file."""
+    if path.stat().st_size == 0:
+        return None
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        has = {key: text.find(f'"{key}"'.encode()) >= 0 for key in ("images", "annotations", "categories")}
+        if not all(has.values()):
+            return None
+        return "panoptic" if text.find(b'"segments_info"') >= 0 else "instance"
+
+
+def _split_of(text: str) -> str:
+    """The split that the words of a file's or folder's name say; "" if they don't."""
+    words = re.split(r"[^a-z]+", text.lower())
+    return next((split for split, names in SPLITS.items() if set(words) & set(names)), "")
+
+
+def _find_coco(folder: Path, arguments: _Arguments) -> tuple[str, dict[str, Path]]:
+    """The annotation files of a folder by split, of the kind that does best for the task."""
+    inside = [child for child in sorted(folder.iterdir()) if child.is_dir() and _split_of(child.name)]
+    found: dict[str, dict[str, list[Path]]] = {"panoptic": {}, "instance": {}}
+    for place in (folder, folder / "annotations", *inside):
+        for path in sorted(place.glob("*.json")):
+            # COCO's keypoint files repeat the people of its instance files.
+            kind = None if "keypoints" in path.stem else _coco_kind(path)
+            if kind is not None:
+                split = _split_of(place.name if place in inside else path.stem)
+                found[kind].setdefault(split, []).append(path)
+    kinds = {
+        "coco-panoptic": ["panoptic"],
+        "coco-instance": ["instance"],
+    }.get(arguments.form or "", ["instance", "panoptic"] if arguments.task == "instance" else ["panoptic", "instance"])
+    if arguments.task == "panoptic" and arguments.form is None and found["panoptic"]:
+        kinds = ["panoptic"]
+    kind = next((kind for kind in kinds if found[kind]), kinds[0])
+    for split, paths in found[kind].items():
+        if len(paths) > 1:
+            raise ValueError(
+                f"{folder} has several {kind} annotation files for {split or 'the whole data set'}: "
+                f"{named([str(path.relative_to(folder)) for path in paths])}. Give the one you mean as the data set."
+            )
+    files = {split: paths[0] for split, paths in found[kind].items()}
+    if len(files) > 1:
+        files.pop("", None)
+    return kind, files
+
+
+def _open_coco(files: dict[str, Path], arguments: _Arguments, kind: str | None) -> _Opened:
+    listed = named([str(path) for path in files.values()])
+    if kind is None:
+        raise ValueError(f"{listed} is not in COCO's form: it lacks images, annotations or categories.")
+    reader = CocoPanopticDataset if kind == "panoptic" else CocoInstanceDataset
+    splits: dict[str, Any] = {}
+    for split, path in files.items():
+        if split == "test" and len(files) > 1:
+            continue
+        splits[split] = reader(path, arguments.image_folder, problems=arguments.problems)
+    other = "coco-instance" if kind == "panoptic" else "coco-panoptic"
+    return _Opened(splits, f"COCO {kind} annotations in {listed} (override: form={other!r})", [])
+
+
+# --- label maps ---
+
+
+def _open_maps(folder: Path, found: dict[str, Pairs], arguments: _Arguments) -> _Opened:
+    """Images with label maps; of Cityscapes and Mapillary, those with instances where the task needs them."""
+    if len(found) > 1:
+        found.pop("test", None)
+    first = next(iter(found.values()))
+    known = recognise(first)
+    layout = "; ".join(pairs.layout for pairs in found.values())
+    what = f"{known.dataset} " if known.dataset else ""
+    if arguments.task in ("panoptic", "instance"):
+        if known.dataset not in ("cityscapes", "mapillary"):
+            raise ValueError(
+                f"{folder} has label maps ({layout}), which do not tell the objects of a class apart: no good "
+                f"for task={arguments.task!r}. Use task='semantic', or COCO annotations."
+            )
+        splits = _instance_maps(folder, found, known.dataset, arguments)
+        return _Opened(splits, f"{what}instance maps: {layout} (override: task='semantic')", [])
+    matched = {
+        split: match_files(pairs, folder, known.map_ending, arguments.problems) for split, pairs in found.items()
+    }
+    arguments.problems.raise_errors(str(folder))
+    maps = [folder / path for pairs in matched.values() for _, path in pairs]
+    if not maps:
+        raise DatasetError(f"{folder} is empty: no image has a label map ({layout}).")
+    coding = known_coding(known)
+    notes: list[str] = []
+    label_set_used = label_set(f"{known.dataset}-semantic") if known.dataset else None
+    entries = None
+    if arguments.labels is not None:
+        entries, label_set_used, coding = *_named_classes(arguments.labels), None
+    elif coding is None:
+        file = find_name_file([folder, *(p for pairs in found.values() for p in (pairs.maps, pairs.images.parent))])
+        if file is not None:
+            entries, _ = read_labels(file)
+            notes.append(f"class names from {file}")
+    if coding is None:
+        coding = choose_coding(
+            entries,
+            label_set_used,
+            lambda: used_numbers(_read_sample(maps, None if label_set_used is None else 50), len(maps)),
+            any(is_colored(values) for values in _read_sample(maps, 3)),
+            arguments.reduce_labels,
+            arguments.ignore_index,
+            str(folder),
+        )
+    datasets = {split: LabelMapDataset(folder, pairs, coding) for split, pairs in matched.items()}
+    form = f"{what}label maps for semantic segmentation: {layout} (override: form=…, labels=…, reduce_labels=…)"
+    return _Opened(dict(datasets), form, [*notes, *coding.notes])
+
+
+def _named_classes(labels: Labels) -> tuple[list[dict[str, Any]] | None, LabelSet | None]:
+    """Classes that were given: a known label set (whose numbers are 0, 1, …), or entries with their numbers."""
+    if isinstance(labels, str) and labels in LABEL_SETS:
+        return None, label_set(labels)
+    return read_labels(labels)[0], None
+
+
+def _read_sample(maps: Sequence[Path], count: int | None) -> Iterator[np.ndarray]:
+    """The maps that can be read, of `count` spread evenly over all; damaged ones are told of when all are checked."""
+    step = 1 if count is None else max(1, len(maps) // count)
+    for path in maps[::step]:
+        with contextlib.suppress(FileProblem):
+            yield read_map(path, str(path))
+
+
+def _instance_maps(folder: Path, found: dict[str, Pairs], dataset: str, arguments: _Arguments) -> dict[str, Any]:
+    known = label_set(f"{dataset}-panoptic")
+    splits: dict[str, Any] = {}
+    for split, pairs in found.items():
+        if dataset == "cityscapes":
+            matched = match_files(pairs, folder, "_instanceIds", arguments.problems)
+            categories = make_categories(from_label_set(known))
+            splits[split] = InstanceMapDataset(folder, matched, categories, 1000, has_groups=True)
+        else:
+            instances = pairs._replace(maps=pairs.maps.parent / "instances")
+            matched = match_files(instances, folder, "", arguments.problems)
+            categories = make_categories(from_label_set(known, range(len(known.labels))))
+            splits[split] = InstanceMapDataset(folder, matched, categories, 256, has_groups=False)
+    return splits
+
+
+# --- the datasets library ---
+
+
+def _open_table(source: Any, name: str, arguments: _Arguments) -> _Opened:
+    """Rows of the `datasets` library: loaded already, on disk, or on the Hub."""
+    rows = _load_rows(source, arguments)
+    tables = dict(rows) if isinstance(rows, Mapping) else {"": rows}
+    splits = {_split_of(split): table for split, table in reversed(tables.items())} if len(tables) > 1 else tables
+    if len(tables) == 1:
+        splits = {"": next(iter(tables.values()))}
+    elif len(splits) > 1:
+        splits.pop("test", None)
+    splits = {split: _undecoded(table) for split, table in splits.items()}
+    is_stream = not hasattr(next(iter(splits.values())), "__len__")
+    if not is_stream and not all(len(table) for table in splits.values()):
+        raise DatasetError(f"{name} is empty: {', '.join(split or 'it' for split in splits)} must have rows.")
+    first = splits.get("train", next(iter(splits.values())))
+    columns = find_columns(next(iter(first)), name, arguments.task)
+    categories, coding, notes = _table_classes(first, splits, columns, name, isinstance(source, str), arguments)
+    if columns.task == "panoptic" and any(category["isthing"] is None for category in categories):
+        raise ValueError(
+            f"{name} does not say which classes are things. Name them: "
+            'labels=[{"id": 0, "name": …, "isthing": True}, …], or a file of that.'
+        )
+    datasets: dict[str, Any] = {}
+    for split, table in splits.items():
+        where = f"{name}/{split}" if split else name
+        if is_stream:
+            datasets[split] = StreamingDataset(table, TableDataset((), columns, categories, coding, where))
+        else:
+            datasets[split] = TableDataset(table, columns, categories, coding, where)
+    used = ", ".join(f"{key} in `{value}`" for key, value in columns._asdict().items() if value is not None)
+    kind = "stream" if is_stream else "table"
+    form = f"{kind} for {columns.task} segmentation: {used} (override: rename columns, task=…)"
+    return _Opened(datasets, form, notes)
+
+
+def _load_rows(source: Any, arguments: _Arguments) -> Any:
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is read by the datasets library: pip install 'm2f_hf[train]'. (If it should be a folder: there "
+            "is none of that name.)"
+        ) from error
+    if isinstance(source, Path) and _is_saved_table(source):
+        return datasets.load_from_disk(str(source))
+    try:
+        return datasets.load_dataset(str(source), arguments.config_name, streaming=arguments.streaming)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} is no folder here, and loading it from the Hub failed: {type(error).__name__}: {error}"
+            if isinstance(source, str)
+            else f"{source} could not be loaded: {error}"
+        ) from error
+
+
+def _undecoded(table: Any) -> Any:
+    """A table whose images come as bytes, so that annotations can be read without decoding images."""
+    if not hasattr(table, "__len__") or not getattr(table, "features", None):
+        return table
+    import datasets
+
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def _table_classes(
+    first: Any, splits: Mapping[str, Any], columns: Columns, name: str, is_on_hub: bool, arguments: _Arguments
+) -> tuple[list[dict[str, Any]], LabelCoding | None, list[str]]:
+    """Classes of a table, what the numbers of its label maps mean (semantic data), and what was assumed."""
+    entries: list[dict[str, Any]] | None = None
+    known: LabelSet | None = None
+    notes: list[str] = []
+    names = class_names(first.features, columns)
+    if arguments.labels is not None:
+        entries, known = _named_classes(arguments.labels)
+    elif names is not None:
+        entries = [{"id": index, "name": label} for index, label in enumerate(names)]
+    else:
+        entries = names_on_hub(name) if is_on_hub else None
+        dataset = "ade20k" if "scene_parse" in name else dataset_in_name(name)
+        if entries is None and dataset is not None and f"{dataset}-{columns.task}" in LABEL_SETS:
+            known = label_set(f"{dataset}-{columns.task}")
+            notes.append(f"classes of the label set {known.name}, going by the name")
+    if columns.task == "semantic":
+        coding = choose_coding(
+            entries,
+            known,
+            lambda: _table_numbers(splits, columns, known is not None),
+            is_colored(next(_table_maps([first], columns, 1))),
+            arguments.reduce_labels,
+            arguments.ignore_index,
+            name,
+        )
+        return coding.categories, coding, [*notes, *coding.notes]
+    if entries is None:
+        if not hasattr(first, "__len__"):
+            if known is None:
+                raise ValueError(f"{name} does not name its classes, and a stream cannot be searched: give labels=….")
+            ids: set[Any] = set()
+        else:
+            ids = set().union(*(category_ids(table, columns) for table in splits.values()))
+        entries, more = _entries_of_ids(ids, known)
+        notes += more
+    return make_categories(entries, name), None, notes
+
+
+def _entries_of_ids(ids: set[Any], known: LabelSet | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Classes of a table that does not name them, from the categories in its rows."""
+    if known is not None:
+        # Some keep the data set's own ids, some count from 0.
+        own = {label.dataset_id for label in known.labels}
+        has_own_ids = any(isinstance(value, int) and value >= len(own) for value in ids) and ids <= own
+        return from_label_set(known, None if has_own_ids else range(len(own))), []
+    if all(isinstance(value, str) for value in ids):
+        return [{"id": index, "name": name} for index, name in enumerate(sorted(ids))], []
+    note = "classes have no names and are named after their number (labels=… names them)"
+    return [{"id": value, "name": f"class {value}"} for value in sorted(ids)], [note]
+
+
+def _table_maps(tables: Iterable[Any], columns: Columns, count: int | None) -> Iterator[np.ndarray]:
+    for table in tables:
+        for row in itertools.islice(table.select_columns([columns.label]), count):
+            label = row[columns.label]
+            yield np.asarray(label) if isinstance(label, (list, np.ndarray)) else read_map(as_file(label), "label map")
+
+
+def _table_numbers(splits: Mapping[str, Any], columns: Columns, is_known: bool) -> set[int]:
+    if not is_known and not all(hasattr(table, "__len__") for table in splits.values()):
+        raise ValueError("The stream does not name its classes, and cannot be searched for them: give labels=….")
+    count = 50 if is_known else None
+    return used_numbers(_table_maps(splits.values(), columns, count), count or sum(map(len, splits.values())))
+
+
+# --- splits ---
+
+
+_NUM_STREAMED_FOR_VALIDATION = 100
+
+
+def _first(splits: Mapping[str, Any], wanted: str) -> Any:
+    return splits[wanted] if wanted in splits else next(iter(splits.values()))
+
+
+def _split(splits: Mapping[str, Any], held_out: float, seed: int) -> tuple[Any, Any, list[str]]:
+    """Training and validation data, and how they came about."""
+    if "train" in splits and "validation" in splits:
+        return splits["train"], splits["validation"], []
+    whole = _first(splits, "train")
+    if held_out == 0:
+        return whole, whole, ["no validation split: validated on the training images themselves (held_out=0)"]
+    if isinstance(whole, StreamingDataset):
+        count = _NUM_STREAMED_FOR_VALIDATION
+        rest, first = (
+            StreamingDataset(rows, whole.reader) for rows in (whole.rows.skip(count), whole.rows.take(count))
+        )
+        return rest, first, [f"no validation split: the first {count} rows of the stream are held out for validation"]
+    if len(whole) == 1:
+        return whole, whole, ["one image only: validated on the training image itself"]
+    count = min(max(1, round(held_out * len(whole))), len(whole) - 1)
+    order = np.random.default_rng(seed).permutation(len(whole))
+    note = f"no validation split: {count} of {len(whole)} images held out for it (held_out={held_out}, seed={seed})"
+    return whole.select(np.sort(order[count:])), whole.select(np.sort(order[:count])), [note]
+
+
+def _with_classes_of(train: Any, validation: Any) -> Any:
+    """The validation data with the training data's class ids.
+
+    Raises:
+        ValueError: they have different classes.
+    """
+    if train.categories == validation.categories:
+        return validation
+    mapping = match_by_name(train.categories, validation.categories, ("the training data", "the validation data"))
+    return validation.with_categories(train.categories, mapping)

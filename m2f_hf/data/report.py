@@ -1,0 +1,220 @@
+"""What is in a data set: counts, sizes, classes, problems; as text for people."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .base import SegmentationDataset
+from .hub_datasets import StreamingDataset
+from .problems import FileProblem, Problems, describe, named
+
+
+_NUM_CLASSES_SHOWN = 30
+
+
+@dataclass
+class SplitReport:
+    """What is in one split.
+
+    Attributes:
+        name: "train" or "validation".
+        num_images: number of images; None for a stream, which does not say.
+        num_opened: of how many of them headers and label maps were read.
+        sizes: (N, 2) int64, height and width in pixels of those.
+        counts: (classes,) int64, segments of each class without crowds (instances of things); of all images if
+            `counts_all`, else of those that were opened.
+        num_crowds: segments that are crowds.
+        num_empty: images without a segment.
+    """
+
+    name: str
+    num_images: int | None
+    num_opened: int
+    sizes: np.ndarray
+    counts: np.ndarray
+    counts_all: bool
+    num_crowds: int
+    num_empty: int
+
+
+@dataclass
+class DatasetReport:
+    """What a data set was taken for, and what is in it. `str` of it is text to read.
+
+    Attributes:
+        source: what was opened.
+        form: what it was taken for, and how to override that.
+        task: "panoptic", "instance" or "semantic".
+        categories: the classes.
+        splits: train and validation.
+        notes: what was assumed.
+        problems: errors and warnings, with file names.
+    """
+
+    source: str
+    form: str
+    task: str
+    categories: Sequence[Mapping[str, Any]]
+    splits: list[SplitReport]
+    notes: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
+
+    def __str__(self) -> str:
+        things = sum(category["isthing"] is True for category in self.categories)
+        stuff = sum(category["isthing"] is False for category in self.categories)
+        kinds = f" ({things} things, {stuff} stuff)" if things + stuff else ""
+        lines = [
+            self.source,
+            f"taken for: {self.form}",
+            f"task:      {self.task}",
+            f"classes:   {len(self.categories)}{kinds}",
+            *(f"note:      {note}" for note in self.notes),
+        ]
+        for split in self.splits:
+            lines += ["", *_split_lines(split)]
+        lines += ["", *_class_lines(self.categories, self.splits)]
+        for title, problems in (("errors", self.problems.errors), ("warnings", self.problems.warnings)):
+            if problems:
+                lines += ["", f"{title}:", *describe(problems)]
+        return "\n".join(lines)
+
+
+def _split_lines(split: SplitReport) -> list[str]:
+    total = "a stream of images" if split.num_images is None else f"{split.num_images} images"
+    lines = [f"{split.name}: {total}" + (f", {split.num_empty} of them without a segment" if split.num_empty else "")]
+    if split.num_opened:
+        height, width = split.sizes.T
+        middle = np.argsort(height * width)[len(height) // 2]
+        lines.append(
+            f"  size (width x height): {width.min()}..{width.max()} x {height.min()}..{height.max()}, "
+            f"typically {width[middle]}x{height[middle]}"
+        )
+    if split.num_images is None:
+        return lines
+    scope = "" if split.counts_all else f" in the {split.num_opened} images opened"
+    crowds = f" and {split.num_crowds} crowds, which are ignored in training" if split.num_crowds else ""
+    lines.append(f"  {int(split.counts.sum())} segments{scope}{crowds}")
+    if split.num_opened < split.num_images:
+        lines.append(f"  {split.num_opened} images and their annotations opened to check them (max_opened=None: all)")
+    return lines
+
+
+def _class_lines(categories: Sequence[Mapping[str, Any]], splits: Sequence[SplitReport]) -> list[str]:
+    """A table of the most frequent classes: segments in each split."""
+    totals = sum((split.counts for split in splits), np.zeros(len(categories), dtype=np.int64))
+    present = [index for index in np.argsort(-totals, kind="stable").tolist() if totals[index]]
+    shown = present[:_NUM_CLASSES_SHOWN]
+    width = max([len(categories[index]["name"]) for index in shown] + [8])
+    lines = [f"  {'segments':{width}}  kind   " + "".join(f"{split.name:>12}" for split in splits)] if shown else []
+    for index in shown:
+        kind = {True: "thing", False: "stuff", None: "-"}[categories[index]["isthing"]]
+        cells = "".join(f"{int(split.counts[index]):>12}" for split in splits)
+        lines.append(f"  {categories[index]['name']:{width}}  {kind:5}  {cells}")
+    if len(shown) < len(present):
+        lines.append(f"  … and {len(present) - len(shown)} more classes")
+    return lines
+
+
+def inspect_split(
+    dataset: SegmentationDataset,
+    native: SegmentationDataset,
+    name: str,
+    problems: Problems,
+    max_opened: int | None = 500,
+) -> SplitReport:
+    """Open the headers of images and the label maps of a data set, and count.
+
+    Args:
+        native: the same items for the task that the annotations are made for.
+        name: of the split.
+        problems: gets what is wrong with files.
+        max_opened: open this many images at most, spread evenly over the data set; None opens all.
+    """
+    total = len(dataset)
+    count = total if max_opened is None else min(total, max_opened)
+    sizes, opened = [], []
+    for index in tqdm(
+        np.linspace(0, total - 1, count).round().astype(int).tolist(),
+        f"Checking {name}",
+        unit="image",
+        disable=count < 200,
+    ):
+        try:
+            item = dataset.annotation(index)
+            _compare_with_map(item if native is dataset else native.annotation(index), native.task, problems)
+        except FileProblem as problem:
+            problems.error(problem.kind, problem.where)
+            continue
+        sizes.append((item["height"], item["width"]))
+        opened.append(
+            np.array([(index, s["category_id"], s["iscrowd"]) for s in item["segments_info"]], dtype=np.int64)
+        )
+    counts_all = dataset.segments is not None or count == total
+    if dataset.segments is not None:
+        segments = dataset.segments
+    else:
+        segments = np.concatenate([np.zeros((0, 3), dtype=np.int64), *opened])
+    counted = segments[segments[:, 2] == 0]
+    num_seen = total if dataset.segments is not None else len(sizes)
+    return SplitReport(
+        name=name,
+        num_images=total,
+        num_opened=len(sizes),
+        sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        counts=np.bincount(counted[:, 1], minlength=len(dataset.categories)),
+        counts_all=counts_all,
+        num_crowds=int((segments[:, 2] == 1).sum()),
+        num_empty=num_seen - len(np.unique(segments[:, 0])),
+    )
+
+
+def _compare_with_map(item: Mapping[str, Any], task: str, problems: Problems) -> None:
+    """Segments that are listed but not in the map, and the other way round (panoptic data)."""
+    if task != "panoptic" or "segmentation_map" not in item:
+        return
+    present = set(np.unique(item["segmentation_map"]).tolist()) - {0}
+    listed = {segment["id"] for segment in item["segments_info"]}
+    if listed - present:
+        problems.error(
+            "Segments are listed that their panoptic map does not have: is it the map of that image, as stored "
+            "(id = R + 256 G + 65536 B)?",
+            f"{item['file_name']}: segment ids {sorted(listed - present)[:5]}",
+        )
+    if present - listed:
+        problems.warn(
+            "Panoptic maps have segments that are not listed; they count as void.",
+            f"{item['file_name']}: segment ids {sorted(present - listed)[:5]}",
+        )
+
+
+def warn_of_empty_classes(
+    categories: Sequence[Mapping[str, Any]], splits: Sequence[SplitReport], problems: Problems
+) -> None:
+    """Warn of classes that no image of a split has; only of a split whose images were all counted."""
+    for split in splits:
+        if not split.counts_all:
+            continue
+        missing = [categories[index]["name"] for index in np.flatnonzero(split.counts == 0).tolist()]
+        if missing:
+            effect = "cannot be learned" if split.name == "train" else "cannot be measured"
+            problems.warn(
+                f"{len(missing)} of {len(categories)} classes have no segment in {split.name} and {effect}.",
+                named(missing),
+            )
+
+
+def stream_report(dataset: StreamingDataset, name: str) -> SplitReport:
+    """The report on a stream, of which nothing is read ahead."""
+    return SplitReport(
+        name=name,
+        num_images=None,
+        num_opened=0,
+        sizes=np.zeros((0, 2), dtype=np.int64),
+        counts=np.zeros(len(dataset.categories), dtype=np.int64),
+        counts_all=False,
+        num_crowds=0,
+        num_empty=0,
+    )
