@@ -1,0 +1,535 @@
+"""Measure a model on a labelled data set: PQ, mask AP and mIoU, per class, with pictures of where it is worst.
+
+    python examples/evaluate.py --model path/or/hub/id --dataset path/to/folder --output runs/evaluation
+    python examples/evaluate.py --model m2f_hf/assets/shapes-panoptic --dataset shapes --output runs/shapes
+
+`--model` is a checkpoint of this package or of transformers. `--dataset` is what `m2f_hf.data.open_dataset` opens, or
+"shapes", generated scenes that no training has seen. In the output folder: `results.json`, `results.md` (the same as
+tables), `per_class.png`, and `worst/`, the images with the lowest figures: image, prediction and target side by side.
+
+`--post_processing stock` measures the same weights with transformers' own image processor instead. Under `accelerate
+launch` or `torchrun` each process takes a share of the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from huggingface_hub import EvalResult, ModelCard
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
+from m2f_hf.data import CATEGORIES, ShapesDataset, decode_segmentation
+from m2f_hf.hub import Figure, model_card
+from m2f_hf.metrics import MAIN_FIGURE, MEASURES, Evaluation, Prediction
+from m2f_hf.metrics.evaluation import detections, image_size, to_array, with_masks
+from m2f_hf.metrics.mask_ap import is_thing
+from m2f_hf.post_processing import encode_rle
+from m2f_hf.test_time_augmentation import semantic_scores_with_augmentation
+from m2f_hf.visualization import contact_sheet, draw_segments, semantic_to_segments
+
+
+UNSEEN_SEED = 2_000_003
+"""Of the generated scenes: those that `examples/finetune.py` reports on."""
+MIN_PICTURE_SIDE = 480
+SETTINGS = {
+    "panoptic": ("threshold", "mask_threshold", "overlap_mask_area_threshold", "max_detections"),
+    "instance": ("mask_threshold", "max_detections"),
+    "semantic": (),
+}
+"""What of the processor the figures of a task depend on."""
+RESULTS_SECTION = re.compile(r"^## Results\n.*?(?=^## |^<!-- |\Z)", re.M | re.S)
+
+
+# --- data ---
+
+
+class Items(Dataset[dict[str, Any]]):
+    """This process's share of a data set's items, with the model's labels for classes and with their position."""
+
+    def __init__(self, dataset: Any, positions: Sequence[int], label_of: Mapping[int, int]) -> None:
+        self.dataset, self.positions, self.label_of = dataset, positions, label_of
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[self.positions[index]]
+        segments = [{**info, "category_id": self.label_of[info["category_id"]]} for info in item["segments_info"]]
+        return {**item, "segments_info": segments, "position": self.positions[index]}
+
+
+def open_data(args: argparse.Namespace, task: str) -> tuple[Any, list[dict[str, Any]]]:
+    """The items to measure on, and their classes."""
+    if args.dataset == "shapes":
+        return ShapesDataset(args.limit or 200, seed=UNSEEN_SEED), CATEGORIES
+    from m2f_hf.data import open_dataset
+
+    splits = open_dataset(args.dataset, task=task, held_out=0)
+    dataset = getattr(splits, args.split)
+    if not hasattr(dataset, "__len__"):
+        if args.limit is None:
+            raise SystemExit(f"{args.dataset} is a stream without an end that is known: give --limit")
+        dataset = list(itertools.islice(dataset, args.limit))
+    return dataset, splits.categories
+
+
+def match_labels(categories: Sequence[Mapping[str, Any]], id2label: Mapping[int, str]) -> dict[int, int]:
+    """Which label of the model each class of a data set is: by name; by position if the model has no names.
+
+    Raises:
+        ValueError: for classes that the model does not have.
+    """
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in id2label.values()) and len(id2label) == len(categories):
+        return {int(category["id"]): int(category["id"]) for category in categories}
+    label_of_name = {_plain(name): int(label) for label, name in id2label.items()}
+    missing = [str(category["name"]) for category in categories if _plain(category["name"]) not in label_of_name]
+    if missing:
+        raise ValueError(
+            f"The model has no label for {len(missing)} of the data set's {len(categories)} classes: "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}. Rename the classes as in its id2label, or "
+            "fine-tune it on them."
+        )
+    return {int(category["id"]): label_of_name[_plain(category["name"])] for category in categories}
+
+
+def _plain(name: object) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+def label_categories(
+    categories: Sequence[Mapping[str, Any]], label_of: Mapping[int, int], model: Any, processor: Any
+) -> list[dict[str, Any]]:
+    """The model's labels as classes in COCO's form; which are things, the data set says, or else the processor."""
+    known = {label_of[int(category["id"])]: category for category in categories}
+    stuff = processor.label_ids_to_fuse
+    result = []
+    for label, name in sorted((int(label), name) for label, name in model.config.id2label.items()):
+        isthing = known.get(label, {}).get("isthing")
+        if isthing is None and stuff is not None:
+            isthing = label not in stuff
+        result.append({"id": label, "name": name, "isthing": isthing})
+    return result
+
+
+class Collate:
+    """A list of items -> the model's inputs, and the items themselves."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, items: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+        return self.processor([item["image"] for item in items], return_tensors="pt"), items
+
+
+# --- transformers' own processing of the same weights ---
+
+
+class StockProcessor:
+    """transformers' image processor with a checkpoint's settings; its results in the form that `Evaluation` reads.
+
+    It stretches an image to a multiple of 32 and its post-processing knows nothing of padding, so images must come one
+    by one. Segments without a pixel are left out, and of entries with one id the first stands (a fused class is listed
+    once for each of its queries; and the id after a fused segment may be one that was given before).
+
+    Raises:
+        ValueError: for a checkpoint trained on BGR, which transformers cannot feed.
+    """
+
+    def __init__(self, processor: M2FImageProcessor) -> None:
+        from transformers import Mask2FormerImageProcessorPil
+
+        if processor.channel_order != "RGB":
+            raise ValueError("transformers' image processor has no BGR: this checkpoint can be measured with ours only")
+        self.ours = processor
+        names = ("size", "image_mean", "image_std", "rescale_factor", "resample", "size_divisor")
+        self.stock = Mask2FormerImageProcessorPil(**{name: getattr(processor, name) for name in names})
+
+    def __call__(self, images: list[Any], return_tensors: str) -> Any:
+        if len(images) != 1:
+            raise ValueError("transformers' processing does not undo padding: take a batch size of 1")
+        return self.stock(images, return_tensors=return_tensors)
+
+    def post_process_panoptic_segmentation(self, outputs: Any, target_sizes: Any) -> list[dict[str, Any]]:
+        results = self.stock.post_process_panoptic_segmentation(
+            outputs,
+            threshold=self.ours.threshold,
+            mask_threshold=self.ours.mask_threshold,
+            overlap_mask_area_threshold=self.ours.overlap_mask_area_threshold,
+            label_ids_to_fuse=set(self.ours.label_ids_to_fuse or ()),
+            target_sizes=target_sizes,
+        )
+        for result in results:
+            result["segmentation"] = result["segmentation"].int().clamp(min=0)  # -1 where nothing was found
+            present = set(result["segmentation"].unique().tolist())
+            first = {info["id"]: info for info in reversed(result["segments_info"])}
+            result["segments_info"] = [info for segment_id, info in sorted(first.items()) if segment_id in present]
+        return results
+
+    def post_process_instance_segmentation(
+        self, outputs: Any, threshold: float, target_sizes: Any, return_coco_annotation: bool
+    ) -> list[dict[str, Any]]:
+        assert return_coco_annotation
+        results = self.stock.post_process_instance_segmentation(
+            outputs, threshold, self.ours.mask_threshold, target_sizes=target_sizes, return_binary_maps=True
+        )
+        for result in results:  # with nothing found `segmentation` is a map
+            masks = result["segmentation"] if result["segments_info"] else []
+            result["segmentation"] = [encode_rle(mask > 0) for mask in masks]
+        return results
+
+    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any) -> list[torch.Tensor]:
+        return self.stock.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
+
+
+# --- measuring ---
+
+
+class Worst:
+    """The `number` images of lowest figures that were offered, as (figure, position)."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._heap: list[tuple[float, int]] = []  # of negated figures, so that the best of the worst is on top
+
+    def offer(self, figure: float | None, position: int) -> None:
+        if figure is not None and self.number:
+            heapq.heappush(self._heap, (-figure, position))
+            if len(self._heap) > self.number:
+                heapq.heappop(self._heap)
+
+    def ranked(self) -> list[tuple[float, int]]:
+        """From the worst on."""
+        return sorted((-negated, position) for negated, position in self._heap)
+
+
+@torch.no_grad()
+def predict(
+    model: Any, evaluation: Evaluation, inputs: Any, items: Sequence[Mapping[str, Any]], tta: bool
+) -> list[Prediction]:
+    """What the model says of a batch, as the measures compare it with the items."""
+    if tta:
+        views = (semantic_scores_with_augmentation(model, evaluation.processor, item["image"]) for item in items)
+        return [{"semantic": scores.argmax(0)} for scores in views]
+    device = next(model.parameters()).device
+    outputs = model(pixel_values=inputs["pixel_values"].to(device), pixel_mask=inputs["pixel_mask"].to(device))
+    return evaluation.predict(outputs, items)
+
+
+def measure(model: Any, evaluation: Evaluation, items: Items, args: argparse.Namespace, show_progress: bool) -> Worst:
+    """Add the items to the evaluation, image by image, and say which were worst."""
+    worst = Worst(args.worst)
+    loader = DataLoader(
+        items,
+        batch_size=1 if args.post_processing == "stock" else args.batch_size,
+        collate_fn=Collate(evaluation.processor),
+        num_workers=args.num_workers,
+    )
+    main_measure, main_figure = MEASURES[evaluation.task][0], MAIN_FIGURE[evaluation.task]
+    for inputs, batch in tqdm(loader, desc="Evaluating", unit="batch", disable=not show_progress):
+        for prediction, item in zip(predict(model, evaluation, inputs, batch, args.tta), batch, strict=True):
+            single = evaluation.empty()
+            single.add(prediction, item)
+            worst.offer(single.metrics[main_measure].compute()[main_figure], item["position"])
+            evaluation.merge(single)
+    return worst
+
+
+# --- pictures ---
+
+
+def to_map(
+    segments: Sequence[Mapping[str, Any]], size: tuple[int, int], label_key: str
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Segments with a `segmentation` each, painted one over the other in this order: an id map and its segments."""
+    painted = np.zeros(size, dtype=np.int32)
+    infos = []
+    for number, segment in enumerate(segments, start=1):
+        painted[decode_segmentation(segment["segmentation"], *size)] = number
+        infos.append({"id": number, "label_id": segment[label_key], "score": segment.get("score")})
+    return painted, infos
+
+
+def predicted_segments(
+    prediction: Prediction, task: str, size: tuple[int, int], id2label: Mapping[int, str], threshold: float
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """A prediction as id map and segments, to be drawn; of instances those that score at least `threshold`."""
+    if task == "panoptic":
+        return to_array(prediction["panoptic"]["segmentation"]), list(prediction["panoptic"]["segments_info"])
+    if task == "semantic":
+        return semantic_to_segments(to_array(prediction["semantic"]), id2label)
+    kept = [entry for entry in detections(prediction["instances"]) if entry["score"] >= threshold]
+    return to_map(sorted(kept, key=lambda entry: entry["score"]), size, "label_id")
+
+
+def target_segments(
+    item: Mapping[str, Any], task: str, size: tuple[int, int], things: set[int]
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The same of an item's own segments; crowds are named as such."""
+    segments = [info for info in with_masks(item) if task != "instance" or info["category_id"] in things]
+    return to_map(segments, size, "category_id")
+
+
+def draw_worst(
+    model: Any, evaluation: Evaluation, items: Items, worst: Sequence[tuple[float, int]], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Write image, prediction and target of each of the worst images side by side into `worst/`; say what they are."""
+    folder = args.output / "worst"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    id2label = {int(label): name for label, name in model.config.id2label.items()}
+    things = {int(category["id"]) for category in evaluation.categories if is_thing(category)}
+    threshold = getattr(evaluation.processor, "ours", evaluation.processor).instance_threshold
+    figure_name = MAIN_FIGURE[evaluation.task]
+    rows = []
+    for rank, (figure, position) in enumerate(tqdm(worst, desc="Drawing", unit="image"), start=1):
+        item = items[position]
+        size = image_size(item)
+        inputs, _ = Collate(evaluation.processor)([item])
+        prediction = predict(model, evaluation, inputs, [item], args.tta)[0]
+        picture_scale = max(1, MIN_PICTURE_SIDE // max(size))
+        drawn = [
+            draw_segments(item["image"], *segments, id2label=id2label, scale=picture_scale)
+            for segments in (
+                (np.zeros(size, dtype=np.int32), []),
+                predicted_segments(prediction, evaluation.task, size, id2label, threshold),
+                target_segments(item, evaluation.task, size, things),
+            )
+        ]
+        name = str(item.get("file_name", f"image {item['image_id']}"))
+        sheet = contact_sheet([drawn], [f"{name}: {figure_name} {100 * figure:.1f}"], ["image", "predicted", "target"])
+        file = f"{rank:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(name).stem)}.jpg"
+        sheet.save(folder / file, quality=90)
+        rows.append({"image_id": item["image_id"], "file_name": name, figure_name: figure, "picture": f"worst/{file}"})
+    return rows
+
+
+def draw_per_class(per_class: Mapping[str, Mapping[str, Any]], evaluation: Evaluation, title: str, path: Path) -> None:
+    """Bars of each class's figure, the best on top; classes that never occurred are left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    key = {"panoptic": "pq", "instance": "ap", "semantic": "iou"}[evaluation.task]
+    isthing = {str(category["name"]): category["isthing"] for category in evaluation.categories}
+    bars = sorted(
+        ((entry[key], name) for name, entry in per_class.items() if entry.get(key) is not None), key=lambda bar: bar[0]
+    )
+    colors = {True: "#3b75af", False: "#c58c3a", None: "#7a7a7a"}
+    kinds = [None if isthing.get(name) is None else bool(isthing[name]) for _, name in bars]
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.26 * len(bars)), layout="constrained")
+    axes.barh([name for _, name in bars], [100 * value for value, _ in bars], color=[colors[kind] for kind in kinds])
+    for row, (value, _) in enumerate(bars):
+        axes.text(100 * value + 0.8, row, f"{100 * value:.1f}", va="center", fontsize=8)
+    axes.set(xlim=(0, 108), ylim=(-0.6, len(bars) - 0.4), xlabel=f"{key.upper()} (%)", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    names = {True: "things", False: "stuff"}
+    shown = [kind for kind in (True, False) if kind in kinds]
+    if len(shown) == 2:
+        handles = [plt.Rectangle((0, 0), 1, 1, color=colors[kind]) for kind in shown]
+        axes.legend(handles, [names[kind] for kind in shown], loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# --- results ---
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The results as tables, in percent as the field writes them."""
+    figures, per_class = result["figures"], result["per_class"]
+    lines = [
+        f"# {result['model']} on {result['dataset']}",
+        "",
+        f"{result['num_images']} images of {result['split']}, task {result['task']}, {result['processing']}.",
+        "",
+    ]
+    groups = [name for name in ("all", "things", "stuff") if figures.get(f"pq_{name}") is not None]
+    if groups:
+        lines += ["| | PQ | SQ | RQ |", "|---|---|---|---|"]
+        lines += [
+            f"| {group} | " + " | ".join(percent(figures[f"{key}_{group}"]) for key in ("pq", "sq", "rq")) + " |"
+            for group in groups
+        ]
+        lines.append("")
+    others = {name: value for name, value in figures.items() if not name.startswith(("pq_", "sq_", "rq_"))}
+    if others:
+        lines += ["| " + " | ".join(others) + " |", "|" + "---|" * len(others)]
+        lines += ["| " + " | ".join(percent(value) for value in others.values()) + " |", ""]
+    columns = [
+        key
+        for key in ("pq", "sq", "rq", "ap", "ap50", "ap75", "iou", "accuracy")
+        if any(entry.get(key) is not None for entry in per_class.values())
+    ]
+    lines += ["| class | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += [
+        f"| {name} | " + " | ".join(percent(entry.get(key)) for key in columns) + " |"
+        for name, entry in per_class.items()
+    ]
+    if result["worst"]:
+        lines += ["", "The worst images:", ""]
+        lines += [f"- [{row['file_name']}]({row['picture']})" for row in result["worst"]]
+    return "\n".join(lines) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; it is whole or as it was."""
+    work = path.with_name(f".{path.name}.tmp")
+    work.write_text(text, encoding="utf-8")
+    os.replace(work, path)
+
+
+def headline(task: str, figures: Mapping[str, Any], dataset: str, split: str) -> list[Figure]:
+    """The figures that the paper's tables have, on their scale, for a model's card."""
+    names = {"pq_all": "PQ", "ap": "AP", "miou": "mIoU"}
+    return [
+        Figure(
+            task, dataset, split, names[name], round(100 * figures[name], 2), source="examples/evaluate.py of m2f_hf"
+        )
+        for name in names
+        if figures.get(name) is not None
+    ]
+
+
+def put_on_card(folder: Path, model: Any, processor: M2FImageProcessor, figures: Sequence[Figure]) -> None:
+    """Write the figures into the model's card, in the place of older ones of the same data; other words stay."""
+    path = folder / "README.md"
+    if not path.exists():
+        write_text(path, str(model_card(model.config, processor, repo_id=folder.resolve().name, figures=figures)))
+        return
+    card = ModelCard.load(path)
+    new = {(figure.task, figure.dataset, figure.split, figure.metric) for figure in figures}
+    kept = [
+        figure
+        for figure in map(to_figure, card.data.eval_results or [])
+        if (figure.task, figure.dataset, figure.split, figure.metric) not in new
+    ]
+    fresh = model_card(model.config, processor, repo_id=folder.resolve().name, figures=[*kept, *figures])
+    card.data.eval_results = fresh.data.eval_results
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    section = RESULTS_SECTION.search(fresh.text)
+    assert section is not None
+    if RESULTS_SECTION.search(card.text):
+        card.text = RESULTS_SECTION.sub(lambda _: section[0], card.text, count=1)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section[0].rstrip()}\n"
+    write_text(path, str(card))
+
+
+def to_figure(entry: EvalResult) -> Figure:
+    """What `model_card` made an entry of."""
+    named = re.fullmatch(r"(?P<metric>.+) \((?P<task>\w+)\)", entry.metric_name or "")
+    metric, task = (named["metric"], named["task"]) if named else (entry.metric_name or entry.metric_type, "")
+    dataset_id = entry.dataset_type if "/" in entry.dataset_type else None
+    value = float(entry.metric_value)
+    split = entry.dataset_split or ""
+    return Figure(task, entry.dataset_name, split, metric, value, source=entry.source_url, dataset_id=dataset_id)
+
+
+# --- the script ---
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a checkpoint")
+    parser.add_argument("--dataset", required=True, help='"shapes", or what m2f_hf.data.open_dataset opens')
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--task", choices=list(MEASURES), help="default: the checkpoint's own")
+    parser.add_argument("--split", choices=["validation", "train"], default="validation")
+    parser.add_argument("--post_processing", choices=["ours", "stock"], default="ours", help="stock: transformers' own")
+    parser.add_argument("--tta", action="store_true", help="semantic: average over sizes and mirror images")
+    parser.add_argument("--limit", type=int, help="measure on the first so many images")
+    parser.add_argument("--worst", type=int, default=8, help="how many of the worst images are drawn")
+    parser.add_argument("--card", action="store_true", help="put the figures on the card in --model's folder")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--num_workers", type=int, default=0)
+    args = parser.parse_args(arguments)
+    if args.card and not Path(args.model).is_dir():
+        parser.error("--card needs --model to be a folder; push the folder afterwards")
+    if args.tta and args.post_processing == "stock":
+        parser.error("--tta averages the scores of our post-processing: leave out --post_processing stock")
+    if args.batch_size < 1 or args.worst < 0 or (args.limit is not None and args.limit < 1):
+        parser.error("--batch_size and --limit are at least 1, --worst at least 0")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    args = parse_arguments(arguments)
+    accelerator = Accelerator()
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model).to(accelerator.device).eval()
+    processor = M2FImageProcessor.from_pretrained(args.model)
+    task = args.task or processor.task
+    if args.tta and task != "semantic":
+        raise SystemExit(f"--tta is for task semantic, not {task}")
+    dataset, dataset_categories = open_data(args, task)
+    label_of = match_labels(dataset_categories, model.config.id2label)
+    categories = label_categories(dataset_categories, label_of, model, processor)
+    num_images = min(len(dataset), args.limit or len(dataset))
+    if num_images == 0:
+        raise SystemExit(f"{args.dataset} has no images in its {args.split} part")
+
+    used = StockProcessor(processor) if args.post_processing == "stock" else processor
+    evaluation = Evaluation(task, used, categories)
+    positions = range(accelerator.process_index, num_images, accelerator.num_processes)
+    share = Items(dataset, positions, label_of)
+    worst = measure(model, evaluation, share, args, accelerator.is_main_process)
+    figures = evaluation.compute(gather_object)
+    ranked = heapq.nsmallest(args.worst, gather_object(worst.ranked()))
+    if not accelerator.is_main_process:
+        return figures
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    per_class = figures.pop("per_class")
+    settings = {name: getattr(processor, name) for name in SETTINGS[task]}
+    processing = f"{'transformers' if args.post_processing == 'stock' else 'm2f_hf'} post-processing"
+    result = {
+        "model": str(args.model),
+        "dataset": str(args.dataset),
+        "split": args.split,
+        "task": task,
+        "processing": f"{processing}{', sizes and mirror images averaged' if args.tta else ''}",
+        "num_images": num_images,
+        "settings": settings,
+        "figures": figures,
+        "per_class": {name: entry for name, entry in per_class.items() if is_known(entry)},
+    }
+    result["worst"] = draw_worst(model, evaluation, Items(dataset, range(num_images), label_of), ranked, args)
+    draw_per_class(
+        result["per_class"], evaluation, f"{Path(args.model).name} on {args.dataset}", args.output / "per_class.png"
+    )
+    write_text(args.output / "results.json", json.dumps(result, indent=2) + "\n")
+    write_text(args.output / "results.md", markdown(result))
+    if args.card:
+        split = "generated scenes" if args.dataset == "shapes" else args.split
+        put_on_card(Path(args.model), model, processor, headline(task, figures, Path(args.dataset).name, split))
+    main_figure = MAIN_FIGURE[task]
+    print(f"{main_figure} {percent(figures[main_figure])} on {num_images} images; see {args.output / 'results.md'}")
+    return result
+
+
+def is_known(entry: Mapping[str, Any]) -> bool:
+    """Whether a class occurred in predictions or targets."""
+    return any(value is not None for name, value in entry.items() if name not in ("tp", "fp", "fn"))
+
+
+if __name__ == "__main__":
+    main()
