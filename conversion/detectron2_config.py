@@ -208,7 +208,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
                 f"{name} in {path} is an expression to execute. Write its value instead; nothing in a config is run."
             )
         if not _is_of_kind(value, DEFAULTS[name]):
-            raise ValueError(f"{name} in {path} is {reprlib.repr(value)}; a value like {DEFAULTS[name]!r} is expected.")
+            raise ValueError(f"{name} in {path} is {_REPR.repr(value)}; a value like {DEFAULTS[name]!r} is expected.")
     _check_supported(options)
     return options
 
@@ -497,6 +497,10 @@ def _is_of_kind(value: Any, default: Any) -> bool:
     return isinstance(value, type(default)) and not isinstance(value, bool)
 
 
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2  # of what refers to itself a billion times, a line
+
+
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, str | int | float)
 
@@ -514,7 +518,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...], read: dict[Path, dict[str, A
         for base in reversed(bases if isinstance(bases, list) else [bases]):  # a later one overrules those before it
             if not isinstance(base, str) or "://" in base:
                 raise UnsupportedOptionError(
-                    f"_BASE_ in {path} is {reprlib.repr(base)}; only paths of local files are followed."
+                    f"_BASE_ in {path} is {_REPR.repr(base)}; only paths of local files are followed."
                 )
             _with_bases(path.parent / Path(base).expanduser(), (*seen, path), read)
     return list(read.values())

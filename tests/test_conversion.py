@@ -1,13 +1,13 @@
 """Conversion of the original's checkpoints: every parameter accounted for, equal outputs, nothing executed."""
 
+import contextlib
 import copy
-import functools
-import gzip
 import json
 import os
 import pickle
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
+from m2f_hf.label_sets import label_set
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
 import convert_detectron2
 from convert_detectron2 import convert
 from detectron2_config import (
-    DEFAULTS,
+    Label,
     UnsupportedOptionError,
     config_from_yaml,
     processor_from_yaml,
@@ -237,59 +238,6 @@ def test_video_checkpoint_is_refused(goldens, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def spec_options(spec: dict) -> dict:
-    """The options of a released checkpoint, from the record of its settings."""
-    names = {
-        "META_ARCHITECTURE": spec["meta_arch"],
-        "BACKBONE.NAME": spec["backbone"],
-        "SEM_SEG_HEAD.NUM_CLASSES": spec["num_classes"],
-        "SEM_SEG_HEAD.PIXEL_DECODER_NAME": spec["pixel_decoder"],
-        "SEM_SEG_HEAD.CONVS_DIM": spec["convs_dim"],
-        "SEM_SEG_HEAD.MASK_DIM": spec["mask_dim"],
-        "SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": spec["transformer_enc_layers"],
-    }
-    for section in ("mask_former", "resnets", "swin"):
-        names |= {f"{section}.{option}".upper(): value for option, value in spec.get(section, {}).items()}
-    given = {f"MODEL.{name}": value for name, value in names.items()}
-    return {name: given.get(name, default) for name, default in DEFAULTS.items()}
-
-
-@functools.cache
-def shapes_on_disk(backbone: str) -> dict[str, torch.Size]:
-    """What a model over this backbone (JSON) saves, built without storage; with one class and one query."""
-    with torch.device("meta"):
-        model = Mask2FormerForUniversalSegmentation(
-            Mask2FormerConfig(backbone_config=json.loads(backbone), num_labels=1, num_queries=1)
-        )
-    return {name: value.shape for name, value in on_disk(model).items() if not convert_detectron2.is_unused(name)}
-
-
-def test_every_released_checkpoint_maps_onto_our_model_key_by_key(shared):
-    zoo = json.loads((shared / "data" / "zoo" / "zoo.json").read_text())
-    shapes = json.loads(gzip.decompress((shared / "data" / "zoo" / "state_dict_shapes.json.gz").read_bytes()))
-    assert len(zoo) == len(shapes) == 59
-    for entry in zoo:
-        config = Mask2FormerConfig(**config_from_yaml(spec_options(entry["spec"])))
-        source_shapes = shapes[entry["config"].replace("/", "_").removesuffix(".yaml")]
-        # Weights without storage, but for the index tables, which are checked by value.
-        original = {name: torch.empty(shape, device="meta") for name, shape in source_shapes.items()}
-        for source in constants(original, config).checked:
-            original[source] = relative_position_index(config.backbone_config.window_size)
-        converted = convert_state_dict(original, config)
-        classes, queries = entry["spec"]["num_classes"] + 1, entry["spec"]["mask_former"]["num_object_queries"]
-        assert {name: tuple(value.shape) for name, value in converted.items()} == {
-            **shapes_on_disk(json.dumps(config.backbone_config.to_dict())),
-            "class_predictor.weight": (classes, 256),
-            "class_predictor.bias": (classes,),
-            "criterion.empty_weight": (classes,),
-            "model.transformer_module.queries_features.weight": (queries, 256),
-            "model.transformer_module.queries_embedder.weight": (queries, 256),
-        }
-        frozen = entry["spec"].get("resnets", {}).get("norm") == "FrozenBN"
-        filled = constants(original, config).filled
-        assert all(name.endswith("num_batches_tracked") for name in filled) and bool(filled) == frozen
-
-
 # --- the mapping, without recordings ---
 
 
@@ -354,16 +302,6 @@ def test_position_index_table_by_its_definition():
             assert table[query, key] == (rows + 2) * 5 + columns + 2
 
 
-def test_half_precision_arrays_and_tensors_become_float32(tmp_path):
-    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path))))
-    original = invert_state_dict(on_disk(random_model(config)), config)
-    half = {n: v.half().numpy() if v.is_floating_point() else v.numpy() for n, v in original.items()}
-    converted = convert_state_dict(half, config)
-    assert {value.dtype for value in converted.values()} == {torch.float32}
-    for name, value in convert_state_dict(original, config).items():
-        assert torch.equal(converted[name], value.half().float()), name
-
-
 def test_batch_counters_of_trained_norms_are_kept_and_those_of_frozen_ones_are_zero(tmp_path):
     config_file = write_config(tmp_path, VARIANTS["resnet"])
     config = Mask2FormerConfig(**config_from_yaml(read_config(config_file)))
@@ -376,6 +314,153 @@ def test_batch_counters_of_trained_norms_are_kept_and_those_of_frozen_ones_are_z
     for original, count in ((trained, 7), (frozen, 0)):
         kept = [v for n, v in convert_state_dict(original, config).items() if n.endswith("num_batches_tracked")]
         assert len(kept) == len(counters) and all(v.dtype == torch.int64 and v.item() == count for v in kept)
+
+
+# --- files as people have them ---
+
+
+def numpy_of(parameters: dict) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in parameters.items()}
+
+
+def tensors_of(parameters: dict) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value) for name, value in parameters.items()}
+
+
+def renamed(parameters: dict, *rules: tuple[str, str]) -> dict:
+    for old, new in rules:
+        parameters = {name.replace(old, new): value for name, value in parameters.items()}
+    return parameters
+
+
+def with_metadata(parameters: dict) -> OrderedDict:
+    state_dict = OrderedDict(parameters)
+    state_dict._metadata = OrderedDict([("", {"version": 1}), ("sem_seg_head", {"version": 2})])
+    return state_dict
+
+
+TRAINING = {
+    "optimizer": {"state": {0: {"step": 5, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+    "scheduler": {"last_epoch": 5, "base_lrs": [1e-4], "best": np.float64(0.5)},
+    "iteration": 5,
+}
+# Each writes the same parameters (arrays by name) in another form.
+FORMS = {
+    "released": lambda p, path: path.write_bytes(pickle.dumps({"model": with_metadata(p), "__author__": "x"})),
+    "without metadata": lambda p, path: path.write_bytes(pickle.dumps({"model": dict(p)})),
+    "parameters alone": lambda p, path: path.write_bytes(pickle.dumps(with_metadata(p), protocol=2)),
+    "training": lambda p, path: torch.save({"model": with_metadata(tensors_of(p)), **TRAINING}, path),
+    "before torch 1.6": lambda p, path: torch.save(
+        {"model": tensors_of(p), **TRAINING}, path, _use_new_zipfile_serialization=False
+    ),
+    "arrays in torch's archive": lambda p, path: torch.save({"model": dict(p)}, path),
+    "old names": lambda p, path: path.write_bytes(
+        pickle.dumps({"model": renamed(p, (".pixel_decoder.", "."), ("query_feat", "static_query"))})
+    ),
+    "wrapped": lambda p, path: torch.save({"model": tensors_of({f"module.{n}": v for n, v in p.items()})}, path),
+    "wrapped twice": lambda p, path: torch.save(tensors_of({f"module._orig_mod.{n}": v for n, v in p.items()}), path),
+    "averaged alone": lambda p, path: torch.save({"ema_state": tensors_of(p), "iteration": 5}, path),
+    "averaged beside": lambda p, path: torch.save(
+        {"ema_state": {n: v + 1 for n, v in tensors_of(p).items()}, "model": tensors_of(p)}, path
+    ),
+    "without index tables and class weights": lambda p, path: path.write_bytes(
+        pickle.dumps({n: v for n, v in p.items() if not n.endswith(("relative_position_index", "empty_weight"))})
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["swin", "resnet", "coco_panoptic_r50", "ade20k_semantic_swinl"])
+def plain(request, tmp_path_factory) -> tuple[dict[str, np.ndarray], Mask2FormerConfig, dict[str, torch.Tensor]]:
+    """Parameters of the original as arrays, the config, and what they are converted to: ours, and recorded ones."""
+    if request.param in VARIANTS:
+        folder = tmp_path_factory.mktemp("plain")
+        config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(folder, VARIANTS[request.param]))))
+        parameters = numpy_of(invert_state_dict(on_disk(random_model(config)), config))
+    else:
+        folder = request.getfixturevalue("goldens") / request.param
+        config = Mask2FormerConfig(**config_from_yaml(read_config(folder / "config.yaml")))
+        parameters = load_state_dict(folder / "model.pkl")
+    return parameters, config, convert_state_dict(parameters, config)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_form_of_a_checkpoint_converts_to_the_same_bits(plain, tmp_path, form):
+    parameters, config, expected = plain
+    form(parameters, tmp_path / "model")
+    converted = convert_state_dict(load_state_dict(tmp_path / "model"), config)
+    assert set(converted) == set(expected)
+    for name, value in expected.items():
+        assert converted[name].dtype == value.dtype and torch.equal(converted[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32_of_the_same_values_with_finite_outputs(plain, tmp_path, dtype):
+    parameters, config, expected = plain
+    halved = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tensors_of(parameters).items()}
+    torch.save({"model": halved}, tmp_path / "half.pth")
+    converted = convert_state_dict(load_state_dict(tmp_path / "half.pth"), config)
+    for name, value in expected.items():
+        rounded = value.to(dtype).float() if value.is_floating_point() else value
+        assert converted[name].dtype == value.dtype and torch.equal(converted[name], rounded), name
+    model = convert_detectron2._load_strictly(converted, config).eval()
+    with torch.no_grad():
+        outputs = model(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert outputs.class_queries_logits.isfinite().all() and outputs.masks_queries_logits.isfinite().all()
+
+
+def test_synchronised_and_partly_frozen_norms_convert_alike(tmp_path):
+    """FrozenBN keeps no counters, SyncBN does, and with FREEZE_AT the first stages of a SyncBN model have none."""
+    changes = VARIANTS["resnet"] | {"MODEL.RESNETS.NORM": "SyncBN"}
+    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
+    trained = numpy_of(invert_state_dict(on_disk(random_model(config)), config))
+    counters = [name for name in trained if name.endswith("num_batches_tracked")]
+    trained |= {name: np.array(7) for name in counters}
+    first = [name for name in counters if name.startswith(("backbone.stem.", "backbone.res2."))]
+    partly = {name: value for name, value in trained.items() if name not in first}
+    whole, part = (convert_state_dict(form, config) for form in (trained, partly))
+    assert 0 < len(first) < len(counters) and len(constants(partly, config).filled) == len(first)
+    values = [value.item() for name, value in part.items() if name.endswith("num_batches_tracked")]
+    assert sorted(values) == [0] * len(first) + [7] * (len(counters) - len(first))
+    for name, value in whole.items():
+        assert name.endswith("num_batches_tracked") or torch.equal(value, part[name]), name
+
+
+def test_class_weights_left_out_are_those_of_the_config(tmp_path):
+    changes = {"MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": 0.25}
+    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
+    original = invert_state_dict(on_disk(random_model(config)), config)
+    del original["criterion.empty_weight"]
+    assert constants(original, config).filled == ["criterion.empty_weight"]
+    assert convert_state_dict(original, config)["criterion.empty_weight"].tolist() == [1.0, 1.0, 1.0, 0.25]
+
+
+def test_parameter_under_an_old_and_a_new_name_is_refused(tmp_path):
+    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path))))
+    original = invert_state_dict(on_disk(random_model(config)), config)
+    original["sem_seg_head.predictor.static_query.weight"] = original["sem_seg_head.predictor.query_feat.weight"]
+    with pytest.raises(ValueError, match=r"query_feat\.weight twice"):
+        convert_state_dict(original, config)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 4, "checkpoint has 3 classes .* the config 4"),
+        ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 6, "checkpoint has 5 queries .* the config 6"),
+    ],
+)
+def test_counts_other_than_the_checkpoints_are_told_with_their_option(tiny_original, tmp_path, option, value, told):
+    config_file = write_config(tmp_path, {option: value})
+    with pytest.raises(ValueError, match=f"{told}: set {option}"):
+        convert(tiny_original[0], config_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_another_number_are_refused(tiny_original, tmp_path):
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps([{"id": i, "name": str(i)} for i in range(4)]))
+    with pytest.raises(ValueError, match=r"4 labels; the config \(MODEL.SEM_SEG_HEAD.NUM_CLASSES\) needs ids 0 to 2"):
+        convert(*tiny_original, tmp_path / "out", labels)
 
 
 # --- the command ---
@@ -474,43 +559,201 @@ def test_failure_while_writing_leaves_nothing(tiny_original, tmp_path, monkeypat
         ("MODEL.BACKBONE.NAME", "build_resnet_deeplab_backbone"),
         ("MODEL.SWIN.APE", True),
         ("MODEL.SWIN.PATCH_NORM", False),
+        ("MODEL.SWIN.PATCH_SIZE", 2),
+        ("MODEL.SWIN.QK_SCALE", 0.5),
         ("MODEL.SWIN.OUT_FEATURES", ["res3", "res4", "res5"]),
+        ("MODEL.SEM_SEG_HEAD.NAME", "PerPixelBaselineHead"),
         ("MODEL.SEM_SEG_HEAD.NORM", ""),
+        ("MODEL.SEM_SEG_HEAD.NORM", "SyncBN"),
+        ("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["res3", "res4", "res5"]),
         ("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 8),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 0),
+        ("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 0),
         ("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", "TransformerEncoderPixelDecoder"),
         ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", STAGES),
+        ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", ["res5"]),
         ("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "StandardTransformerDecoder"),
         ("MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "res5"),
+        ("MODEL.MASK_FORMER.DEC_LAYERS", 0),
+        ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 0),
         ("MODEL.MASK_FORMER.SIZE_DIVISIBILITY", 0),
         ("MODEL.MASK_FORMER.SIZE_DIVISIBILITY", 64),
+        ("MODEL.PIXEL_MEAN", [0.5]),
         ("INPUT.FORMAT", "L"),
         ("INPUT.MIN_SIZE_TEST", 0),
+        ("INPUT.MAX_SIZE_TEST", 0),
+        ("TEST.DETECTIONS_PER_IMAGE", 0),
     ],
 )
 def test_option_without_an_equivalent_is_refused_by_name(tmp_path, option, value):
-    with pytest.raises(UnsupportedOptionError, match=option):
+    with pytest.raises(UnsupportedOptionError, match=rf"^{option} is .*"):
         read_config(write_config(tmp_path, {option: value}))
+
+
+def test_option_of_a_part_that_the_model_has_not_does_not_matter(tmp_path):
+    encoder = {
+        "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": STAGES,
+        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 0,
+    }
+    with pytest.raises(UnsupportedOptionError):
+        read_config(write_config(tmp_path, encoder))
+    read_config(write_config(tmp_path, VARIANTS["feature pyramid"] | encoder))
+    with pytest.raises(UnsupportedOptionError, match=r"MODEL\.SWIN\.APE"):
+        read_config(write_config(tmp_path, {"MODEL.SWIN.APE": True}))
+    read_config(write_config(tmp_path, VARIANTS["resnet"] | {"MODEL.SWIN.APE": True}))
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("DEPTH", 20), ("NORM", "GN"), ("RES5_DILATION", 2), ("WIDTH_PER_GROUP", 3), ("DEFORM_ON_PER_STAGE", [True] * 4)],
+    [
+        ("MODEL.RESNETS.DEPTH", 20),
+        ("MODEL.RESNETS.NORM", "GN"),
+        ("MODEL.RESNETS.NORM", ""),
+        ("MODEL.RESNETS.RES5_DILATION", 2),
+        ("MODEL.RESNETS.WIDTH_PER_GROUP", 3),
+        ("MODEL.RESNETS.NUM_GROUPS", 32),
+        ("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"]),
+        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]),
+    ],
 )
 def test_resnet_option_without_an_equivalent_is_refused_only_where_there_is_a_resnet(tmp_path, option, value):
-    changes = {f"MODEL.RESNETS.{option}": value}
-    read_config(write_config(tmp_path, changes))
-    with pytest.raises(UnsupportedOptionError, match=f"MODEL.RESNETS.{option}"):
+    read_config(write_config(tmp_path, {option: value}))
+    with pytest.raises(UnsupportedOptionError, match=option):
+        read_config(write_config(tmp_path, VARIANTS["resnet"] | {option: value}))
+
+
+CONVERTS = {
+    "padding by the backbone's own divisor": {"MODEL.MASK_FORMER.SIZE_DIVISIBILITY": -1},
+    "features in another order": {"MODEL.SEM_SEG_HEAD.IN_FEATURES": STAGES[::-1]},
+    "no supervision of the layers between": {"MODEL.MASK_FORMER.DEEP_SUPERVISION": False},
+    "one prediction": {"MODEL.MASK_FORMER.DEC_LAYERS": 1},
+    "many queries": {"MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 300},
+    "augmentation at test": {"TEST.AUG.ENABLED": True},
+    "augmentation in training": {"INPUT.CROP.ENABLED": True, "MODEL.BACKBONE.FREEZE_AT": 2},
+    "semantic alone": {"MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": True},
+    "numbers as text": {"MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": "1e-1", "MODEL.SWIN.DEPTHS": "(2, 1, 1, 1)"},
+}
+
+
+@pytest.mark.parametrize("changes", CONVERTS.values(), ids=CONVERTS)
+def test_option_with_an_equivalent_converts_into_a_model_that_runs(tmp_path, changes):
+    options = read_config(write_config(tmp_path, changes))
+    config = Mask2FormerConfig(**config_from_yaml(options))
+    original = invert_state_dict(on_disk(random_model(config)), config)
+    model = convert_detectron2._load_strictly(convert_state_dict(original, config), config).eval()
+    inputs = M2FImageProcessor(**processor_from_yaml(options))(np.zeros((70, 60, 3), np.uint8), return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    height, width = inputs["pixel_values"].shape[-2:]
+    queries = changes.get("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 5)
+    assert height % 32 == 0 and outputs.masks_queries_logits.shape == (1, queries, height // 4, width // 4)
+    assert config.decoder_layers == changes.get("MODEL.MASK_FORMER.DEC_LAYERS", 3)
+    assert config.use_auxiliary_loss == changes.get("MODEL.MASK_FORMER.DEEP_SUPERVISION", True)
+    assert config.no_object_weight == 0.1 and config.backbone_config.depths == [2, 1, 1, 1]
+
+
+def test_options_of_training_and_test_alone_change_nothing_about_the_model(tmp_path):
+    plain = read_config(write_config(tmp_path))
+    for name in ("augmentation at test", "augmentation in training"):
+        assert read_config(write_config(tmp_path, CONVERTS[name])) == plain
+
+
+def test_padding_by_a_backbone_without_a_divisor_is_refused(tmp_path):
+    changes = {"MODEL.MASK_FORMER.SIZE_DIVISIBILITY": -1}  # the original then doesn't pad before a ResNet
+    with pytest.raises(UnsupportedOptionError, match="SIZE_DIVISIBILITY"):
         read_config(write_config(tmp_path, VARIANTS["resnet"] | changes))
+
+
+@pytest.mark.parametrize("task", ["SEMANTIC", "INSTANCE", "PANOPTIC"])
+def test_task_is_the_widest_that_is_on(tmp_path, task):
+    order = ["SEMANTIC", "INSTANCE", "PANOPTIC"]
+    switches = {f"MODEL.MASK_FORMER.TEST.{name}_ON": order.index(name) <= order.index(task) for name in order}
+    options = read_config(write_config(tmp_path, switches))
+    labels = [Label("a", True), Label("b", False), Label("c", True)]
+    settings = processor_from_yaml(options, labels)
+    assert settings["task"] == task.lower()
+    assert settings["label_ids_to_fuse"] == ([1] if task == "PANOPTIC" else None)
+    assert settings["semantic_resize_before_inference"] == (task != "SEMANTIC")
+
+
+def test_pictures_of_a_bgr_model_are_normalised_in_its_order(tmp_path):
+    """The usual setting of detectron2's own ResNets: BGR, mean subtracted, not divided."""
+    changes = {
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+    }
+    processor = M2FImageProcessor(**processor_from_yaml(read_config(write_config(tmp_path, changes))))
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)  # RGB, of the size at test
+    pixel_values = processor(picture, return_tensors="pt")["pixel_values"][0]
+    expected = picture[..., ::-1].astype(np.float32) - np.float32([103.53, 116.28, 123.675])
+    torch.testing.assert_close(pixel_values, torch.from_numpy(expected).permute(2, 0, 1), rtol=0, atol=1e-4)
+
+
+def resnet_by_definition(original: dict[str, torch.Tensor], stride_in_1x1: bool, pixels: torch.Tensor) -> list:
+    """The four feature maps of a detectron2 ResNet, from its parameters alone."""
+
+    def layer(name: str, features: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        weight = original[f"{name}.weight"]
+        features = torch.nn.functional.conv2d(features, weight, stride=stride, padding=weight.shape[-1] // 2)
+        mean, variance, scale, shift = (
+            original[f"{name}.norm.{kind}"][:, None, None] for kind in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (features - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    features = torch.nn.functional.max_pool2d(layer("backbone.stem.conv1", pixels, 2).relu(), 3, 2, 1)
+    maps = []
+    for stage in STAGES:
+        blocks = 1 + max(int(name.split(".")[2]) for name in original if name.startswith(f"backbone.{stage}."))
+        for block in range(blocks):
+            name = f"backbone.{stage}.{block}"
+            stride = 2 if block == 0 and stage != "res2" else 1
+            shortcut = features
+            if f"{name}.shortcut.weight" in original:
+                shortcut = layer(f"{name}.shortcut", features, stride)
+            if f"{name}.conv3.weight" in original:
+                strides = (stride, 1) if stride_in_1x1 else (1, stride)
+                inner = layer(f"{name}.conv2", layer(f"{name}.conv1", features, strides[0]).relu(), strides[1]).relu()
+                features = (layer(f"{name}.conv3", inner) + shortcut).relu()
+            else:
+                inner = layer(f"{name}.conv1", features, stride).relu()
+                features = (layer(f"{name}.conv2", inner) + shortcut).relu()
+        maps.append(features)
+    return maps
+
+
+@pytest.mark.parametrize(("depth", "stride_in_1x1"), [(18, True), (34, False), (50, True), (50, False), (101, False)])
+def test_resnet_of_every_kind_computes_what_detectron2_defines(tmp_path, depth, stride_in_1x1):
+    changes = VARIANTS["resnet of basic blocks" if depth < 50 else "resnet"] | {
+        "MODEL.RESNETS.DEPTH": depth,
+        "MODEL.RESNETS.STRIDE_IN_1X1": stride_in_1x1,
+    }
+    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
+    original = invert_state_dict(on_disk(random_model(config)), config)
+    generator = torch.Generator().manual_seed(0)
+    for name in original:
+        if name.endswith(("running_mean", "running_var")):
+            original[name] = torch.rand(original[name].shape, generator=generator) + 0.5
+    model = convert_detectron2._load_strictly(convert_state_dict(original, config), config).eval()
+    pixels = torch.randn(1, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        ours = model.model.pixel_level_module.encoder(pixels).feature_maps
+    for level, expected in zip(ours, resnet_by_definition(original, stride_in_1x1, pixels), strict=True):
+        torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("INPUT.MIN_SIZE_TEST", "large"),
+        ("INPUT.MIN_SIZE_TEST", True),
         ("MODEL.PIXEL_MEAN", 0.5),
         ("MODEL.PIXEL_STD", "[open('x', 'w')]"),
+        ("MODEL.PIXEL_STD", "(" * 900),
+        ("MODEL.SWIN.DEPTHS", [[2], [2], [2], [2]]),
         ("MODEL.MASK_FORMER.DEC_LAYERS", 2.5),
         ("MODEL.MASK_FORMER.PRE_NORM", "yes, please"),
+        ("MODEL.MASK_FORMER.CLASS_WEIGHT", float("nan")),
     ],
 )
 def test_option_of_the_wrong_type_is_refused_by_name(tmp_path, option, value):
@@ -562,22 +805,62 @@ def test_panoptic_checkpoint_needs_to_know_its_stuff(tmp_path):
                 processor_from_yaml(options, read_labels(labels, 3))
 
 
-@pytest.mark.parametrize("name", ["coco", "cityscapes", "ade20k", "mapillary"])
-def test_stuff_of_the_known_data_sets(shared, name, tmp_path):
-    facts = json.loads((shared / "data" / "labels" / f"{name}-panoptic.json").read_text())["categories"]
-    data_sets = {
-        "coco": "coco_2017_val_panoptic_with_sem_seg",
-        "cityscapes": "cityscapes_fine_panoptic_val",
-        "ade20k": "ade20k_panoptic_val",
-        "mapillary": "mapillary_vistas_panoptic_val",
-    }
+# What the original calls the data sets it trains on -> the classes they have. Counts are those of the papers.
+KNOWN_DATA_SETS = {
+    "coco_2017_train_panoptic": ("coco-panoptic", 133),
+    "coco_2017_val_panoptic_with_sem_seg": ("coco-panoptic", 133),
+    "coco_2017_train": ("coco-instance", 80),
+    "ade20k_panoptic_train": ("ade20k-panoptic", 150),
+    "ade20k_sem_seg_train": ("ade20k-semantic", 150),
+    "ade20k_instance_train": ("ade20k-instance", 100),
+    "cityscapes_fine_panoptic_train": ("cityscapes-panoptic", 19),
+    "cityscapes_fine_sem_seg_train": ("cityscapes-semantic", 19),
+    "cityscapes_fine_instance_seg_train": ("cityscapes-instance", 8),
+    "mapillary_vistas_panoptic_train": ("mapillary-panoptic", 65),
+    "mapillary_vistas_sem_seg_train": ("mapillary-semantic", 65),
+    "ytvis_2019_train": ("ytvis2019", 40),
+    "ytvis_2021_train": ("ytvis2021", 40),
+}
+
+
+@pytest.mark.parametrize(("data_set", "known"), KNOWN_DATA_SETS.items(), ids=KNOWN_DATA_SETS)
+def test_classes_of_a_known_data_set_come_from_its_name(tmp_path, data_set, known):
+    name, count = known
     changes = {
-        "DATASETS.TRAIN": [data_sets[name]],
-        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(facts),
-        "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": True,
+        "DATASETS.TRAIN": [data_set],
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": count,
+        "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": "panoptic" in name,
     }
-    settings = processor_from_yaml(read_config(write_config(tmp_path, changes)))
-    assert settings["label_ids_to_fuse"] == [entry["id"] for entry in facts if not entry["isthing"]]
+    options = read_config(write_config(tmp_path, changes))
+    config = Mask2FormerConfig(**config_from_yaml(options))
+    assert config.id2label == label_set(name).id2label and config.label_colors == label_set(name).colors
+    stuff = label_set(name).stuff_ids if "panoptic" in name else None
+    assert processor_from_yaml(options)["label_ids_to_fuse"] == stuff
+
+    own = [Label(f"own {i}", i > 0, (i, 0, 0)) for i in range(count)]
+    config = Mask2FormerConfig(**config_from_yaml(options, own))
+    assert config.id2label[0] == "own 0" and config.label_colors == [[i, 0, 0] for i in range(count)]
+    assert processor_from_yaml(options, own)["label_ids_to_fuse"] == ([0] if stuff else None)
+
+
+@pytest.mark.parametrize(
+    ("data_set", "count"), [("coco_2017_train_panoptic", 3), ("ade20k_full_sem_seg_train", 150), ("flowers_train", 133)]
+)
+def test_classes_of_an_unknown_data_set_or_another_number_are_not_guessed(tmp_path, data_set, count):
+    changes = {"DATASETS.TRAIN": [data_set], "MODEL.SEM_SEG_HEAD.NUM_CLASSES": count}
+    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
+    assert config.id2label == {i: f"LABEL_{i}" for i in range(count)} and config.label_colors is None
+
+
+def test_colours_of_ones_own_labels_are_kept_if_every_label_has_one(tiny_original, tmp_path):
+    labels = [{"id": i, "name": f"label {i}", "isthing": 1, "color": [i, 2 * i, 255]} for i in range(3)]
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    convert(*tiny_original, tmp_path / "all", tmp_path / "labels.json")
+    assert Mask2FormerConfig.from_pretrained(tmp_path / "all").label_colors == [[0, 0, 255], [1, 2, 255], [2, 4, 255]]
+    del labels[1]["color"]
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    convert(*tiny_original, tmp_path / "some", tmp_path / "labels.json")
+    assert Mask2FormerConfig.from_pretrained(tmp_path / "some").label_colors is None
 
 
 @pytest.mark.parametrize(
@@ -586,6 +869,8 @@ def test_stuff_of_the_known_data_sets(shared, name, tmp_path):
         "{",
         "[1, 2, 3]",
         '{"labels": []}',
+        '[{"id": 0, "name": "a", "color": [1, 2]}, {"id": 1, "name": "b"}, {"id": 2, "name": "c"}]',
+        '[{"id": 0, "name": "a", "color": "red"}, {"id": 1, "name": "b"}, {"id": 2, "name": "c"}]',
         '[{"id": 0, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}]',
         '[{"id": 0, "name": "a"}, {"id": 1, "name": "b"}, {"id": 1, "name": "c"}, {"id": 2, "name": "d"}]',
     ],
@@ -641,6 +926,116 @@ def test_nothing_in_a_config_is_executed(tmp_path):
 
     yaml.load(needed.read_text(), yaml.UnsafeLoader)  # the same file is live ammunition to an unsafe reader
     assert marker.exists()
+
+
+EXECUTING_TAGS = [
+    "!!python/object/apply:os.system [{command}]",
+    "!!python/object/apply:subprocess.check_call {{args: [[sh, -c, {command}]]}}",
+    "!!python/object/new:os.system [{command}]",
+    "!!python/object/new:subprocess.Popen [[sh, -c, {command}]]",
+]
+NAMING_TAGS = ["!!python/name:os.system", "!!python/module:os", "!!python/object:os.stat_result {}", "!own tag"]
+
+
+@pytest.mark.parametrize("place", ["value", "item", "section", "key"])
+@pytest.mark.parametrize("tag", EXECUTING_TAGS + NAMING_TAGS)
+def test_no_tag_of_a_config_is_followed_wherever_it_stands(tmp_path, monkeypatch, tag, place):
+    marker = tmp_path / "executed"
+    tag = tag.format(command=json.dumps(f"touch '{marker}'")) if tag in EXECUTING_TAGS else tag
+    text = write_config(tmp_path).read_text()
+    old, new = {
+        "value": ("  MIN_SIZE_TEST: 64", f"  MIN_SIZE_TEST: {tag}"),
+        "item": ("  - flowers_train", f"  - {tag}"),
+        "section": ("INPUT:\n", f"INPUT: {tag}\nNOT_INPUT:\n"),
+        "key": ("INPUT:\n", f"? {tag}\n: 1\nINPUT:\n"),
+    }[place]
+    assert text.count(old) == 1
+    path = tmp_path / "evil.yaml"
+    path.write_text(text.replace(old, new))
+    if place == "key":
+        assert read_config(path) == read_config(tmp_path / "config.yaml")
+    else:
+        with pytest.raises(UnsupportedOptionError, match=r"(INPUT\.|DATASETS\.TRAIN).* is an expression to execute"):
+            read_config(path)
+    assert not marker.exists()
+    if tag in EXECUTING_TAGS:  # the same file is live ammunition to an unsafe reader
+        with contextlib.suppress(Exception):
+            yaml.load(path.read_text(), yaml.UnsafeLoader).wait()
+        for _ in range(100):
+            if marker.exists():
+                break
+            time.sleep(0.05)
+        assert marker.exists()
+
+
+LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+NESTED_LAUGHS = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}\n" for i in range(1, 60))
+MERGED_LAUGHS = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 30)
+)
+
+
+def test_yaml_that_refers_to_itself_a_billion_times_is_read_or_refused_at_once(tmp_path):
+    plain = write_config(tmp_path)
+    path = tmp_path / "laughs.yaml"
+    for unread in (LAUGHS, NESTED_LAUGHS, "loop: &loop {self: *loop}\nlist: &list [*list]\n"):
+        path.write_text(unread + plain.read_text())
+        assert read_config(path) == read_config(plain)
+    for name, needed in (("INPUT.MIN_SIZE_TEST", LAUGHS), ("INPUT.MIN_SIZE_TEST", NESTED_LAUGHS)):
+        path.write_text(needed + plain.read_text().replace("MIN_SIZE_TEST: 64", "MIN_SIZE_TEST: *a59"))
+        with pytest.raises(ValueError, match=f"{name} in .* is .{{1,500}}; a value like"):
+            read_config(path)
+    path.write_text("loop: &loop [*loop]\n" + plain.read_text().replace("DEPTHS:", "DEPTHS: *loop\n    DEPTHS_:"))
+    with pytest.raises(ValueError, match=r"MODEL\.SWIN\.DEPTHS in"):
+        read_config(path)
+    path.write_text(MERGED_LAUGHS + plain.read_text())
+    with pytest.raises(ValueError, match="merge keys"):
+        read_config(path)
+    path.write_text("a: " + "[" * 5000)
+    with pytest.raises(ValueError, match="no YAML file"):
+        read_config(path)
+
+
+def test_anchors_and_merge_keys_are_followed(tmp_path):
+    text = write_config(tmp_path).read_text()
+    merged = "BASE: &base {MIN_SIZE_TEST: 72, FORMAT: BGR}\n" + text.replace("INPUT:\n", "INPUT:\n  <<: *base\n")
+    (tmp_path / "merged.yaml").write_text(merged)
+    options = read_config(tmp_path / "merged.yaml")
+    assert (options["INPUT.MIN_SIZE_TEST"], options["INPUT.FORMAT"]) == (64, "RGB")  # own values win
+    (tmp_path / "merged.yaml").write_text(merged.replace("  FORMAT: RGB\n", ""))
+    assert read_config(tmp_path / "merged.yaml")["INPUT.FORMAT"] == "BGR"
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "!!int ''", "!!float x", "!!bool x", "9" * 5000])
+def test_yaml_values_that_are_none_are_told(tmp_path, value):
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"VERSION: {value}\n" + write_config(tmp_path).read_text())
+    with pytest.raises(ValueError, match=r"bad\.yaml is no YAML file"):
+        read_config(path)
+
+
+def test_several_bases_later_ones_first(tmp_path):
+    queries, layers = "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "MODEL.MASK_FORMER.DEC_LAYERS"
+    write_config(tmp_path, {queries: 7, layers: 4}, name="common.yaml")
+    for name, own in (("one", {queries: 8, layers: 5}), ("two", {queries: 9})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(changed({"_BASE_": "common.yaml", **own}, {})))
+    top = tmp_path / "top.yaml"
+    for bases, expected in ((["one.yaml", "two.yaml"], (9, 4)), (["two.yaml", str(tmp_path / "one.yaml")], (8, 5))):
+        top.write_text(yaml.safe_dump({"_BASE_": bases}))
+        options = read_config(top)
+        assert (options[queries], options[layers]) == expected
+    for bases in ([], None):
+        top.write_text(yaml.safe_dump(changed({"_BASE_": bases})))
+        if bases is None:
+            with pytest.raises(UnsupportedOptionError, match="_BASE_"):
+                read_config(top)
+        else:
+            assert read_config(top)[queries] == 5
+    # Each file names the one before twice: read once each, not 2^40 times.
+    write_config(tmp_path, name="b0.yaml")
+    for i in range(1, 41):
+        (tmp_path / f"b{i}.yaml").write_text(f"_BASE_: [b{i - 1}.yaml, ./b{i - 1}.yaml]\n")
+    assert read_config(tmp_path / "b40.yaml")[queries] == 5
 
 
 def test_missing_yaml_package_and_bad_yaml_are_told(tmp_path, monkeypatch):
