@@ -6,7 +6,7 @@ from .coco_panoptic import write_coco_panoptic
 from .masks import decode_segmentation, segment_masks
 from .opening import DataSplits, open_dataset
 from .problems import DatasetError
-from .report import DatasetReport
+from .report import DatasetReport, check_dataset
 from .shapes import CATEGORIES, ShapesDataset
 
 
@@ -16,6 +16,7 @@ __all__ = [
     "open_dataset",
     "DataSplits",
     "DatasetReport",
+    "check_dataset",
     "SegmentationDataset",
     "CocoInstanceDataset",
     "CocoPanopticDataset",

@@ -1,5 +1,6 @@
 """Class lists: from annotation files, from files of names, from the known data sets; and whether two of them agree."""
 
+import contextlib
 import csv
 import json
 import re
@@ -133,10 +134,13 @@ def find_name_file(folders: Iterable[Path]) -> Path | None:
 
 
 def _is_name_file(path: Path) -> bool:
-    try:
-        return bool(_read_file(path))
-    except ValueError:
-        return path.name != "config.json"  # that may be about anything; the other names promise classes
+    if not path.name.startswith("config"):
+        return True
+    # A config may be about anything: Mapillary's has `labels`, a model's `id2label`.
+    with contextlib.suppress(ValueError):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        return isinstance(content, dict) and bool({"labels", "id2label"} & set(content))
+    return False
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:

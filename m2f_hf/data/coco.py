@@ -288,7 +288,7 @@ class CocoPanopticDataset(_CocoDataset):
             maps = [annotation["file_name"] for annotation in annotated]
             own = path.parent
             # Cityscapes and ADE20K keep the PNGs in a folder named as the JSON.
-            candidates = [own / path.stem, own / "panoptic", *image_folders(path)]
+            candidates = [own / path.stem, own.parent / path.stem, own / "panoptic", *image_folders(path)]
             self.panoptic_folder = find_folder(
                 candidates if panoptic_folder is None else [Path(panoptic_folder)], maps, "panoptic PNGs"
             )

@@ -276,7 +276,7 @@ class InstanceMapDataset(_MapDataset):
         super().__init__(folder, pairs, categories)
         self.task = "panoptic"
         self.divisor, self.has_groups = divisor, has_groups
-        self._contiguous_id = {category["dataset_id"]: category["id"] for category in categories}
+        self._own = {category["dataset_id"]: (category["id"], bool(category["isthing"])) for category in categories}
 
     def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
         path, values, name = self._read(position)
@@ -286,9 +286,10 @@ class InstanceMapDataset(_MapDataset):
         segments = []
         for number, area in zip(numbers.tolist(), areas.tolist(), strict=True):
             is_group = self.has_groups and number < self.divisor
-            category = self._contiguous_id.get(number if is_group else number // self.divisor)
-            if category is not None:
-                iscrowd = int(is_group and bool(self.categories[category]["isthing"]))
+            own = self._own.get(number if is_group else number // self.divisor)
+            if own is not None:
+                category, is_thing = own
+                iscrowd = int(is_group and is_thing)
                 segments.append({"id": number + 1, "category_id": category, "iscrowd": iscrowd, "area": area})
         return path, self._item(path, values.astype(np.int32) + 1, segments)
 

@@ -92,7 +92,7 @@ def _draw_polygons(polygons: Sequence[Any], height: int, width: int) -> np.ndarr
     drawable = [np.asarray(polygon, dtype=np.float64).ravel().tolist() for polygon in polygons if is_polygon(polygon)]
     if not drawable:
         return np.zeros((height, width), dtype=bool)
-    return coco.decode(coco.merge(coco.frPyObjects(drawable, height, width))).astype(bool)
+    return decode_rle(coco.merge(coco.frPyObjects(drawable, height, width)), height, width)
 
 
 def is_polygon(polygon: Any) -> bool:

@@ -218,3 +218,14 @@ def stream_report(dataset: StreamingDataset, name: str) -> SplitReport:
         num_crowds=0,
         num_empty=0,
     )
+
+
+def check_dataset(dataset: SegmentationDataset, max_opened: int | None = None) -> None:
+    """Open every image's header and its annotation (or `max_opened` of them), as `open_dataset` does for 500.
+
+    Raises:
+        DatasetError: something is wrong; every problem is named, with the files it is in.
+    """
+    problems = Problems()
+    inspect_split(dataset, dataset, "the data set", problems, max_opened)
+    problems.raise_errors("The data set")
