@@ -558,8 +558,8 @@ def _publishing(repo_id: str) -> Iterator[None]:
         raise CommandError(f"the Hub refuses ({_first_line(error)}); {again}") from error
     except ValueError as error:
         raise CommandError(_first_line(error)) from error
-    except NETWORK_ERRORS as error:
-        raise CommandError(f"the connection broke off ({_first_line(error)}); {again}") from error
+    except (RuntimeError, *NETWORK_ERRORS) as error:  # of large files, whatever is wrong is a RuntimeError
+        raise CommandError(f"the upload broke off ({_first_line(error.__cause__ or error)}); {again}") from error
 
 
 # --- checks before anything is started ---

@@ -97,6 +97,12 @@ class HubServer(ThreadingHTTPServer):
         """Answer the next request matching `METHOD /path` with an error, or cut the connection (None)."""
         self.faults.append(Fault(pattern, status))
 
+    def store(self, repo_id: str, files: dict[str, Path | str], private: bool = False) -> None:
+        """Put a repository there without a client."""
+        repository = self.repositories[repo_id] = Repository(private)
+        contents = {name: file.encode() if isinstance(file, str) else file.read_bytes() for name, file in files.items()}
+        repository.commit("main", contents, "stored")
+
     def count(self, pattern: str) -> int:
         """How many requests matched `METHOD /path`."""
         return sum(re.match(pattern, line) is not None for line in self.requests)
@@ -449,3 +455,8 @@ class Client:
         self._process.stdin.close()
         self._process.wait(timeout=60)
         self._process.stdout.close()
+
+
+def snippets(card: str) -> list[str]:
+    """The Python blocks of a card: for the package, for the pipeline with it, for those without it."""
+    return re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)

@@ -1,0 +1,504 @@
+"""Cards, and pushing to a Hub on loopback with the real client."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Client, ClientError, serve, snippets
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from m2f_hf import M2FImageProcessor, Mask2FormerConfig
+from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_SCENES
+from m2f_hf.hub import Figure, HubFolder, code_files, is_untouched, model_card, result_files
+
+
+FIGURES = [
+    Figure("panoptic", "Generated shapes", "200 scenes", "PQ", 79.1, source="https://example.org/log"),
+    Figure("semantic", "Generated shapes", "200 scenes", "mIoU", 87.5, dataset_id="owner/shapes"),
+]
+
+
+@pytest.fixture(scope="module")
+def config() -> Mask2FormerConfig:
+    return Mask2FormerConfig.from_pretrained(BUNDLED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def processor() -> M2FImageProcessor:
+    return M2FImageProcessor.from_pretrained(BUNDLED_MODEL)
+
+
+# --- the card ---
+
+
+def test_card_says_what_is_given(config, processor):
+    card = model_card(
+        config,
+        processor,
+        repo_id="owner/name",
+        title="Shapes",
+        base_model="owner/base",
+        datasets=["owner/shapes"],
+        license="cc-by-nc-4.0",
+        figures=FIGURES,
+        training={"steps": 100, "schedule": "poly | warm"},
+        description="Knows shapes.",
+        source_url="https://example.org/model.pkl",
+        example_image="example.png",
+    )
+    data = ModelCard(str(card)).data.to_dict()  # as the Hub reads it
+    assert data["pipeline_tag"] == "image-segmentation"
+    assert data["library_name"] == "transformers"
+    assert (data["license"], data["base_model"], data["datasets"]) == ("cc-by-nc-4.0", "owner/base", ["owner/shapes"])
+    assert "panoptic-segmentation" in data["tags"]
+    for words in ("# Shapes", "Knows shapes.", "(example.png)", "<https://example.org/model.pkl>", "cc-by-nc-4.0"):
+        assert words in card.text
+    assert "4 things: 0 circle, 1 rectangle, 2 triangle, 3 star." in card.text
+    assert "3 stuff: 4 striped ground" in card.text
+    assert "| panoptic | Generated shapes | 200 scenes | PQ | 79.1 | https://example.org/log |" in card.text
+    assert "| steps | 100 |\n| schedule | poly \\| warm |" in card.text
+
+
+def test_figures_are_the_hubs_results(config, processor):
+    card = model_card(config, processor, repo_id="owner/name", figures=FIGURES)
+    name, results = model_index_to_eval_results(ModelCard(str(card)).data.to_dict()["model-index"])
+    assert name == "name"
+    assert [(r.task_type, r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in results] == [
+        ("image-segmentation", "Generated shapes", "200 scenes", "pq", 79.1),
+        ("image-segmentation", "Generated shapes", "200 scenes", "miou", 87.5),
+    ]
+    assert [r.source_url for r in results] == ["https://example.org/log", None]
+
+
+def test_figures_on_a_data_set_of_the_hub_are_in_its_current_format():
+    import yaml
+
+    files = result_files(FIGURES)
+    assert list(files) == [".eval_results/owner-shapes.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/owner-shapes.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("owner/shapes", "semantic_miou", 87.5)
+    assert result_files(FIGURES[:1]) == {}
+
+
+def test_what_is_not_given_is_not_claimed(config):
+    card = model_card(config, None, repo_id="owner/name")
+    assert set(card.data.to_dict()) == {"pipeline_tag", "library_name", "tags"}
+    for heading in ("## Results", "## Training"):
+        assert heading not in card.text
+    assert "licence of the weights is not stated" in card.text
+    assert "things" not in card.text  # which of the classes are stuff, the processor knows
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_snippets_compile_and_pass_the_checkpoints_task_and_thresholds(task, config):
+    processor = M2FImageProcessor(task=task, threshold=0.61, instance_threshold=0.42, mask_threshold=0.53)
+    blocks = snippets(str(model_card(config, processor, repo_id="owner/name")))
+    for block in blocks:
+        compile(block, "card", "exec")
+        assert '"owner/name"' in block
+    ours, ours_in_a_pipeline, theirs = blocks
+    assert f"post_process_{task}_segmentation" in ours
+    assert "threshold" not in ours_in_a_pipeline and "trust_remote_code" not in ours_in_a_pipeline
+    assert "trust_remote_code=True" in theirs and f'subtask="{task}"' in theirs
+    expected = {"panoptic": ["0.61", "0.53", "0.8"], "instance": ["0.42", "0.53"], "semantic": []}
+    assert re.findall(r"threshold=([\d.]+)", theirs) == expected[task]
+
+
+def test_labels_are_words_whatever_they_hold(config):
+    odd = Mask2FormerConfig(**{**config.to_dict(), "id2label": {0: "a|b", 1: "<script>", 2: "two\nlines", 3: "*"}})
+    text = model_card(odd, None, repo_id="owner/name").text
+    assert r"4 classes: 0 a\|b, 1 \<script\>, 2 two lines, 3 \*." in text
+
+
+def test_a_card_knows_whether_somebody_wrote_in_it(config, processor):
+    text = str(model_card(config, processor, repo_id="owner/name", license="mit"))
+    assert is_untouched(ModelCard(text))
+    assert not is_untouched(ModelCard(text.replace("7 classes", "seven classes")))
+    assert not is_untouched(ModelCard(text.replace("license: mit", "license: apache-2.0")))
+    assert not is_untouched(ModelCard("---\nlicense: mit\n---\n# By hand\n"))
+
+
+# --- what a folder may hold ---
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    target = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, target)
+    (target / "README.md").unlink()
+    return target
+
+
+def test_a_folder_is_sent_without_pickles_code_of_others_and_hidden_files(folder):
+    for name in ("training_args.bin", "optimizer.pt", ".env", "notes.py"):
+        (folder / name).write_bytes(b"x")
+    (folder / "runs").mkdir()
+    (folder / "modeling_mask2former.py").write_text("raise SystemExit")
+    (folder / ".eval_results").mkdir()
+    for name, text in result_files(FIGURES).items():
+        (folder / name).write_text(text)
+    contents = HubFolder(folder)
+    saved = {"config.json", "preprocessor_config.json", "model.safetensors", ".eval_results/owner-shapes.yaml"}
+    assert contents.files.keys() == saved | {file.name for file in code_files()}
+    assert sorted(contents.left_out) == [".env", "notes.py", "optimizer.pt", "runs/", "training_args.bin"]
+    assert contents.files["modeling_mask2former.py"] in code_files()  # the package's, not the folder's
+    assert json.loads(contents.files["config.json"])["auto_map"]["AutoModelForImageSegmentation"] == (
+        "modeling_mask2former.Mask2FormerForUniversalSegmentation"
+    )
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())  # the folder stays as it was
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("no folder", "there is no folder"),
+        ("config.json", "has no config.json"),
+        ("preprocessor_config.json", "has no preprocessor_config.json"),
+        ("model.safetensors", "has no model.safetensors"),
+        ("stock", "has model_type 'mask2former'"),
+        ("partial", "1 missing weights, such as class_predictor.bias"),
+        ("more", "1 unexpected weights, such as extra"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused(fault, says, folder):
+    if fault == "no folder":
+        shutil.rmtree(folder)
+    elif fault == "stock":
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, "model_type": "mask2former"}))
+    elif fault in ("partial", "more"):
+        weights = load_file(folder / "model.safetensors")
+        weights = {**weights, "extra": torch.zeros(1)} if fault == "more" else weights
+        weights = {name: w for name, w in weights.items() if fault == "more" or name != "class_predictor.bias"}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (folder / fault).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        HubFolder(folder)
+
+
+# --- a Hub on loopback ---
+
+
+OWNER, GUEST = "hf_owner", "hf_guest"
+HELPERS = """
+import contextlib, io, json, os, shutil
+import m2f_hf
+from pathlib import Path
+from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
+from m2f_hf.cli import BUNDLED_MODEL, main
+from m2f_hf.hub import HubFolder
+
+def run(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+    return [status, out.getvalue(), err.getvalue()]
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with serve({OWNER: "owner", GUEST: "guest"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    """A process with the package whose Hub is ours; its folder holds a picture and a checkpoint without a card."""
+    folder = tmp_path_factory.mktemp("client")
+    Image.open(BUNDLED_SCENES / "scene-1.png").save(folder / "photo.jpg")
+    shutil.copytree(BUNDLED_MODEL, folder / "shapes")
+    (folder / "shapes" / "README.md").unlink()
+    client = Client(hub, folder, has_package=True)
+    client(HELPERS)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, client):
+    """`owner/shapes`, pushed by the command."""
+    status, out, err = client('answer = run("push", "shapes", "owner/shapes", "--message", "First")', OWNER)
+    assert status == 0, err
+    return hub.repositories["owner/shapes"], out
+
+
+def test_push_sends_everything_in_one_commit_and_says_what(pushed):
+    repository, out = pushed
+    assert repository.messages == ["initial commit", "First"]
+    assert not repository.private
+    files = repository.files()
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors", "README.md", "matcher.py"):
+        assert name in files
+        assert name == "README.md" or f"  {name}\n" in out
+    assert files["model.safetensors"] == (BUNDLED_MODEL / "model.safetensors").read_bytes()
+    assert json.loads(files["preprocessor_config.json"])["auto_map"] == {
+        "AutoImageProcessor": "image_processing_mask2former.M2FImageProcessor"
+    }
+    assert "To owner/shapes:" in out and "/owner/shapes is at " in out
+
+
+def test_with_the_package_no_flag_is_needed(pushed, client):
+    """Everywhere the package's classes, whether the repository's code is trusted or not."""
+    names = client("""
+from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the other one asks for torchvision
+segmenter = pipeline("image-segmentation", model="owner/shapes")
+trusting = pipeline("image-segmentation", model="owner/shapes", trust_remote_code=True)
+loaded = [segmenter, segmenter.model, segmenter.image_processor, trusting.model, trusting.image_processor]
+for cls in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation,
+            M2FImageProcessor, Mask2FormerForUniversalSegmentation):
+    loaded.append(cls.from_pretrained("owner/shapes"))
+answer = [type(each).__module__.split(".")[0] for each in loaded]
+""")
+    assert names == ["m2f_hf"] * 11
+
+
+def test_the_cards_snippets_run(pushed, client):
+    ours, in_a_pipeline, _ = snippets(pushed[0].files()["README.md"].decode())
+    found = client(ours + "\nanswer = [info['label_id'] for info in segments]")
+    assert len(found) >= 5
+    with Image.open(client.folder / "segments.png") as picture:
+        assert picture.size == (160, 160)
+    labels = client(in_a_pipeline + "\nanswer = [segmenter.model.config.label2id[s['label']] for s in segments]")
+    assert labels == found
+
+
+def test_the_command_reads_what_was_pushed(pushed, client):
+    status, _, err = client('answer = run("segment", "photo.jpg", "--model", "owner/shapes")')
+    assert (status, err) == (0, "")
+    assert (client.folder / "out" / "photo.overlay.png").exists()
+
+
+def test_pushing_the_same_again_makes_no_commit(pushed, client):
+    before = list(pushed[0].messages)
+    assert client('answer = run("push", "shapes", "owner/shapes")', OWNER)[0] == 0
+    assert pushed[0].messages == before
+
+
+def test_a_revision_is_a_branch_of_its_own(pushed, client):
+    thresholds = client("""
+HubFolder("shapes").push("owner/revised")
+shutil.copytree("shapes", "changed")
+processor = M2FImageProcessor.from_pretrained("changed")
+processor.threshold = 0.77
+processor.save_pretrained("changed")
+HubFolder("changed").push("owner/revised", revision="v2")
+processor.threshold = 0.66
+processor.push_to_hub("owner/revised", revision="v3")
+answer = [M2FImageProcessor.from_pretrained("owner/revised", revision=revision).threshold
+          for revision in (None, "v2", "v3")]
+""", OWNER)  # fmt: skip
+    assert thresholds == [M2FImageProcessor.from_pretrained(BUNDLED_MODEL).threshold, 0.77, 0.66]
+    with pytest.raises(ClientError) as caught:
+        client('Mask2FormerForUniversalSegmentation.from_pretrained("owner/revised", revision="v9")')
+    assert caught.value.kind == "OSError"
+    assert "v9 is not a valid git identifier" in caught.value.message
+
+
+@pytest.mark.parametrize("order", ["model, processor", "processor, model"])
+def test_push_to_hub_of_model_and_processor(order, pushed, hub, client):
+    """Whichever comes first: in the end there are the code, both `auto_map`s, and a card that knows both."""
+    name = f"owner/{order.replace(', ', '-')}"
+    client(f"""
+model = Mask2FormerForUniversalSegmentation.from_pretrained("shapes")
+processor = M2FImageProcessor.from_pretrained("shapes")
+for part in ({order}):
+    part.push_to_hub("{name}")
+""", OWNER)  # fmt: skip
+    files, expected = hub.repositories[name].files(), pushed[0].files()
+    assert files.keys() == expected.keys()
+    for file in ("config.json", "preprocessor_config.json"):
+        assert json.loads(files[file])["auto_map"] == json.loads(expected[file])["auto_map"]
+    card, expected_card = (re.sub(r", [0-9a-f]{16}", "", each["README.md"].decode()) for each in (files, expected))
+    assert card == expected_card.replace("owner/shapes", name).replace("# shapes", f"# {name.split('/')[1]}")
+
+
+def test_save_pretrained_can_push(hub, client):
+    client("""
+model = Mask2FormerForUniversalSegmentation.from_pretrained("shapes")
+model.save_pretrained("kept", push_to_hub=True, repo_id="owner/saved")
+""", OWNER)  # fmt: skip
+    files = hub.repositories["owner/saved"].files()
+    assert "modeling_mask2former.py" in files
+    assert is_untouched(ModelCard(files["README.md"].decode()))
+
+
+def test_a_card_that_somebody_wrote_stays_unless_it_is_to_be_replaced(hub, client):
+    client('HubFolder("shapes").push("owner/carded")', OWNER)
+    repository = hub.repositories["owner/carded"]
+    made = repository.files()["README.md"]
+    by_hand = made.replace(b"# carded", b"# My own words")
+    repository.commit("main", {**repository.files(), "README.md": by_hand}, "edited")
+    client("""
+HubFolder("shapes").push("owner/carded")
+M2FImageProcessor.from_pretrained("changed" if os.path.isdir("changed") else "shapes").push_to_hub("owner/carded")
+""", OWNER)  # fmt: skip
+    assert repository.files()["README.md"] == by_hand
+    client('answer = run("push", "shapes", "owner/carded", "--replace-card")', OWNER)
+    assert repository.files()["README.md"] == made
+
+
+def test_a_card_from_here_is_renewed_but_keeps_its_licence(hub, client):
+    """Figures go with the weights they were measured of, the licence and the names stay."""
+    client("""
+from m2f_hf.hub import Figure, model_card
+contents = HubFolder("shapes")
+shutil.copytree("shapes", "licensed")
+card = model_card(contents.config, contents.processor, repo_id="licensed", license="mit", datasets=["owner/data"],
+                  figures=[Figure("panoptic", "mine", "validation", "PQ", 12.5)])
+card.save("licensed/README.md")
+HubFolder("licensed").push("owner/licensed")
+""", OWNER)  # fmt: skip
+    repository = hub.repositories["owner/licensed"]
+    text = repository.files()["README.md"].decode()
+    assert '"licensed"' not in text and '"owner/licensed"' in text  # the snippets name the repository
+    assert ModelCard(text).data.to_dict()["model-index"]
+    client('Mask2FormerForUniversalSegmentation.from_pretrained("shapes").push_to_hub("owner/licensed")', OWNER)
+    data = ModelCard(repository.files()["README.md"].decode()).data.to_dict()
+    assert (data["license"], data["datasets"]) == ("mit", ["owner/data"])
+    assert "model-index" not in data
+
+
+def test_weights_in_another_number_of_files_take_the_place_of_the_old(pushed, hub, client):
+    client('HubFolder("shapes").push("owner/sharded")', OWNER)
+    missing = client("""
+shutil.copytree("shapes", "sharded")
+os.remove("sharded/model.safetensors")
+Mask2FormerForUniversalSegmentation.from_pretrained("shapes").save_pretrained("sharded", max_shard_size="2MB")
+HubFolder("sharded").push("owner/sharded")
+_, report = Mask2FormerForUniversalSegmentation.from_pretrained("owner/sharded", output_loading_info=True)
+answer = sorted(report["missing_keys"])
+""", OWNER)  # fmt: skip
+    names = [name for name in hub.repositories["owner/sharded"].files() if name.startswith("model")]
+    assert "model.safetensors" not in names and "model.safetensors.index.json" in names and len(names) > 3
+    assert missing == []
+
+
+# --- what goes wrong ---
+
+
+def test_a_private_repository_is_its_owners(hub, client):
+    assert client('answer = run("push", "shapes", "owner/secret", "--private")', OWNER)[0] == 0
+    assert hub.repositories["owner/secret"].private
+    load = 'answer = type(Mask2FormerForUniversalSegmentation.from_pretrained("owner/secret")).__name__'
+    assert client(load, OWNER) == "Mask2FormerForUniversalSegmentation"
+    # What is in the cache would be read by whoever shares it.
+    client("from huggingface_hub import constants; shutil.rmtree(constants.HF_HUB_CACHE)")
+    for token in (None, GUEST):
+        with pytest.raises(ClientError) as caught:
+            client(load, token)
+        assert caught.value.kind == "OSError"
+        status, _, err = client('answer = run("info", "owner/secret")', token)
+        assert status == 2
+        assert err.count("\n") == 1 and "no such model on the Hub" in err and "hf auth login" in err
+
+
+def test_private_is_not_asked_of_a_public_repository(pushed, client):
+    before = list(pushed[0].messages)
+    status, _, err = client('answer = run("push", "changed", "owner/shapes", "--private")', OWNER)
+    assert status == 2 and "exists and is public" in err
+    assert pushed[0].messages == before
+
+
+def test_a_missing_repository(client):
+    with pytest.raises(ClientError) as caught:
+        client('Mask2FormerForUniversalSegmentation.from_pretrained("owner/nothing")')
+    assert caught.value.kind == "OSError"
+    status, _, err = client('answer = run("segment", "photo.jpg", "--model", "owner/nothing")')
+    assert status == 2 and "no such model on the Hub" in err
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "says"),
+    [
+        (None, "owner/new", "run `hf auth login`"),
+        ("hf_unknown", "owner/new", "does not accept the token"),
+        (GUEST, "owner/new", "may not write to owner/new"),
+        (GUEST, "owner/shapes", "may not write to owner/shapes"),
+        (OWNER, "a/b/c", "give owner/name"),
+    ],
+)
+def test_who_may_not_push_is_told_in_one_line(token, repo_id, says, pushed, hub, client):
+    before = {name: list(repository.messages) for name, repository in hub.repositories.items()}
+    status, _, err = client(f'answer = run("push", "shapes", "{repo_id}")', token)
+    assert status == 2
+    assert err.count("\n") == 1 and err.startswith("m2f: ") and says in err
+    assert {name: repository.messages for name, repository in hub.repositories.items()} == before
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status", "says"),
+    [
+        ("PUT /large/", 403, "the upload broke off"),
+        ("POST .*/commit/", 500, "the Hub refuses"),
+        ("POST .*/commit/", None, "the upload broke off"),
+    ],
+)
+def test_an_interrupted_upload_publishes_nothing_and_goes_on(pattern, status, says, hub, client):
+    """Weights of its own for each case, so that none has been sent before."""
+    name = f"owner/interrupted-{status}-{pattern[:3].lower()}"
+    shift = {"PUT": 1, "POS": 2}[pattern[:3]] + (status is None)
+    client(f"""
+shutil.rmtree("fresh", ignore_errors=True)
+shutil.copytree("shapes", "fresh")
+model = Mask2FormerForUniversalSegmentation.from_pretrained("fresh")
+model.class_predictor.bias.data += {shift}
+model.save_pretrained("fresh")
+""")
+    hub.fail_next(pattern, status)
+    exit_status, _, err = client(f'answer = run("push", "fresh", "{name}")', OWNER)
+    assert exit_status == 2
+    assert says in err
+    assert hub.faults == []
+    assert list(hub.repositories[name].files()) == [".gitattributes"]
+
+    sent = hub.count("PUT /large/")
+    assert client(f'answer = run("push", "fresh", "{name}")', OWNER)[0] == 0
+    assert hub.count("PUT /large/") - sent == (1 if pattern.startswith("PUT") else 0)
+    assert "model.safetensors" in hub.repositories[name].files()
+    assert hub.repositories[name].messages[1:] == ["Upload model, processor, card and code"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ('"nowhere", "owner/x"', "m2f: there is no folder nowhere\n"),
+        ('"weightless", "owner/x"', "m2f: weightless has no model.safetensors"),
+        ('"photo.jpg", "owner/x"', "m2f: there is no folder photo.jpg\n"),
+    ],
+)
+def test_nothing_is_asked_of_the_hub_for_a_bad_folder(arguments, says, hub, client):
+    (client.folder / "weightless").mkdir(exist_ok=True)
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(BUNDLED_MODEL / name, client.folder / "weightless")
+    asked = len(hub.requests)
+    status, _, err = client(f"answer = run('push', {arguments})", OWNER)
+    assert status == 2 and err.startswith(says) and err.count("\n") == 1
+    assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize(("reply", "is_sent"), [("y", True), ("", False), ("no", False)])
+def test_at_a_terminal_it_asks_first(reply, is_sent, hub, client):
+    name = f"owner/asked-{reply or 'nothing'}"
+    status, out, _ = client(f"""
+import sys
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+before, sys.stdin = sys.stdin, Terminal("{reply}\\n")
+try:
+    answer = run("push", "shapes", "{name}")
+finally:
+    sys.stdin = before
+""", OWNER)  # fmt: skip
+    assert status == 0
+    assert (name in hub.repositories) == is_sent
+    assert ("nothing was sent" in out) != is_sent

@@ -1,0 +1,153 @@
+"""A published checkpoint where `m2f_hf` cannot be imported: `trust_remote_code=True` is all it takes."""
+
+import ast
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import Client, ClientError, HubServer, serve, snippets
+from PIL import Image
+from transformers import pipeline
+from transformers.dynamic_module_utils import get_imports
+
+from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_SCENES
+from m2f_hf.hub import HubFolder, code_files, model_card
+
+
+TASKS = ("panoptic", "instance", "semantic")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The bundled checkpoint as one of each task."""
+    root = tmp_path_factory.mktemp("folders")
+    for task in TASKS:
+        shutil.copytree(BUNDLED_MODEL, root / task)
+        file = root / task / "preprocessor_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "task": task}))
+        (root / task / "README.md").unlink()
+    return {task: root / task for task in TASKS}
+
+
+@pytest.fixture(scope="module")
+def hub(folders):
+    with serve({}) as server:
+        for task, folder in folders.items():
+            contents = HubFolder(folder)
+            card = model_card(contents.config, contents.processor, repo_id=f"owner/{task}")
+            server.store(f"owner/{task}", {**contents.files, "README.md": str(card)})
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stranger(hub: HubServer, tmp_path_factory):
+    """A process without the package, in a folder with a picture."""
+    folder = tmp_path_factory.mktemp("stranger")
+    Image.open(BUNDLED_SCENES / "scene-1.png").save(folder / "photo.jpg")
+    client = Client(hub, folder, has_package=False)
+    yield client
+    client.close()
+
+
+def test_the_package_is_out_of_reach(stranger):
+    for code in ("import m2f_hf", "from m2f_hf.cli import main"):
+        with pytest.raises(ClientError) as caught:
+            stranger(code)
+        assert caught.value.kind == "ModuleNotFoundError"
+
+
+def test_nothing_is_run_unasked(stranger):
+    with pytest.raises(ClientError) as caught:
+        stranger('from transformers import pipeline; pipeline("image-segmentation", model="owner/panoptic")')
+    assert caught.value.kind == "ValueError"
+    assert "trust_remote_code=True" in caught.value.message
+
+
+MASKS = """
+answer = []
+for index, segment in enumerate(segments):
+    segment["mask"].save(f"mask-{index}.png")
+    answer.append([segment["label"], segment["score"]])
+"""
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_cards_snippet_gives_the_strangers_the_packages_results(task, hub, stranger, folders):
+    code = snippets(hub.repositories[f"owner/{task}"].files()["README.md"].decode())[2]
+    assert "m2f_hf" not in code
+    found = stranger(code + MASKS)
+    segments = pipeline("image-segmentation", model=str(folders[task]))(str(stranger.folder / "photo.jpg"))
+    assert len(segments) >= 3
+    assert [label for label, _ in found] == [segment["label"] for segment in segments]
+    for index, ((_, score), segment) in enumerate(zip(found, segments, strict=True)):
+        assert score == (None if task == "semantic" else pytest.approx(segment["score"], abs=1e-4))
+        mask = np.asarray(Image.open(stranger.folder / f"mask-{index}.png")) > 0
+        expected = np.asarray(segment["mask"]) > 0
+        if task == "instance":  # the stock pipeline shows of each instance what no better one covers
+            assert not (mask & ~expected).any()
+            assert mask.sum() >= 0.5 * expected.sum()
+        else:
+            assert (mask != expected).mean() < 1e-3
+
+
+def test_auto_classes_find_the_repositorys_code(stranger):
+    names = stranger("""
+from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation, AutoModelForUniversalSegmentation
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the other one asks for torchvision
+answer = {}
+for auto_class in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageSegmentation,
+                   AutoModelForUniversalSegmentation):
+    loaded = auto_class.from_pretrained("owner/panoptic", trust_remote_code=True)
+    answer[auto_class.__name__] = [type(loaded).__name__, type(loaded).__module__.split(".")[0]]
+model = loaded
+""")
+    assert names == {
+        "AutoConfig": ["Mask2FormerConfig", "transformers_modules"],
+        "AutoImageProcessor": ["M2FImageProcessor", "transformers_modules"],
+        "AutoModel": ["Mask2FormerModel", "transformers_modules"],
+        "AutoModelForImageSegmentation": ["Mask2FormerForUniversalSegmentation", "transformers_modules"],
+        "AutoModelForUniversalSegmentation": ["Mask2FormerForUniversalSegmentation", "transformers_modules"],
+    }
+
+
+def test_strangers_can_train_and_save(stranger):
+    """What they save loads again, with the code beside it."""
+    before, after, files = stranger("""
+import os, torch
+from transformers import AutoModelForUniversalSegmentation
+model = AutoModelForUniversalSegmentation.from_pretrained("owner/panoptic", trust_remote_code=True).eval()
+torch.manual_seed(0)
+inputs = {
+    "pixel_values": torch.randn(1, 3, 64, 64),
+    "mask_labels": [torch.ones(1, 64, 64)],
+    "class_labels": [torch.tensor([2])],
+}
+def loss_of(model):
+    torch.manual_seed(0)
+    return model(**inputs).loss
+loss = loss_of(model)
+loss.backward()
+model.save_pretrained("saved")
+again = AutoModelForUniversalSegmentation.from_pretrained("saved", trust_remote_code=True).eval()
+answer = [loss.item(), loss_of(again).item(), sorted(os.listdir("saved"))]
+""")
+    assert np.isfinite(before)
+    assert after == pytest.approx(before)
+    assert {file.name for file in code_files()} >= {name for name in files if name.endswith(".py")} != set()
+
+
+def test_the_code_is_whole_and_no_more():
+    files = {file.stem: file for file in code_files()}
+    assert {"modeling_mask2former", "configuration_mask2former", "image_processing_mask2former"} <= files.keys()
+    assert not {"hub", "cli", "auto", "pipeline", "visualization"} & files.keys()
+    imported = set()
+    for file in files.values():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+        # What `transformers` looks for before it runs a file; more would have to be installed.
+        installed = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
+        assert set(get_imports(file)) <= installed | sys.stdlib_module_names
+    assert imported <= files.keys()
