@@ -33,14 +33,14 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
     overlap; the list is then sorted by score.
     """
 
-    def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+    def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The model's inputs of one image; for our models as lists, which make a batch whatever the images' sizes."""
         inputs = super().preprocess(image, *args, **kwargs)
         if isinstance(self.image_processor, M2FImageProcessor):
             inputs.update({name: list(inputs[name]) for name in PADDED_INPUTS})
         return inputs
 
-    def _forward(self, model_inputs: Any) -> Any:
+    def _forward(self, model_inputs: Any) -> Any:  # type: ignore[override]
         if isinstance(self.image_processor, M2FImageProcessor):
             model_inputs.update({name: _pad_together(model_inputs[name]) for name in PADDED_INPUTS})
         return super()._forward(model_inputs)

@@ -30,6 +30,9 @@ _RELEASED_NAME = re.compile(
 _TEST_SIZES = {"coco": (800, 1333), "ade20k": (640, 2560), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
 _TEST_SIZE_OF_SMALL_ADE20K_SEMANTIC = (512, 2048)  # all backbones but Swin-B and Swin-L
 
+# Beside a `size` of one number, in the versions of transformers that wrote such.
+_DEFAULT_MAX_SIZE = 1333
+
 # OBJECT_MASK_THRESHOLD of the original's configs, where it is not the processor's default.
 _THRESHOLDS = {"mapillary": 0.0}
 
@@ -84,7 +87,7 @@ def translate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     left out, which is the model's to know: a fine-tuned one has others than the folder it came from.
     """
     translated = {name: value for name, value in settings.items() if value is not None}
-    longest_edge = translated.pop("max_size", None)
+    longest_edge = translated.pop("max_size", translated.get("_max_size", _DEFAULT_MAX_SIZE))
     if isinstance(translated.get("size"), int):
         translated["size"] = {"shortest_edge": translated["size"], "longest_edge": longest_edge}
     if "reduce_labels" in translated:
@@ -129,9 +132,9 @@ def add_known_settings(
         assumed.append("that none of its labels is stuff (pass `label_ids_to_fuse=[...]`, the stuff labels, or `[]`)")
     if assumed:
         logger.warning(
-            f"The settings of {name or 'this checkpoint'} are those of transformers' image processor, and its name and "
-            f"labels are of no known data set and task. Assumed: {'; '.join(assumed)}. Saving the processor once with "
-            "`save_pretrained` keeps the answer."
+            f"The settings of {name or 'this checkpoint'} are of transformers' image processor, which has no word for "
+            f"task and stuff, and name and labels do not tell all. Assumed: {'; '.join(assumed)}. `save_pretrained` "
+            "keeps the answer."
         )
     return {**{field: value for field, value in added.items() if value is not None}, **settings}
 

@@ -640,6 +640,8 @@ STOCK = {
             1,
         ),
         ({"ignore_index": None, "size_divisor": 64}, {"shortest_edge": 800, "longest_edge": 1333}, 64, False),
+        ({"size": 512, "_max_size": 2048}, {"shortest_edge": 512, "longest_edge": 2048}, 32, False),
+        ({"size": 512, "_max_size": None}, {"shortest_edge": 512, "longest_edge": 1333}, 32, False),
     ],
 )
 def test_settings_of_transformers_own(tmp_path, warned, picture, changes, size, divisor, reduces):

@@ -465,7 +465,8 @@ def test_labels_of_ones_own_are_asked_about(tmp_path, messages):
 
     Mask2FormerImageProcessor.from_pretrained(folder, label_ids_to_fuse=[])
     assert len(messages) == 1
-    assert "stuff" not in messages[0].replace("label_ids_to_fuse", "")
+    assert "task is panoptic" in messages[0]
+    assert "is stuff" not in messages[0]
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance"])
@@ -512,18 +513,29 @@ def test_a_file_and_a_relative_folder_have_their_folders_name(tmp_path, messages
     )
 
 
-def test_a_checkpoint_of_the_hub_in_the_cache(tmp_path, messages, monkeypatch):
-    """By its id, without a network: both files are found in the cache."""
+def as_cached(cache, repo_id):
+    """The folder in which the Hub's client keeps a repository."""
     commit = "0" * 40
-    repository = tmp_path / "models--facebook--mask2former-swin-large-coco-panoptic"
-    write(repository / "snapshots" / commit, label_set("coco-panoptic").id2label)
-    (repository / "refs").mkdir()
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
-    processor = Mask2FormerImageProcessor.from_pretrained(
-        "facebook/mask2former-swin-large-coco-panoptic", cache_dir=tmp_path, local_files_only=True
-    )
+    return repository / "snapshots" / commit
+
+
+def test_by_id_from_the_cache(swin, tmp_path, messages):
+    """Without a network: all files are found in the cache, and the name is the id."""
+    offline = {"cache_dir": tmp_path, "local_files_only": True}
+    repo_id = "facebook/mask2former-swin-large-coco-panoptic"
+    write(as_cached(tmp_path, repo_id), label_set("coco-panoptic").id2label)
+    processor = Mask2FormerImageProcessor.from_pretrained(repo_id, **offline)
     assert (processor.task, processor.label_ids_to_fuse) == ("panoptic", list(range(80, 133)))
     assert dict(processor.size) == {"shortest_edge": 800, "longest_edge": 1333}
+    assert Mask2FormerConfig.from_pretrained(repo_id, **offline).label_colors == label_set("coco-panoptic").colors
+
+    make_old(shutil.copytree(swin[0], as_cached(tmp_path, "someone/cells-instance")))
+    model = Mask2FormerForUniversalSegmentation.from_pretrained("someone/cells-instance", **offline)
+    torch.testing.assert_close(outputs_of(model.eval()), swin[1], atol=1e-5, rtol=1e-5)
+    assert Mask2FormerImageProcessor.from_pretrained("someone/cells-instance", **offline).task == "instance"
     assert messages == []
 
 
