@@ -22,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from m2f_hf import Mask2FormerForUniversalSegmentation
 from m2f_hf.cli import BUNDLED_SCENES
+from m2f_hf.hub import is_untouched
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
@@ -170,7 +171,9 @@ def test_yaml_of_a_row_reads_back_as_the_row(name, tmp_path):
         assert read_config(path) == RELEASED[name].options()
 
 
-def test_list_shows_all_or_those_asked_for():
+def test_list_shows_all_or_those_asked_for(repository):
+    page = (repository / "docs" / "conversion.md").read_text(encoding="utf-8")
+    assert f"```text\n{listing(['ade20k', 'instance'])}\n```" in page
     lines = listing().splitlines()
     assert len(lines) == 61
     assert lines[-1] == "59 checkpoints"
@@ -200,10 +203,13 @@ def key_lists(shared) -> dict[str, dict[str, list[int]]]:
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_every_key_has_its_place_and_every_place_its_key(key_lists, name):
+def test_every_key_has_its_place_and_every_place_its_key(key_lists, name, repository):
     row, shapes = RELEASED[name], key_lists[name]
     result = account(row, shapes)
     assert result.is_complete, result
+    counts = [len(kind) for kind in (shapes, result.stored, result.checked, (), (), (), result.filled)]
+    told = f"| {name} | {' | '.join(map(str, counts))} | {result.parameters:,} | "
+    assert told in (repository / "docs" / "conversion.md").read_text(encoding="utf-8")
     assert len(result.stored) + len(result.checked) == len(shapes)
     if row.backbone.startswith("swin"):
         blocks = sum(row.options()["MODEL.SWIN.DEPTHS"])
@@ -426,6 +432,7 @@ def test_variant_becomes_a_working_model_with_its_card(small_release, server, tm
     assert {segment["label"] for segment in segments} == {"horse"}
 
     card = ModelCard.load(folder / "README.md")
+    assert is_untouched(card)  # so that pushing it may write the repository's name into it
     assert card.data.license == "cc-by-nc-4.0"
     assert {result.metric_name.split(" ")[0]: result.metric_value for result in card.data.eval_results} == {
         "PQ": 51.9,
