@@ -583,7 +583,7 @@ class M2FImageProcessor(PilBackend):
             return settings, unused
         labels = read_labels(pretrained_model_name_or_path, kwargs)
         name = checkpoint_name(pretrained_model_name_or_path)
-        return add_known_settings(translate_settings(settings), labels, name, given=unused), unused
+        return add_known_settings(translate_settings(settings), labels, name, unused), unused
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

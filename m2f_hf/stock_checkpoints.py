@@ -6,7 +6,7 @@ Their files know neither the task nor which labels are stuff, and those of the r
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def translate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def add_known_settings(
-    settings: Mapping[str, Any], labels: Mapping[int, str], name: str, given: Collection[str] = ()
+    settings: Mapping[str, Any], labels: Mapping[int, str], name: str, arguments: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Translated settings with the task, stuff, threshold and test size that a checkpoint's name and labels tell.
 
@@ -112,14 +112,15 @@ def add_known_settings(
         settings: those of the processor; what they say already stays.
         labels: the model's.
         name: the checkpoint's id or folder.
-        given: names of the settings that the caller passes: nothing is said about these.
+        arguments: the settings that the caller passes; what these say is not warned of.
     """
+    given = {**settings, **(arguments or {})}
     candidates, known = matching_label_sets(labels, name), find_label_set(labels, name)
     tasks = {candidate.task for candidate in candidates}
-    task = settings.get("task") or task_in_name(name) or (known.task if known is not None else "panoptic")
+    task = given.get("task") or task_in_name(name) or (known.task if known is not None else "panoptic")
     added: dict[str, Any] = {"task": task}
     assumed = []
-    if task_in_name(name) is None and len(tasks) != 1 and "task" not in {*settings, *given}:
+    if task_in_name(name) is None and len(tasks) != 1 and "task" not in given:
         assumed.append(f'that its task is {task} (pass `task="semantic"`, for example, where it is another)')
     if known is not None:
         added["ignore_index"] = known.ignore_value
@@ -128,7 +129,7 @@ def add_known_settings(
         is_stretched = "height" in (settings.get("size") or {})
         if is_stretched and _RELEASED_NAME.fullmatch(own_name(name)):
             settings = {**settings, "size": _test_size(name, known.dataset, task)}
-    elif task == "panoptic" and "label_ids_to_fuse" not in {*settings, *given}:
+    elif task == "panoptic" and "label_ids_to_fuse" not in given:
         assumed.append("that none of its labels is stuff (pass `label_ids_to_fuse=[...]`, the stuff labels, or `[]`)")
     if assumed:
         logger.warning(

@@ -463,6 +463,9 @@ def test_labels_of_ones_own_are_asked_about(tmp_path, messages):
     assert Mask2FormerImageProcessor.from_pretrained(tmp_path / "answered").label_ids_to_fuse == [2]
     assert messages == []
 
+    assert Mask2FormerImageProcessor.from_pretrained(folder, task="semantic").task == "semantic"
+    assert messages == []  # which has no use for stuff
+
     Mask2FormerImageProcessor.from_pretrained(folder, label_ids_to_fuse=[])
     assert len(messages) == 1
     assert "task is panoptic" in messages[0]
