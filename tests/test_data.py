@@ -942,3 +942,53 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ImportError, match=r"m2f_hf\[coco\]"):
         decode_segmentation(SQUARE, HEIGHT, WIDTH)
+
+
+def test_an_image_that_was_cut_off_is_found(tmp_path):
+    for name in ("a.jpg", "b.png"):
+        write_image(tmp_path / "images" / name, size=(64, 64))
+        write_map(tmp_path / "masks" / f"{Path(name).stem}.png", np.zeros((64, 64), dtype=np.uint8))
+        data = (tmp_path / "images" / name).read_bytes()
+        (tmp_path / "images" / name).write_bytes(data[: len(data) * 2 // 3])
+    text = problems_of(tmp_path, held_out=0)
+    assert "a.jpg" in text and "b.png" in text and "cannot be read" in text
+
+
+def test_missing_and_damaged_files_are_told_together(tmp_path):
+    write_coco(tmp_path / "labels.json", tmp_path)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "b.png").write_bytes(b"no image")
+    text = problems_of(tmp_path, held_out=0)
+    assert text.count("a.png") == 1 and "are missing" in text and "b.png: cannot identify" in text
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "message"),
+    [
+        ("images", "id", "`id` is not in `images` at 0"),
+        ("images", "file_name", "images without `file_name`: id 1"),
+        ("annotations", "image_id", "`image_id` is not in `annotations` at 0"),
+        ("categories", "name", "`name` is not in `categories` at 0"),
+    ],
+)
+def test_entries_without_a_needed_key_are_named(tmp_path, part, key, message):
+    content = write_coco(tmp_path / "labels.json", tmp_path)
+    del content[part][0][key]
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path)
+
+
+def test_classes_that_share_a_name_or_id_are_refused(tmp_path):
+    content = write_coco(tmp_path / "labels.json", tmp_path)
+    content["categories"].append({"id": 9, "name": "apple"})
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="same name: apple"):
+        open_dataset(tmp_path)
+
+
+def test_label_maps_in_jpeg_are_refused(tmp_path):
+    write_image(tmp_path / "images" / "a.jpg")
+    write_map(tmp_path / "masks" / "a.jpg", label_map(0, [0, 1]))
+    with pytest.raises(ValueError, match="store them as PNG"):
+        open_dataset(tmp_path)

@@ -67,6 +67,17 @@ def read_map(file: ImageFile, name: str) -> np.ndarray:
     return values
 
 
+def check_pixels(file: ImageFile, name: str) -> None:
+    """Decode an image, JPEG at an eighth of its size, which finds files that were cut off.
+
+    Raises:
+        FileProblem: it cannot be decoded.
+    """
+    with _open_image(file, name) as image:
+        image.draft("RGB", (image.width // 8, image.height // 8))
+        image.load()
+
+
 @contextmanager
 def _open_image(file: ImageFile, name: str, what: str = "Images") -> Iterator[Image.Image]:
     try:
@@ -128,6 +139,17 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         """
         file, item = self._open(index)
         return self.complete(item, *read_size(file, item["file_name"]))
+
+    def check(self, index: int) -> dict[str, Any]:
+        """What `annotation` gives, after decoding the image too.
+
+        Raises:
+            FileProblem: a file is missing or damaged, or the annotation is for another size.
+        """
+        file, item = self._open(index)
+        item = self.complete(item, *read_size(file, item["file_name"]))
+        check_pixels(file, item["file_name"])
+        return item
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "SegmentationDataset":
         """The items at these indices, in this order."""

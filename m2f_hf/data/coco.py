@@ -39,6 +39,14 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     missing = {"images", "annotations", "categories"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"{path} is not in COCO's form: it lacks {', '.join(sorted(missing))}.")
+    for part, keys in (("images", ("id",)), ("annotations", ("image_id",)), ("categories", ("id", "name"))):
+        for key in keys:
+            without = [index for index, entry in enumerate(content[part]) if key not in entry]
+            if without:
+                raise ValueError(f"{path} is not in COCO's form: `{key}` is not in `{part}` at {named(without)}.")
+    nameless = [image["id"] for image in content["images"] if not ("file_name" in image or "coco_url" in image)]
+    if nameless:
+        raise ValueError(f"{path} is not in COCO's form: images without `file_name`: id {named(nameless)}.")
     return content
 
 

@@ -26,6 +26,7 @@ from .hub_datasets import (
     names_on_hub,
 )
 from .label_maps import (
+    MAP_FOLDERS,
     SPLITS,
     InstanceMapDataset,
     LabelCoding,
@@ -104,7 +105,7 @@ def open_dataset(
         image_folder: where the images of a COCO file lie, if not where they usually do.
         reduce_labels: in label maps 0 is "other", and the first class is 1.
         ignore_index: number of pixels without a class in label maps (default 255).
-        max_opened: number of images per split whose header and label map are opened to check them; None: all. That all
+        max_opened: number of images per split that are opened with their label map to check them; None: all. That all
             files exist, and all of a JSON, is checked in any case.
         streaming: read a Hub data set as a stream, without downloading it first.
         config_name: configuration of a Hub data set.
@@ -135,7 +136,7 @@ def open_dataset(
     for split in splits.values():
         if isinstance(split, SegmentationDataset) and not len(split):
             problems.error("The data set is empty: there is no image with an annotation.", name)
-    problems.raise_errors(name)
+            problems.raise_errors(name)
     train, held, more = _split(splits, held_out, seed)
     if train.task != held.task:
         raise ValueError(f"The training data is for task {train.task!r}, the validation data for {held.task!r}.")
@@ -197,6 +198,9 @@ def _open_folder(folder: Path, arguments: _Arguments) -> _Opened:
             return _open_maps(folder, pairs, arguments)
     if form is None and any(_has_files(folder, ending) for ending in ("*.parquet", "*.arrow", "metadata.*")):
         return _open_table(folder, str(folder), arguments)
+    lossy = next((path for name in MAP_FOLDERS for path in (folder / name).glob("**/*.jp*g")), None)
+    if lossy is not None:
+        raise ValueError(f"Label maps in JPEG have lost their numbers ({lossy}): store them as PNG.")
     names = sorted(path.name for path in folder.iterdir())
     raise ValueError(
         f"{folder} has no {'data set' if form is None else form} in a layout that is known (it has: "
@@ -302,9 +306,9 @@ def _open_maps(folder: Path, found: dict[str, Pairs], arguments: _Arguments) -> 
     matched = {
         split: match_files(pairs, folder, known.map_ending, arguments.problems) for split, pairs in found.items()
     }
-    arguments.problems.raise_errors(str(folder))
     maps = [folder / path for pairs in matched.values() for _, path in pairs]
     if not maps:
+        arguments.problems.raise_errors(str(folder))
         raise DatasetError(f"{folder} is empty: no image has a label map ({layout}).")
     coding = known_coding(known)
     notes: list[str] = []

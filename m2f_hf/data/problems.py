@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 
 _NUM_NAMED = 10
+IS_MISSING = "are missing"
+"""Part of every kind of problem with a file that is not there."""
 
 
 class DatasetError(ValueError):

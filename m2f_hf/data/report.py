@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from .base import SegmentationDataset
 from .hub_datasets import StreamingDataset
-from .problems import FileProblem, Problems, describe, named
+from .problems import IS_MISSING, FileProblem, Problems, describe, named
 
 
 _NUM_CLASSES_SHOWN = 30
@@ -22,7 +22,7 @@ class SplitReport:
     Attributes:
         name: "train" or "validation".
         num_images: number of images; None for a stream, which does not say.
-        num_opened: of how many of them headers and label maps were read.
+        num_opened: of how many of them images and label maps were opened.
         sizes: (N, 2) int64, height and width in pixels of those.
         counts: (classes,) int64, segments of each class without crowds (instances of things); of all images if
             `counts_all`, else of those that were opened.
@@ -125,7 +125,7 @@ def inspect_split(
     problems: Problems,
     max_opened: int | None = 500,
 ) -> SplitReport:
-    """Open the headers of images and the label maps of a data set, and count.
+    """Open images and label maps of a data set, and count. Files that are known to be missing are not told again.
 
     Args:
         native: the same items for the task that the annotations are made for.
@@ -143,10 +143,11 @@ def inspect_split(
         disable=count < 200,
     ):
         try:
-            item = dataset.annotation(index)
+            item = dataset.check(index)
             _compare_with_map(item if native is dataset else native.annotation(index), native.task, problems)
         except FileProblem as problem:
-            problems.error(problem.kind, problem.where)
+            if not (IS_MISSING in problem.kind and any(IS_MISSING in kind for kind in problems.errors)):
+                problems.error(problem.kind, problem.where)
             continue
         sizes.append((item["height"], item["width"]))
         opened.append(
@@ -221,7 +222,7 @@ def stream_report(dataset: StreamingDataset, name: str) -> SplitReport:
 
 
 def check_dataset(dataset: SegmentationDataset, max_opened: int | None = None) -> None:
-    """Open every image's header and its annotation (or `max_opened` of them), as `open_dataset` does for 500.
+    """Open every image and its annotation (or `max_opened` of them), as `open_dataset` does for 500.
 
     Raises:
         DatasetError: something is wrong; every problem is named, with the files it is in.
