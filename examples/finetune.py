@@ -21,16 +21,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub import HfApi
 from PIL import ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf.cli import Segmenter
 from m2f_hf.data import CATEGORIES, CocoPanopticDataset, ShapesDataset
+from m2f_hf.hub import CARD, Figure, HubFolder, model_card
 from m2f_hf.image_processing_mask2former import Mask2FormerImageProcessor
 from m2f_hf.metrics import PanopticEvaluation, evaluate_model
 from m2f_hf.optimization import get_parameter_groups, get_schedule
 from m2f_hf.point_sampling import SeededPoints
+from m2f_hf.visualization import draw_segments
 
 
 VALIDATION_SEED = 1_000_001
@@ -109,6 +113,11 @@ def open_datasets(args: argparse.Namespace) -> tuple[Any, Any, list[dict[str, An
         return train, ShapesDataset(args.eval_scenes, args.image_size, seed=seed), CATEGORIES
     folder = Path(args.dataset)
     train, validation = CocoPanopticDataset(folder / "train"), CocoPanopticDataset(folder / "validation")
+    if train.categories != validation.categories:
+        raise ValueError(
+            f"The categories of {folder / 'train'} and {folder / 'validation'} differ: give both panoptic.json "
+            "the same list, in the same order."
+        )
     return train, validation, train.categories
 
 
@@ -332,6 +341,62 @@ def train(
     accelerator.wait_for_everyone()
 
 
+# --- to the Hub ---
+
+
+FIGURES = {"pq_all": ("panoptic", "PQ"), "pq_things": ("panoptic", "PQ things"), "pq_stuff": ("panoptic", "PQ stuff")}
+FIGURES |= {"mean_iou": ("semantic", "mIoU")}
+SETTINGS = ("steps", "batch_size", "learning_rate", "backbone_multiplier", "weight_decay", "max_grad_norm", "schedule")
+SETTINGS += ("warmup_steps", "seed")
+
+
+def measured(args: argparse.Namespace) -> tuple[int, list[Figure]]:
+    """The step that was kept, and what the run measured of it; in percent, as the field gives them."""
+    lines = (args.output / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "pq_all" in row]
+    best = max(rows, key=lambda row: row["pq_all"])
+    name = "generated shapes" if args.dataset == "shapes" else Path(args.dataset).resolve().name
+    split = "validation, by which the step was chosen"
+    figures = [Figure(task, name, split, metric, round(100 * best[key], 2)) for key, (task, metric) in FIGURES.items()]
+    return best["step"], figures
+
+
+def describe_run(args: argparse.Namespace, num_processes: int, repo_id: str, picture: Any) -> None:
+    """Put a card and an example picture beside the weights that the run kept."""
+    best = args.output / "best"
+    step, figures = measured(args)
+    segmenter = Segmenter.load(str(best), task=None, threshold=None, device=None, dtype="float32")
+    config = segmenter.model.config
+    segmentation, segments_info = segmenter(picture)
+    scale = max(1, 480 // picture.width)
+    overlay = draw_segments(picture, segmentation, segments_info, colors=config.label_colors, scale=scale)
+    overlay.save(best / "example.jpg", quality=90)
+    start = args.model or f"scratch{', backbone ' + Path(args.backbone).name if args.backbone else ''}"
+    training = {"start": start, "data": figures[0].dataset, "kept step": step, "processes": num_processes}
+    card = model_card(
+        config,
+        segmenter.processor,
+        repo_id=repo_id,
+        base_model=None if args.model is None or Path(args.model).exists() else args.model,
+        license=args.hub_license,
+        figures=figures,
+        training={**training, **{name: getattr(args, name) for name in SETTINGS}},
+        example_image="example.jpg",
+    )
+    card.save(best / CARD)
+
+
+def publish(args: argparse.Namespace, num_processes: int, repo_id: str, picture: Any) -> None:
+    """Send what the run kept, with its card; where that fails, it can be sent later."""
+    describe_run(args, num_processes, repo_id, picture)
+    try:
+        commit = HubFolder(args.output / "best").push(repo_id, private=args.hub_private or None)
+    except Exception:
+        print(f"The model is in {args.output / 'best'}; to publish it: m2f push {args.output / 'best'} {repo_id}")
+        raise
+    print(f"{commit.repo_url} is at {commit.oid[:8]}")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help='"shapes", or a folder with train/ and validation/')
@@ -364,7 +429,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--choose_thresholds", action="store_true", help="choose --model's thresholds, save to --output"
     )
+    parser.add_argument("--push_to_hub", action="store_true", help="publish what the run kept, with a model card")
+    parser.add_argument("--hub_model_id", help="owner/name on the Hub (default: the name of --output, in your account)")
+    parser.add_argument("--hub_private", action="store_true", help="make the repository a private one")
+    parser.add_argument("--hub_license", help='of the weights, as the Hub names it: "apache-2.0", "cc-by-nc-4.0", …')
     args = parser.parse_args(arguments)
+    if args.push_to_hub and (args.eval_only or args.choose_thresholds):
+        parser.error("--push_to_hub is for training; `m2f push` sends a folder")
     if (args.eval_only or args.choose_thresholds) and args.model is None:
         parser.error("--eval_only and --choose_thresholds need --model")
     if args.dataset == "shapes" and args.seed in (VALIDATION_SEED, TEST_SEED):
@@ -379,6 +450,12 @@ def main(arguments: list[str] | None = None) -> None:
     train_data, unseen, categories = open_datasets(args)
     model, processor = build(args, categories)
     args.output.mkdir(parents=True, exist_ok=True)
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:  # what the Hub refuses, it refuses before the training
+        name = args.hub_model_id or args.output.resolve().name
+        api = HfApi()
+        api.whoami()
+        repo_id = api.create_repo(name, private=args.hub_private or None, exist_ok=True).repo_id
     if args.eval_only:
         model = accelerator.prepare(model)
         result = evaluate(model, processor, unseen, categories, args, accelerator)
@@ -389,6 +466,8 @@ def main(arguments: list[str] | None = None) -> None:
         save_model(model, processor, args.output / "best")
     else:
         train(model, processor, (train_data, unseen), categories, args, accelerator)
+        if repo_id is not None:
+            publish(args, accelerator.num_processes, repo_id, unseen[0]["image"])
     accelerator.end_training()
 
 

@@ -152,6 +152,14 @@ def test_fine_tunes_on_a_folder_and_measures_what_it_saved(tmp_path, config, cap
     assert finetune.summarize(measured) == {k: v for k, v in rows[-1].items() if k != "step"}
 
 
+def test_splits_with_other_categories_are_refused(tmp_path, config):
+    for seed, name in enumerate(("train", "validation")):
+        categories = CATEGORIES if seed == 0 else [*CATEGORIES[:-1], {**CATEGORIES[-1], "name": "lawn"}]
+        write_coco_panoptic(ShapesDataset(1, 64, seed=seed), tmp_path / "data" / name, categories)
+    with pytest.raises(ValueError, match="validation differ"):
+        run(tmp_path / "run", "--dataset", tmp_path / "data", "--config", config, "--steps", 1)
+
+
 def test_thresholds_are_chosen_among_those_offered_and_saved(tmp_path, config, capsys):
     run(tmp_path / "run", "--dataset", "shapes", "--config", config, "--batch_size", 1, "--steps", 1)
     arguments = ["--dataset", "shapes", "--model", tmp_path / "run" / "best", "--choose_thresholds"]
@@ -190,6 +198,7 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path, config, caps
     for arguments, message in (
         (["--dataset", "shapes", "--config", config, "--eval_only"], "need --model"),
         (["--dataset", "shapes", "--config", config, "--seed", finetune.TEST_SEED], "take another"),
+        (["--dataset", "shapes", "--model", "x", "--eval_only", "--push_to_hub"], "`m2f push` sends a folder"),
     ):
         with pytest.raises(SystemExit):
             finetune.main(["--output", str(tmp_path / "run"), *map(str, arguments)])

@@ -217,6 +217,7 @@ def client(hub, tmp_path_factory):
     shutil.copytree(BUNDLED_MODEL, folder / "shapes")
     (folder / "shapes" / "README.md").unlink()
     client = Client(hub, folder, has_package=True)
+    client(f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1] / 'examples')!r})")
     client(HELPERS)
     yield client
     client.close()
@@ -502,3 +503,46 @@ finally:
     assert status == 0
     assert (name in hub.repositories) == is_sent
     assert ("nothing was sent" in out) != is_sent
+
+
+# --- training ---
+
+
+def test_a_training_run_publishes_what_it_kept_and_measured(hub, client):
+    """Two steps on generated scenes from the checkpoint: the card has the log's figures and the settings."""
+    rows = client("""
+import finetune
+finetune.main("--dataset shapes --model shapes --output run --image_size 64 --steps 2 --batch_size 1 --num_workers 0 "
+              "--eval_every 1 --eval_scenes 2 --push_to_hub --hub_private --hub_license mit".split())
+answer = [json.loads(line) for line in open("run/training_log.jsonl")]
+""", OWNER)  # fmt: skip
+    repository = hub.repositories["owner/run"]
+    assert repository.private
+    files = repository.files()
+    card = ModelCard(files["README.md"].decode())
+    best = max((row for row in rows if "pq_all" in row), key=lambda row: row["pq_all"])
+    _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    found = {result.metric_name: result.metric_value for result in results}
+    assert found == {
+        "PQ (panoptic)": round(100 * best["pq_all"], 2),
+        "PQ things (panoptic)": round(100 * best["pq_things"], 2),
+        "PQ stuff (panoptic)": round(100 * best["pq_stuff"], 2),
+        "mIoU (semantic)": round(100 * best["mean_iou"], 2),
+    }
+    assert card.data.to_dict()["license"] == "mit"
+    assert f"| kept step | {best['step']} |" in card.text and "| learning_rate | 0.0001 |" in card.text
+    assert "base_model" not in card.data.to_dict()  # a folder is no model on the Hub
+    assert "](example.jpg)" in card.text
+    with Image.open(client.folder / "run" / "best" / "example.jpg") as picture:
+        assert picture.size == (448, 448)
+        assert files["example.jpg"] == (client.folder / "run" / "best" / "example.jpg").read_bytes()
+
+
+def test_a_training_run_that_may_not_publish_does_not_start(client):
+    with pytest.raises(ClientError) as caught:
+        client(
+            "import finetune; finetune.main('--dataset shapes --model shapes --output refused --push_to_hub'.split())",
+            None,
+        )
+    assert caught.value.kind == "LocalTokenNotFoundError"
+    assert not (client.folder / "refused" / "training_log.jsonl").exists()
