@@ -104,7 +104,7 @@ _SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("build_resnet_backbone", "D2SwinTransformer"),
         "Other backbones have other parameters.",
     ),
-    "MODEL.SEM_SEG_HEAD.NAME": (("MaskFormerHead",), "Other heads have no transformer decoder."),
+    "MODEL.SEM_SEG_HEAD.NAME": (("MaskFormerHead",), "Other heads classify pixel by pixel."),
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": (
         ("MSDeformAttnPixelDecoder", "BasePixelDecoder"),
         "That of MaskFormer's first version has another encoder.",
