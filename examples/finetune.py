@@ -356,9 +356,11 @@ def measured(args: argparse.Namespace) -> tuple[int, list[Figure]]:
     rows = [row for row in map(json.loads, lines) if "pq_all" in row]
     best = max(rows, key=lambda row: row["pq_all"])
     name = "generated shapes" if args.dataset == "shapes" else Path(args.dataset).resolve().name
-    split = "validation, by which the step was chosen"
-    figures = [Figure(task, name, split, metric, round(100 * best[key], 2)) for key, (task, metric) in FIGURES.items()]
-    return best["step"], figures
+    source = "the training run, which chose its step by them"
+    return best["step"], [
+        Figure(task, name, "validation", metric, round(100 * best[key], 2), source)
+        for key, (task, metric) in FIGURES.items()
+    ]
 
 
 def describe_run(args: argparse.Namespace, num_processes: int, repo_id: str, picture: Any) -> None:
@@ -371,13 +373,16 @@ def describe_run(args: argparse.Namespace, num_processes: int, repo_id: str, pic
     scale = max(1, 480 // picture.width)
     overlay = draw_segments(picture, segmentation, segments_info, colors=config.label_colors, scale=scale)
     overlay.save(best / "example.jpg", quality=90)
-    start = args.model or f"scratch{', backbone ' + Path(args.backbone).name if args.backbone else ''}"
+    is_local = args.model is not None and Path(args.model).exists()
+    start = Path(args.model).name if is_local else args.model or "scratch"
+    if args.backbone is not None:
+        start += f", backbone {Path(args.backbone).name}"
     training = {"start": start, "data": figures[0].dataset, "kept step": step, "processes": num_processes}
     card = model_card(
         config,
         segmenter.processor,
         repo_id=repo_id,
-        base_model=None if args.model is None or Path(args.model).exists() else args.model,
+        base_model=None if is_local else args.model,
         license=args.hub_license,
         figures=figures,
         training={**training, **{name: getattr(args, name) for name in SETTINGS}},

@@ -243,7 +243,8 @@ def _ours(processor: M2FImageProcessor | None, repo_id: str) -> list[str]:
     return [
         *lines,
         'segments = result["segments_info"]',
-        'picture = draw_segments(image, result["segmentation"], segments, id2label=model.config.id2label)',
+        "names, colors = model.config.id2label, model.config.label_colors",
+        'picture = draw_segments(image, result["segmentation"], segments, names, colors)',
         'picture.save("segments.png")',
     ]
 
