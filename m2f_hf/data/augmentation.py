@@ -391,12 +391,17 @@ def inspect_augmentation(
         masks, classes = place_targets(item, whole)
         samples = [{"image": np.array(item["image"]), "mask_labels": masks, "class_labels": classes}]
         samples += [transform(item, np.random.default_rng((seed, index, k)), size) for k in range(num_samples)]
-        rows.append([_thumbnail(draw_sample(sample, id2label, colors), side) for sample in samples])
+        pictures = [draw_sample(sample, id2label, colors) for sample in samples]
+        rows.append([ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) for picture in pictures])
         counts = ", ".join(str(len(sample["class_labels"])) for sample in samples[1:])
         titles.append(f"{item.get('file_name') or item['image_id']}: {len(masks)} targets; in the samples {counts}")
+    height = max(picture.height for row in rows for picture in row)
+    rows = [[_on_white(picture, (side, height)) for picture in row] for row in rows]
     return contact_sheet(rows, titles, ["as it lies", *(f"sample {k + 1}" for k in range(num_samples))])
 
 
-def _thumbnail(picture: Image.Image, side: int) -> Image.Image:
-    """The picture fitted into a square of `side` pixels, on white."""
-    return ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color="white", centering=(0, 0))
+def _on_white(picture: Image.Image, size: Size) -> Image.Image:
+    """The picture at the top left of a white one of this width and height."""
+    sheet = Image.new("RGB", size, "white")
+    sheet.paste(picture, (0, 0))
+    return sheet
