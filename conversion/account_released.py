@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from convert_detectron2 import is_unused
@@ -59,10 +59,13 @@ class Account(NamedTuple):
 
 def account(row: Released, shapes: Mapping[str, Sequence[int]]) -> Account:
     """Account for a checkpoint with these keys and shapes, against the model that the row's settings describe."""
-    config = row.config()
+    config: Any = row.config()
     missing, parameters = _model(config)
     left = dict(shapes)
-    stored, checked, filled, reshaped = [], [], [], []
+    stored: list[str] = []
+    checked: list[str] = []
+    filled: list[str] = []
+    reshaped: list[str] = []
     for source, targets in mapping_for(config):
         if source not in left and not source.endswith(COUNTER):
             continue  # its targets stay among the missing
