@@ -5,21 +5,29 @@ for every query and head. On the CPU that sum is one `embedding_bag`, in chunks 
 `grid_sample` form says the same, serves every other device, and is what `torch.export` sees.
 """
 
-import re
-
 import torch
 from torch import Tensor, nn
 
-
-# Operators are known to the whole process, and a copy of this file that travels with a checkpoint may be loaded beside
-# the package. Under one name the copy loaded last would compute for all, hence a name for each module.
-_OPERATOR = "m2f_hf::" + re.sub(r"\W", "_", __name__)
 
 # Gathering has a fixed cost for every row: where heads are narrower than this, `grid_sample` is faster, above all back.
 _MIN_GATHER_WIDTH = 16
 
 # Rows of (index, weight) handled at once; at 8 bytes a row this stays inside a core's second-level cache.
 _ROWS_PER_CHUNK = 1 << 17
+
+
+def _free_name(name: str) -> str:
+    """The name of an operator, with a number behind it where there is one of this name.
+
+    Operators are known to the whole process, and a copy of this file that travels with a checkpoint may be loaded
+    beside the package, or one file twice. Registered under one name, the operator loaded last would compute for all,
+    and the earlier ones would read memory that is no longer theirs.
+    """
+    candidate, number = name, 1
+    while hasattr(torch.ops.m2f_hf, candidate):
+        number += 1
+        candidate = f"{name}_{number}"
+    return f"m2f_hf::{candidate}"
 
 
 def multi_scale_deformable_attention(
@@ -180,7 +188,7 @@ def _working_dtype(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
 
 
-@torch.library.custom_op(f"{_OPERATOR}_gather", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(_free_name("gather_deformable_attention"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention(
     value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -206,7 +214,7 @@ def _(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_wei
     return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
 
 
-@torch.library.custom_op(f"{_OPERATOR}_gather_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(_free_name("gather_deformable_attention_backward"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention_backward(
     grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from m2f_hf.multi_scale_deformable_attention import grid_sample_deformable_atten
 
 
 SHAPES = [(7, 5), (1, 4), (3, 1), (1, 1)]
-GATHER = torch.ops.m2f_hf.m2f_hf_multi_scale_deformable_attention_gather
+GATHER = torch.ops.m2f_hf.gather_deformable_attention
 
 
 def make_inputs(width, batch=2, queries=9, heads=2, points=3, shapes=SHAPES, dtype=torch.float32, seed=0):
@@ -275,7 +275,7 @@ def test_the_custom_operators_keep_their_promises():
     torch.library.opcheck(GATHER.default, (value, sizes, locations, weights))
     grad = torch.randn(2, 4, 32)
     arguments = grad, value.detach(), sizes, locations.detach(), weights.detach()
-    torch.library.opcheck(torch.ops.m2f_hf.m2f_hf_multi_scale_deformable_attention_gather_backward.default, arguments)
+    torch.library.opcheck(torch.ops.m2f_hf.gather_deformable_attention_backward.default, arguments)
 
 
 class Attention(torch.nn.Module):
