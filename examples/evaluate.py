@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
-from m2f_hf.data import CATEGORIES, ShapesDataset, decode_segmentation
+from m2f_hf.data import CATEGORIES, ShapesDataset, decode_segmentation, open_dataset
 from m2f_hf.hub import Figure, model_card
 from m2f_hf.metrics import MAIN_FIGURE, MEASURES, Evaluation, Prediction
 from m2f_hf.metrics.evaluation import detections, image_size, to_array, with_masks
@@ -77,13 +77,12 @@ def open_data(args: argparse.Namespace, task: str) -> tuple[Any, list[dict[str, 
     """The items to measure on, and their classes."""
     if args.dataset == "shapes":
         return ShapesDataset(args.limit or 200, seed=UNSEEN_SEED), CATEGORIES
-    from m2f_hf.data import open_dataset
-
+    # A data set without splits is measured whole.
     splits = open_dataset(args.dataset, task=task, held_out=0)
     dataset = getattr(splits, args.split)
     if not hasattr(dataset, "__len__"):
         if args.limit is None:
-            raise SystemExit(f"{args.dataset} is a stream without an end that is known: give --limit")
+            raise ValueError(f"{args.dataset} is a stream, whose length is not known: give --limit")
         dataset = list(itertools.islice(dataset, args.limit))
     return dataset, splits.categories
 
@@ -480,14 +479,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     task = args.task or processor.task
     if args.tta and task != "semantic":
         raise SystemExit(f"--tta is for task semantic, not {task}")
-    dataset, dataset_categories = open_data(args, task)
-    label_of = match_labels(dataset_categories, model.config.id2label)
+    try:
+        dataset, dataset_categories = open_data(args, task)
+        label_of = match_labels(dataset_categories, model.config.id2label)
+        used = StockProcessor(processor) if args.post_processing == "stock" else processor
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
     categories = label_categories(dataset_categories, label_of, model, processor)
     num_images = min(len(dataset), args.limit or len(dataset))
     if num_images == 0:
         raise SystemExit(f"{args.dataset} has no images in its {args.split} part")
 
-    used = StockProcessor(processor) if args.post_processing == "stock" else processor
     evaluation = Evaluation(task, used, categories)
     positions = range(accelerator.process_index, num_images, accelerator.num_processes)
     share = Items(dataset, positions, label_of)
