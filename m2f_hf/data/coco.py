@@ -1,6 +1,7 @@
 """COCO's annotation files, read where they lie: instances (polygons, run lengths, crowds) and panoptic maps."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -237,30 +238,31 @@ def _polygons(
     if not segmentation:
         problems.warn("Annotations have no mask (a box alone does not do) and are left out.", where)
         return None
-    if np.ndim(segmentation[0]) == 0:  # one polygon that is not in a list
+    if not isinstance(segmentation[0], (list, tuple)):  # one polygon that is not in a list
         segmentation = [segmentation]
-    polygons = [np.asarray(polygon, dtype=np.float64).ravel() for polygon in segmentation]
+    # Plain lists, as a file has hundreds of thousands of polygons with a few corners each.
+    polygons = [np.ravel(part).tolist() if part and isinstance(part[0], list) else part for part in segmentation]
     drawable = [polygon for polygon in polygons if is_polygon(polygon)]
     if len(drawable) < len(polygons):
         problems.warn("Polygons with fewer than three corners, or an odd number of coordinates, are left out.", where)
     if not drawable:
         return None
-    corners = np.concatenate([polygon.reshape(-1, 2) for polygon in drawable])
-    if not np.isfinite(corners).all():
+    if not all(math.isfinite(sum(polygon)) for polygon in drawable):
         problems.error("Polygons have corners that are not numbers: draw them anew.", where)
         return None
     if size is not None:
-        low, high = corners.min(axis=0), corners.max(axis=0)
         height, width = size
-        if (high <= 0).any() or low[0] >= width or low[1] >= height:
+        xs, ys = ([part(polygon[axis::2]) for polygon in drawable for part in (min, max)] for axis in (0, 1))
+        left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+        if right <= 0 or bottom <= 0 or left >= width or top >= height:
             problems.error(
                 "Polygons lie outside their image: were they drawn at another size of it?",
-                f"{where}: x {low[0]:g} to {high[0]:g}, y {low[1]:g} to {high[1]:g} in {width}x{height} pixels",
+                f"{where}: x {left:g} to {right:g}, y {top:g} to {bottom:g} in {width}x{height} pixels",
             )
             return None
-        if (low < -_OUTSIDE_TOLERANCE).any() or (high > np.array([width, height]) + _OUTSIDE_TOLERANCE).any():
+        if min(left, top) < -_OUTSIDE_TOLERANCE or max(right - width, bottom - height) > _OUTSIDE_TOLERANCE:
             problems.warn("Polygons reach beyond their image; what is outside is cut off.", where)
-    return [polygon.tolist() for polygon in drawable]
+    return drawable
 
 
 class CocoPanopticDataset(_CocoDataset):

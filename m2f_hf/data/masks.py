@@ -97,7 +97,7 @@ def _draw_polygons(polygons: Sequence[Any], height: int, width: int) -> np.ndarr
 
 def is_polygon(polygon: Any) -> bool:
     """Whether a part of a `segmentation` has three corners or more, as many x as y."""
-    size = np.size(polygon)
+    size = len(polygon) if len(polygon) and np.isscalar(polygon[0]) else np.size(polygon)
     return size >= 6 and size % 2 == 0
 
 
