@@ -54,6 +54,8 @@ OUTPUT_SUFFIXES = (".overlay.png", ".segments.png", ".json")
 INFO_KEYS = ("id", "label_id", "label", "isthing", "score", "area", "bbox", "segmentation")
 # `huggingface_hub` passes on the errors of httpx, or of httpx2 in later versions; its own are derived from them.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+# Of large files, the client reports whatever is wrong as a RuntimeError.
+UPLOAD_ERRORS: tuple[type[Exception], ...] = (RuntimeError, *NETWORK_ERRORS)
 # The scenes are small, and their labels are to be read.
 _DEMO_SCALE = 3
 
@@ -558,7 +560,7 @@ def _publishing(repo_id: str) -> Iterator[None]:
         raise CommandError(f"the Hub refuses ({_first_line(error)}); {again}") from error
     except ValueError as error:
         raise CommandError(_first_line(error)) from error
-    except (RuntimeError, *NETWORK_ERRORS) as error:  # of large files, whatever is wrong is a RuntimeError
+    except UPLOAD_ERRORS as error:
         raise CommandError(f"the upload broke off ({_first_line(error.__cause__ or error)}); {again}") from error
 
 
