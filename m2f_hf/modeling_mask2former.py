@@ -29,6 +29,7 @@ PADDING_DIVISOR = 32  # an image's own padding; what a batch adds beyond it is h
 _DEPENDS_ON_FIELD = {
     "num_labels": ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight"),
     "num_queries": ("transformer_module.queries_features.weight", "transformer_module.queries_embedder.weight"),
+    "no_object_weight": ("criterion.empty_weight",),
 }
 _DOWNLOAD_ARGUMENTS = (
     "cache_dir",
@@ -986,30 +987,37 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
         With `num_labels`, `id2label`, `num_queries` or a `config` that differ from the checkpoint's in the number of
         labels or queries, the class head (and the weights of its loss) or the queries get this model's first weights.
         `transformers` reports them by name, and `output_loading_info` has them as "mismatched_keys". Everything else
-        is the checkpoint's. Other names for as many labels replace nothing.
+        is the checkpoint's. Other names for as many labels replace nothing, and another `no_object_weight` reaches the
+        loss.
 
         Raises:
             RuntimeError: anything else has another shape than the checkpoint's.
         """
         replaced = cls._replaced_parameters(pretrained_model_name_or_path, kwargs)
-        if not replaced or kwargs.get("ignore_mismatched_sizes"):
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        replaces_more = bool(kwargs.pop("ignore_mismatched_sizes", False))
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            ignore_mismatched_sizes=replaces_more or bool(replaced),
+            output_loading_info=True,
+            **kwargs,
+        )
         model, info = loaded
         others = sorted(entry[0] for entry in info["mismatched_keys"] if not entry[0].endswith(replaced))
-        if others:
+        if others and not replaces_more:
             raise RuntimeError(
                 f"{len(others)} parameters have other shapes in {pretrained_model_name_or_path}, beside those that "
                 f"another number of labels or queries replaces: {others[:5]}. Give them the checkpoint's sizes, or "
                 "replace them too with `ignore_mismatched_sizes=True`."
             )
+        if "criterion.empty_weight" in replaced and hasattr(model, "criterion"):
+            model.criterion.empty_weight[-1] = model.config.no_object_weight
         return (model, info) if wants_info else model
 
     @classmethod
     def _replaced_parameters(cls, name: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
-        """Ends of the names of the parameters whose size the caller changes from the checkpoint's."""
+        """Ends of the names of what cannot stay as it is in the checkpoint, by the fields that the caller changes."""
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig):
             wanted = {field: getattr(config, field) for field in _DEPENDS_ON_FIELD}

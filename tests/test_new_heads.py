@@ -190,6 +190,16 @@ def test_the_checkpoint_s_own_numbers_replace_nothing(folder, original):
     assert model.config.id2label == NAMES
 
 
+def test_another_weight_of_no_object_reaches_the_loss(folder, original):
+    model, replaced, messages = load(folder, no_object_weight=0.5)
+    assert replaced == set() and messages == []
+    assert model.criterion.empty_weight.tolist() == pytest.approx([1, 1, 1, 0.5])
+    assert_kept_but(model, original, {"criterion.empty_weight"})
+    config = Mask2FormerConfig.from_pretrained(folder, no_object_weight=0.25)
+    assert load(folder, config=config)[0].criterion.empty_weight.tolist() == [1, 1, 1, 0.25]
+    assert load(folder, no_object_weight=0.5, num_labels=1)[0].criterion.empty_weight.tolist() == [1, 0.5]
+
+
 def test_without_loading_info_just_the_model(folder):
     assert isinstance(
         Mask2FormerForUniversalSegmentation.from_pretrained(folder, num_labels=5), Mask2FormerForUniversalSegmentation
