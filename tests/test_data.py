@@ -407,6 +407,7 @@ def test_mapillary_instance_maps(tmp_path):
         ("train/{name}.jpg", "train/{name}_mask.png"),
         ("JPEGImages/{name}.jpg", "SegmentationClass/{name}.png"),
         ("images/{name}.jpg", "labels/{name}.jpg.png"),
+        ("images/{name}.jpg", "annotations/trimaps/{name}.png"),
     ],
 )
 def test_images_and_masks_are_paired_in_every_layout(tmp_path, image, mask):
@@ -503,6 +504,7 @@ def test_reduced_labels_and_ignore_index(tmp_path):
         ("names.txt", "0 cat\n1 dog\n"),
         ("labelmap.txt", "cat:1,2,3::\ndog:4,5,6::\n"),
         ("_classes.csv", "Pixel Value, Class\n0, cat\n1, dog\n"),
+        ("class_dict.csv", "name,r,g,b\ncat,1,2,3\ndog,4,5,6\n"),
         ("objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tName\n0\t0.1\t1\t1\tcat\n1\t0.1\t1\t1\tdog\n"),
     ],
 )
@@ -757,9 +759,9 @@ def test_the_report_says_what_is_there(tmp_path):
     write_coco(tmp_path / "labels.json", tmp_path)
     text = str(open_dataset(tmp_path, held_out=0).report)
     assert "COCO instance annotations in" in text and "form='coco-panoptic'" in text
-    assert "2 classes" in text or "classes:   2 (2 things, 0 stuff)" in text
-    assert "train: 3 images, 1 of them without a segment" in text
-    assert "3 segments and 1 crowds" in text and "16..16 x 12..12" in text
+    assert "classes:   2 (2 things, 0 stuff)" in text
+    assert "train images: 3 (1 without a segment)" in text
+    assert "segments: 3; crowds, which are ignored in training: 1" in text and "16..16 x 12..12" in text
 
 
 # --- bad input ---
@@ -898,6 +900,8 @@ def test_sources_that_are_no_data_set_are_refused(tmp_path):
     for options in ({"task": "depth"}, {"form": "voc"}, {"held_out": 1.5}):
         with pytest.raises(ValueError, match=next(iter(options))):
             open_dataset(tmp_path, **options)
+    with pytest.raises(ValueError, match="list is no data set"):
+        open_dataset([1, 2])
     with pytest.raises(ValueError, match="nobody/nothing is no folder here"):
         open_dataset("nobody/nothing")
 
@@ -959,7 +963,7 @@ def test_missing_and_damaged_files_are_told_together(tmp_path):
     (tmp_path / "a.png").unlink()
     (tmp_path / "b.png").write_bytes(b"no image")
     text = problems_of(tmp_path, held_out=0)
-    assert text.count("a.png") == 1 and "are missing" in text and "b.png: cannot identify" in text
+    assert text.count("a.png") == 1 and "are missing" in text and text.count("b.png: cannot identify") == 1
 
 
 @pytest.mark.parametrize(
@@ -992,3 +996,11 @@ def test_label_maps_in_jpeg_are_refused(tmp_path):
     write_map(tmp_path / "masks" / "a.jpg", label_map(0, [0, 1]))
     with pytest.raises(ValueError, match="store them as PNG"):
         open_dataset(tmp_path)
+
+
+def test_maps_in_other_folders_are_paired_only_where_that_is_unambiguous(tmp_path):
+    for folder in ("x", "y"):
+        write_image(tmp_path / "images" / folder / "1.jpg")
+    write_map(tmp_path / "masks" / "z" / "1.png", label_map(0, [0, 1]))
+    text = problems_of(tmp_path)
+    assert "x/1.jpg" in text and "y/1.jpg" in text and "z/1.png" in text

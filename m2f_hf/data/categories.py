@@ -16,7 +16,7 @@ NAME_FILES = (
     *("labels.json", "id2label.json", "label2id.json", "classes.json", "categories.json", "class_names.json"),
     *("config.json", "config_v1.2.json", "config_v2.0.json"),
     *("classes.txt", "labels.txt", "names.txt", "class_names.txt", "label_names.txt", "labelmap.txt"),
-    *("objectInfo150.txt", "_classes.csv", "classes.csv", "labels.csv"),
+    *("objectInfo150.txt", "_classes.csv", "classes.csv", "class_dict.csv", "labels.csv"),
 )
 """Files that class names are looked for in, the first that is there."""
 
@@ -188,16 +188,21 @@ def _entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def _entries_of_csv(text: str, path: Path) -> list[dict[str, Any]]:
-    """Rows with the class's value and its name, in columns that say so ("Pixel Value", "Class")."""
+    """Rows with the class's name and its number or colour, in columns that say so ("Pixel Value", "Class"; r, g, b)."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
     header = [cell.lower() for cell in rows[0]] if rows else []
     name = next((i for i, cell in enumerate(header) if cell in ("class", "name", "label", "class_name")), None)
     number = next((i for i, cell in enumerate(header) if cell in ("pixel value", "id", "value", "index")), None)
     if name is None:
         raise ValueError(f"{path}: expected a column `name` or `Class` and one `id` or `Pixel Value`, got {header}.")
+    channels = [header.index(channel) for channel in "rgb" if channel in header]
     try:
         return [
-            {"id": index if number is None else int(row[number]), "name": row[name]}
+            {
+                "id": index if number is None else int(row[number]),
+                "name": row[name],
+                **({"color": [int(row[channel]) for channel in channels]} if len(channels) == 3 else {}),
+            }
             for index, row in enumerate(rows[1:])
         ]
     except (ValueError, IndexError) as error:

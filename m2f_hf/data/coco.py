@@ -132,7 +132,8 @@ def _unique_images(content: Mapping[str, Any], path: Path, problems: Problems) -
 
 
 def _name(image: Mapping[str, Any]) -> str:
-    return image.get("file_name") or image["coco_url"].rpartition("/")[2]
+    name = image.get("file_name") or image["coco_url"].rpartition("/")[2]
+    return name.replace("\\", "/")  # some tools on Windows write their own separators
 
 
 def _check_exists(folder: Path, names: Sequence[str], what: str, fix: str, problems: Problems) -> None:

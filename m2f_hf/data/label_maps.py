@@ -4,6 +4,7 @@ ADE20K, Cityscapes, Mapillary Vistas, PASCAL VOC, and any folder of images with 
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,7 +183,7 @@ def decode_labels(values: np.ndarray, coding: LabelCoding, table: np.ndarray, na
         raise FileProblem("Label maps are coloured where class numbers are expected.", name)
     else:
         numbers = values[..., 0] if values.ndim == 3 else values
-    inside = numbers < len(table)
+    inside = (numbers >= 0) & (numbers < len(table))
     labels = np.where(inside, table[np.where(inside, numbers, 0)], -1).astype(np.int32)
     if labels.min(initial=0) < 0:
         unknown = np.unique(numbers[labels < 0])
@@ -399,12 +400,12 @@ def match_files(pairs: Pairs, root: Path, map_ending: str, problems: Problems) -
             problems.error(f"Images listed in {pairs.list_file} are missing in {pairs.images}.", name)
         images, maps = ([path for path in paths if path.stem in listed] for paths in (images, maps))
     image_of, map_of = _by_name(images, pairs.images, problems), _by_name(maps, pairs.maps, problems)
-    # Names that differ are tried once more without what tools add to them.
-    rest_of_images = {_ADDED.sub("", name): name for name in image_of.keys() - map_of.keys()}
-    for name in sorted(map_of.keys() - image_of.keys()):
-        image = rest_of_images.get(_ADDED.sub("", name))
-        if image is not None and image not in map_of:
-            map_of[image] = map_of.pop(name)
+    # Names that differ are tried once more without what tools add to them, and without the folders they are in.
+    for simplify in (lambda name: _ADDED.sub("", name), lambda name: _ADDED.sub("", Path(name).name)):
+        rest_of_images = _unique(simplify, image_of.keys() - map_of.keys())
+        rest_of_maps = _unique(simplify, map_of.keys() - image_of.keys())
+        for name in rest_of_images.keys() & rest_of_maps.keys():
+            map_of[rest_of_images[name]] = map_of.pop(rest_of_maps[name])
     for name in sorted(image_of.keys() - map_of.keys()):
         problems.error(
             f"Images have no label map of their name in {pairs.maps}: add it, or remove the image.", str(image_of[name])
@@ -417,6 +418,12 @@ def match_files(pairs: Pairs, root: Path, map_ending: str, problems: Problems) -
         (image_of[name].relative_to(root).as_posix(), map_of[name].relative_to(root).as_posix())
         for name in sorted(image_of.keys() & map_of.keys())
     ]
+
+
+def _unique(simplify: Callable[[str], str], names: Collection[str]) -> dict[str, str]:
+    """Names by what they simplify to, where no other one does to the same."""
+    counts = Counter(simplify(name) for name in names)
+    return {simplify(name): name for name in names if counts[simplify(name)] == 1}
 
 
 def _by_name(paths: Sequence[Path], folder: Path, problems: Problems) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from .label_maps import (
     used_numbers,
 )
 from .problems import DatasetError, FileProblem, Problems, named
-from .report import DatasetReport, inspect_split, stream_report, warn_of_empty_classes
+from .report import DatasetReport, SplitReport, inspect_split, stream_report, warn_of_empty_classes
 
 
 FORMS = ("coco-panoptic", "coco-instance", "label-maps", "table")
@@ -145,16 +146,21 @@ def open_dataset(
     train, held = (split.with_task(task or split.task) for split in native)
     if len(train.categories) < len(native[0].categories):
         more.append(f"{len(native[0].categories) - len(train.categories)} stuff classes have no instances: left out")
-    reports = [
-        inspect_split(split, own, split_name, problems, max_opened)
-        if isinstance(split, SegmentationDataset)
-        else stream_report(split, split_name)
-        for split_name, split, own in zip(("train", "validation"), (train, held), native, strict=True)
-    ]
+    reports = [_report_on(train, native[0], "train", problems, max_opened)]
+    if native[1] is native[0]:
+        reports.append(replace(reports[0], name="validation"))
+    else:
+        reports.append(_report_on(held, native[1], "validation", problems, max_opened))
     problems.raise_errors(name)
     warn_of_empty_classes(train.categories, reports, problems)
     report = DatasetReport(name, opened.form, train.task, train.categories, reports, notes + more, problems)
     return DataSplits(train, held, train.categories, train.task, report)
+
+
+def _report_on(split: Any, native: Any, name: str, problems: Problems, max_opened: int | None) -> SplitReport:
+    if isinstance(split, StreamingDataset):
+        return stream_report(split, name)
+    return inspect_split(split, native, name, problems, max_opened)
 
 
 class _Arguments(NamedTuple):
@@ -319,8 +325,11 @@ def _open_maps(folder: Path, found: dict[str, Pairs], arguments: _Arguments) -> 
     elif coding is None:
         file = find_name_file([folder, *(p for pairs in found.values() for p in (pairs.maps, pairs.images.parent))])
         if file is not None:
-            entries, _ = read_labels(file)
-            notes.append(f"class names from {file}")
+            listed, _ = read_labels(file)
+            # ADE20K's own list has other spellings than its checkpoints.
+            if label_set_used is None or known.dataset != "ade20k" or len(listed) != len(label_set_used.labels):
+                entries = listed
+                notes.append(f"class names from {file}")
     if coding is None:
         coding = choose_coding(
             entries,
@@ -406,6 +415,12 @@ def _open_table(source: Any, name: str, arguments: _Arguments) -> _Opened:
 
 def _load_rows(source: Any, arguments: _Arguments) -> Any:
     if not isinstance(source, (str, os.PathLike)):
+        parts = source.values() if isinstance(source, Mapping) else [source]
+        if not parts or not all(hasattr(part, "select_columns") for part in parts):
+            raise ValueError(
+                f"{type(source).__name__} is no data set: give a folder, a file, a name on the Hub, or a Dataset of "
+                "the datasets library (or a dict of them)."
+            )
         return source
     try:
         import datasets

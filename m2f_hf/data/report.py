@@ -83,8 +83,8 @@ class DatasetReport:
 
 
 def _split_lines(split: SplitReport) -> list[str]:
-    total = "a stream of images" if split.num_images is None else f"{split.num_images} images"
-    lines = [f"{split.name}: {total}" + (f", {split.num_empty} of them without a segment" if split.num_empty else "")]
+    total = "a stream" if split.num_images is None else split.num_images
+    lines = [f"{split.name} images: {total}" + (f" ({split.num_empty} without a segment)" if split.num_empty else "")]
     if split.num_opened:
         height, width = split.sizes.T
         middle = np.argsort(height * width)[len(height) // 2]
@@ -95,10 +95,10 @@ def _split_lines(split: SplitReport) -> list[str]:
     if split.num_images is None:
         return lines
     scope = "" if split.counts_all else f" in the {split.num_opened} images opened"
-    crowds = f" and {split.num_crowds} crowds, which are ignored in training" if split.num_crowds else ""
-    lines.append(f"  {int(split.counts.sum())} segments{scope}{crowds}")
+    crowds = f"; crowds, which are ignored in training: {split.num_crowds}" if split.num_crowds else ""
+    lines.append(f"  segments{scope}: {int(split.counts.sum())}{crowds}")
     if split.num_opened < split.num_images:
-        lines.append(f"  {split.num_opened} images and their annotations opened to check them (max_opened=None: all)")
+        lines.append(f"  images and annotations opened to check them: {split.num_opened} (max_opened=None: all)")
     return lines
 
 
