@@ -1004,3 +1004,35 @@ def test_maps_in_other_folders_are_paired_only_where_that_is_unambiguous(tmp_pat
     write_map(tmp_path / "masks" / "z" / "1.png", label_map(0, [0, 1]))
     text = problems_of(tmp_path)
     assert "x/1.jpg" in text and "y/1.jpg" in text and "z/1.png" in text
+
+
+class PrivateMemory(torch.utils.data.Dataset):
+    """Reads a value, and gives the memory in MB that the process has for itself by the first and the last one."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        sum(self.values[index]["polygon"])
+        if index not in (0, len(self) - 1):
+            return 0.0
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
+def test_workers_share_annotations_instead_of_copying_them():
+    plain = [{"polygon": [index + step / 7 for step in range(2000)]} for index in range(500)]  # some 30 MB
+
+    def growth(values) -> float:
+        loader = torch.utils.data.DataLoader(
+            PrivateMemory(values), batch_size=None, num_workers=1, multiprocessing_context="fork"
+        )
+        memory = list(loader)
+        return memory[-1] - memory[0]
+
+    assert growth(plain) > 20
+    assert growth(PackedList(plain)) < 5
