@@ -129,6 +129,7 @@ def test_run_lengths_decode_as_pycocotools_does():
             assert np.array_equal(decode_segmentation(form, height, width), mask.astype(bool))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools beside NumPy 2
 def test_polygons_are_drawn_as_pycocotools_draws_them():
     coco = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(1)
@@ -611,6 +612,27 @@ def test_a_table_with_objects(form):
     item = found.train[1]
     assert item["image_id"] == 42
     assert np.array_equal(segment_masks(item)[0], mask) and item["segments_info"][0]["category_id"] == 1
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_a_table_with_class_and_instance_in_one_map(has_names):
+    datasets = pytest.importorskip("datasets")
+    colors = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    colors[:4], colors[4:8], colors[8:10] = (2, 1, 0), (2, 2, 0), (1, 1, 0)
+    rows = {"image": [picture(0)], "annotation": [Image.fromarray(colors)]}
+    if has_names:
+        rows["semantic_class_to_id"] = [{"background": 0, "person": 1, "car": 2}]
+    table = datasets.Dataset.from_dict(rows)
+    if not has_names:
+        with pytest.raises(ValueError, match="does not name its classes"):
+            open_dataset(table, task="instance")
+    labels = None if has_names else {1: "person", 2: "car"}
+    found = open_dataset(table, task="instance", labels=labels, held_out=0)
+    item = found.train[0]
+    assert [(c["name"], c["isthing"]) for c in found.categories] == [("person", True), ("car", True)]
+    assert [segment["category_id"] for segment in item["segments_info"]] == [0, 1, 1]
+    assert segment_masks(item).sum(axis=(1, 2)).tolist() == [2 * WIDTH, 4 * WIDTH, 4 * WIDTH]
+    assert segment_masks(item)[1][:4].all()
 
 
 def test_a_stream_gives_every_row_once_also_to_workers():

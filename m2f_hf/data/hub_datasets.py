@@ -29,19 +29,24 @@ CROWD_KEYS = ("iscrowd", "is_crowd")
 
 
 class Columns(NamedTuple):
-    """Which columns hold what; `segments` is a panoptic map's list of segments, `objects` instances with masks."""
+    """Which columns hold what.
+
+    `segments` is a panoptic map's list of segments, `objects` are instances with masks, `instances` is a map with the
+    class in red and the number of the instance, from 1, in green (as `transformers`' instance example has it).
+    """
 
     image: str
     label: str | None
     segments: str | None
     objects: str | None
+    instances: str | None = None
 
     @property
     def task(self) -> str:
         """What the columns can be used for."""
         if self.segments is not None:
             return "panoptic"
-        return "instance" if self.objects is not None else "semantic"
+        return "semantic" if self.objects is None and self.instances is None else "instance"
 
 
 def find_columns(row: Mapping[str, Any], name: str, task: str | None = None) -> Columns:
@@ -72,6 +77,8 @@ def find_columns(row: Mapping[str, Any], name: str, task: str | None = None) -> 
             "(`label`, an image), with or without `segments_info`, or `objects` with `segmentation` and `category`. "
             "Rename its columns (rename_column)."
         )
+    if task in ("instance", "panoptic") and label is not None and segments is None and read_cell(row[label]).ndim == 3:
+        return Columns(image, None, None, None, instances=label)
     return Columns(image, label, segments if label is not None else None, objects)
 
 
@@ -180,6 +187,8 @@ class TableDataset(SegmentationDataset):
     ) -> None:
         self.rows, self.columns, self.categories, self.coding, self.name = rows, columns, categories, coding, name
         self.task = columns.task
+        if self.task == "instance":
+            self.categories = [{**category, "isthing": category["isthing"] is not False} for category in categories]
         self._positions = np.arange(len(rows))
         self._table = coding.table() if coding else None
         self._contiguous_id: dict[Any, int] = {category["dataset_id"]: category["id"] for category in categories}
@@ -201,8 +210,15 @@ class TableDataset(SegmentationDataset):
         if self.columns.objects is not None:
             objects = _as_dicts(row[self.columns.objects])
             return file, {**item, "segments_info": [self._object(entry, k, where) for k, entry in enumerate(objects)]}
-        label = row[self.columns.label] if self.columns.label else None
-        values = np.asarray(label) if isinstance(label, (list, np.ndarray)) else read_map(as_file(label), where)
+        values = read_cell(row[self.columns.label or self.columns.instances or ""], where)
+        if self.columns.instances is not None:
+            numbers = values[..., 0].astype(np.int32) * 256 + values[..., 1]
+            segments = [
+                {"id": number, "category_id": self._category({"category_id": number // 256}, where), "iscrowd": 0}
+                for number in np.unique(numbers).tolist()
+                if number % 256
+            ]
+            return file, {**item, "segmentation_map": numbers, "segments_info": segments}
         if self.coding is not None:
             assert self._table is not None
             labels = decode_labels(values, self.coding, self._table, where)
@@ -235,6 +251,11 @@ class TableDataset(SegmentationDataset):
             "iscrowd": _crowd(entry),
             "segmentation": _as_segmentation(entry[key], f"{where}: object {index}"),
         }
+
+
+def read_cell(value: Any, name: str = "label map") -> np.ndarray:
+    """A label map in a table's cell, an image or an array, as `read_map` gives it."""
+    return np.asarray(value) if isinstance(value, (list, np.ndarray)) else read_map(as_file(value), name)
 
 
 def _crowd(entry: Mapping[str, Any]) -> int:
@@ -306,6 +327,14 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
     def with_task(self, task: str) -> "StreamingDataset":
         """The same stream for another task, as `SegmentationDataset.with_task`."""
         reader = self.reader.with_task(task)
+        assert isinstance(reader, TableDataset)
+        return StreamingDataset(self.rows, reader)
+
+    def with_categories(
+        self, categories: Sequence[Mapping[str, Any]], category_map: Mapping[int, int]
+    ) -> "StreamingDataset":
+        """The same stream with another class list, as `SegmentationDataset.with_categories`."""
+        reader = self.reader.with_categories(categories, category_map)
         assert isinstance(reader, TableDataset)
         return StreamingDataset(self.rows, reader)
 

@@ -20,11 +20,11 @@ from .hub_datasets import (
     Columns,
     StreamingDataset,
     TableDataset,
-    as_file,
     category_ids,
     class_names,
     find_columns,
     names_on_hub,
+    read_cell,
 )
 from .label_maps import (
     MAP_FOLDERS,
@@ -463,6 +463,8 @@ def _table_classes(
     names = class_names(first.features, columns)
     if arguments.labels is not None:
         entries, known = _named_classes(arguments.labels)
+    elif columns.instances is not None:
+        entries = _classes_in_row(next(iter(first)), name)
     elif names is not None:
         entries = [{"id": index, "name": label} for index, label in enumerate(names)]
     else:
@@ -494,6 +496,14 @@ def _table_classes(
     return make_categories(entries, name), None, notes
 
 
+def _classes_in_row(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The classes that `transformers`' instance example keeps in each row, without 0, the background."""
+    ids = row.get("semantic_class_to_id")
+    if not isinstance(ids, Mapping):
+        raise ValueError(f"{name} does not name its classes: give labels={{number: name, …}}.")
+    return [{"id": number, "name": label, "isthing": True} for label, number in ids.items() if number]
+
+
 def _entries_of_ids(ids: set[Any], known: LabelSet | None) -> tuple[list[dict[str, Any]], list[str]]:
     """Classes of a table that does not name them, from the categories in its rows."""
     if known is not None:
@@ -510,8 +520,7 @@ def _entries_of_ids(ids: set[Any], known: LabelSet | None) -> tuple[list[dict[st
 def _table_maps(tables: Iterable[Any], columns: Columns, count: int | None) -> Iterator[np.ndarray]:
     for table in tables:
         for row in itertools.islice(table.select_columns([columns.label]), count):
-            label = row[columns.label]
-            yield np.asarray(label) if isinstance(label, (list, np.ndarray)) else read_map(as_file(label), "label map")
+            yield read_cell(row[columns.label])
 
 
 def _table_numbers(splits: Mapping[str, Any], columns: Columns, is_known: bool) -> set[int]:
