@@ -806,6 +806,7 @@ def test_every_problem_of_a_coco_file_is_told_at_once(tmp_path):
         {**extra, "id": 53, "segmentation": {"size": [5, 5], "counts": [25]}},
         {**extra, "id": 54, "segmentation": {"size": [HEIGHT, WIDTH], "counts": [25]}},
         {**extra, "id": 55, "segmentation": [[float("nan")] * 6]},
+        {**extra, "id": 56, "segmentation": [["1"] * 6]},
     ]
     content["images"].append({"id": 1, "file_name": "twice.png", "height": HEIGHT, "width": WIDTH})
     (tmp_path / "labels.json").write_text(json.dumps(content))
@@ -818,6 +819,7 @@ def test_every_problem_of_a_coco_file_is_told_at_once(tmp_path):
         "annotation 53: an RLE of size [5, 5]",
         "annotation 54: damaged RLE: its runs cover 25 of 192",
         "annotation 55",
+        "annotation 56",
         "twice.png: id 1",
         "b.png",
     ):
@@ -933,6 +935,13 @@ def test_empty_data_sets_are_refused(tmp_path):
     content["annotations"] = []
     (tmp_path / "labels.json").write_text(json.dumps(content))
     assert "empty" in problems_of(tmp_path)
+    content = write_coco(tmp_path / "labels.json", tmp_path)
+    (tmp_path / "labels.json").write_text(json.dumps({**content, "annotations": []}))
+    assert "no image has a segment" in problems_of(tmp_path)
+    (tmp_path / "labels.json").write_text(json.dumps({**content, "annotations": None}))
+    with pytest.raises(ValueError, match="`annotations` is no list"):
+        open_dataset(tmp_path)
+    (tmp_path / "labels.json").unlink()
     (tmp_path / "maps" / "images").mkdir(parents=True)
     (tmp_path / "maps" / "masks").mkdir()
     with pytest.raises(ValueError, match="images, masks"):

@@ -24,8 +24,8 @@ _PROGRESS_FROM = 5000
 """Images from which on reading takes long enough for a progress bar."""
 
 
-def read_coco_json(path: Path) -> dict[str, Any]:
-    """The content of an annotation file.
+def read_coco_json(path: Path, annotation_keys: Sequence[str]) -> dict[str, Any]:
+    """The content of an annotation file, whose annotations need to have certain keys.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -40,7 +40,9 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     missing = {"images", "annotations", "categories"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"{path} is not in COCO's form: it lacks {', '.join(sorted(missing))}.")
-    for part, keys in (("images", ("id",)), ("annotations", ("image_id",)), ("categories", ("id", "name"))):
+    for part, keys in (("images", ("id",)), ("annotations", annotation_keys), ("categories", ("id", "name"))):
+        if not isinstance(content[part], list):
+            raise ValueError(f"{path} is not in COCO's form: `{part}` is no list.")
         for key in keys:
             without = [index for index, entry in enumerate(content[part]) if key not in entry]
             if without:
@@ -164,7 +166,7 @@ class CocoInstanceDataset(_CocoDataset):
         problems: Problems | None = None,
     ) -> None:
         path = Path(annotation_file)
-        content = read_coco_json(path)
+        content = read_coco_json(path, ("image_id",))
         self.task = "instance"
         names = [_name(image) for image in content["images"]]
         if image_folder is not None or names:
@@ -248,7 +250,7 @@ def _polygons(
         problems.warn("Polygons with fewer than three corners, or an odd number of coordinates, are left out.", where)
     if not drawable:
         return None
-    if not all(math.isfinite(sum(polygon)) for polygon in drawable):
+    if not _are_finite(drawable):
         problems.error("Polygons have corners that are not numbers: draw them anew.", where)
         return None
     if size is not None:
@@ -264,6 +266,13 @@ def _polygons(
         if min(left, top) < -_OUTSIDE_TOLERANCE or max(right - width, bottom - height) > _OUTSIDE_TOLERANCE:
             problems.warn("Polygons reach beyond their image; what is outside is cut off.", where)
     return drawable
+
+
+def _are_finite(polygons: list[list[float]]) -> bool:
+    try:
+        return math.isfinite(sum(map(sum, polygons)))
+    except TypeError:
+        return False
 
 
 class CocoPanopticDataset(_CocoDataset):
@@ -291,7 +300,7 @@ class CocoPanopticDataset(_CocoDataset):
         path = Path(source)
         if path.is_dir() or path.suffix != ".json":
             path = path / "panoptic.json"
-        content = read_coco_json(path)
+        content = read_coco_json(path, ("image_id", "file_name", "segments_info"))
         self.task = "panoptic"
         images = {image["id"]: image for image in content["images"]}
         annotated = [annotation for annotation in content["annotations"] if annotation["image_id"] in images]
