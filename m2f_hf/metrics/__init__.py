@@ -1,7 +1,7 @@
 """Measures of segmentation quality: panoptic quality, mask AP, mean IoU, scores of single masks."""
 
 from .base import Gather, Metric, merged
-from .evaluate_model import PanopticEvaluation, evaluate_model
+from .evaluate_model import evaluate_model
 from .evaluation import MAIN_FIGURE, MEASURES, Evaluation, Prediction
 from .mask_ap import MaskAP
 from .mean_iou import MeanIoU
@@ -23,6 +23,5 @@ __all__ = [
     "Prediction",
     "MEASURES",
     "MAIN_FIGURE",
-    "PanopticEvaluation",
     "evaluate_model",
 ]

@@ -5,12 +5,9 @@ range and IoU threshold, two bits for each detection. Matching and averaging are
 faster-coco-eval where it is installed.
 """
 
-import copy
 import importlib.util
-import io
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +19,24 @@ from .base import Metric, names_of
 ENGINES = ("faster_coco_eval", "pycocotools")
 SIZES = {"small": 1, "medium": 2, "large": 3}
 """Objects below 32 x 32 pixels, below 96 x 96, and above: positions among COCO's four ranges, the first being all."""
+MOST = (1, 10, 100)
+"""Numbers of detections for a class of an image."""
+NUM_IOUS = 10
+"""0.5, 0.55, …, 0.95."""
+RECALLS = np.linspace(0.0, 1.0, 101)
+
+
+class Outcome(NamedTuple):
+    """What became of one class's detections in one image, D of them by falling score, and of its G objects.
+
+    For each size range and IoU threshold: `is_matched` and `is_ignored` (A, T, D) bool; `is_object_ignored` (A, G)
+    bool, in some order; `scores` (D,).
+    """
+
+    is_matched: np.ndarray
+    is_ignored: np.ndarray
+    is_object_ignored: np.ndarray
+    scores: np.ndarray
 
 
 class MaskAP(Metric):
@@ -45,8 +60,8 @@ class MaskAP(Metric):
         self.names = {category: name for category, name in names.items() if category in things}
         self.others = names.keys() - things
         self.engine = _find_engine(engine)
-        self.images: dict[Hashable, dict[int, Any]] = {}
-        """Image -> class -> what its detections were matched to, in the engine's form."""
+        self.images: dict[Hashable, dict[int, Outcome]] = {}
+        """Image -> class -> what became of its detections."""
 
     def update(
         self,
@@ -110,7 +125,7 @@ class MaskAP(Metric):
         """
         precision, recall = self._curves()
         result: dict[str, Any] = _precisions(precision)
-        result |= {f"ar{most}": _mean(recall[:, :, 0, i]) for i, most in enumerate((1, 10, 100))}
+        result |= {f"ar{most}": _mean(recall[:, :, 0, m]) for m, most in enumerate(MOST)}
         result |= {f"ar_{size}": _mean(recall[:, :, i, 2]) for size, i in SIZES.items()}
         result["per_class"] = {name: _precisions(precision[:, :, [k]]) for k, name in enumerate(self.names.values())}
         return result
@@ -125,13 +140,23 @@ class MaskAP(Metric):
         return category
 
     def _curves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Precision (T, R, K, A, M) and recall (T, K, A, M), -1 where there is no object: `COCOeval.accumulate`'s."""
-        if not self.images or not self.names:
-            shape = (10, 101, len(self.names), 4, 3)
-            return np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
+        """Precision (T, R, K, A, M) at each recall and recall (T, K, A, M); -1 where there is no object.
+
+        T thresholds of IoU, R recalls, K classes, A size ranges, M numbers of detections: as `COCOeval.accumulate`.
+        """
         # Of different types, ids have no order of their own.
         image_ids: list[Any] = sorted(self.images, key=lambda image_id: (type(image_id).__name__, image_id))
-        return _ENGINES[self.engine].accumulate([self.images[image_id] for image_id in image_ids], list(self.names))
+        precision = np.full((NUM_IOUS, len(RECALLS), len(self.names), 1 + len(SIZES), len(MOST)), -1.0)
+        recall = np.full((NUM_IOUS, *precision.shape[2:]), -1.0)
+        for k, category in enumerate(self.names):
+            images = [self.images[image_id] for image_id in image_ids]
+            outcomes = [image[category] for image in images if category in image]
+            for size in range(precision.shape[3] if outcomes else 0):
+                num_objects = sum(int((~outcome.is_object_ignored[size]).sum()) for outcome in outcomes)
+                for m, most in enumerate(MOST if num_objects else ()):
+                    curves = _precision_at_recalls(outcomes, size, most, num_objects)
+                    precision[:, :, k, size, m], recall[:, k, size, m] = curves
+        return precision, recall
 
 
 def is_thing(category: Mapping[str, Any]) -> bool:
@@ -177,11 +202,35 @@ def _precisions(precision: np.ndarray) -> dict[str, float | None]:
     return figures | {f"ap_{size}": _mean(precision[..., i, 2]) for size, i in SIZES.items()}
 
 
-# --- engines ---
+def _precision_at_recalls(
+    outcomes: Sequence[Outcome], size: int, most: int, num_objects: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of one class and size range: precision (T, R), made to fall with recall, and the largest recall (T,)."""
+    order = np.argsort(-np.concatenate([outcome.scores[:most] for outcome in outcomes]), kind="mergesort")
+    is_matched, is_ignored = (
+        np.concatenate([getattr(outcome, name)[size, :, :most] for outcome in outcomes], axis=1)[:, order]  # (T, D)
+        for name in ("is_matched", "is_ignored")
+    )
+    result = np.zeros((NUM_IOUS, len(RECALLS)))
+    if not len(order):
+        return result, np.zeros(NUM_IOUS)
+    tp = np.cumsum(is_matched & ~is_ignored, axis=1).astype(np.float64)
+    fp = np.cumsum(~is_matched & ~is_ignored, axis=1).astype(np.float64)
+    recall = tp / num_objects
+    precision = tp / (fp + tp + np.spacing(1))  # the order of the sum, and the spacing, are pycocotools'
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    for t in range(NUM_IOUS):
+        place = np.searchsorted(recall[t], RECALLS, side="left")
+        reached = place < len(order)
+        result[t, reached] = precision[t, place[reached]]
+    return result, recall[:, -1]
+
+
+# --- engines: the detections of one image and class, matched to its objects ---
 
 
 class _Pycocotools:
-    """pycocotools' matching of one image and averaging over all, without the files these are made for."""
+    """pycocotools' matching of one image, without the files it is made for."""
 
     @staticmethod
     def mask_api() -> Any:
@@ -190,61 +239,30 @@ class _Pycocotools:
         return mask
 
     @staticmethod
-    def match(truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]]) -> dict[int, Any]:
-        """Per class: matched and ignored (A, T, D), targets ignored (A, G) and scores (D,), by falling score."""
+    def match(truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]]) -> dict[int, Outcome]:
         from pycocotools.cocoeval import COCOeval
 
         evaluator = COCOeval(iouType="segm")
         evaluator.params.imgIds, evaluator.params.catIds = [0], sorted(truths.keys() | guesses.keys())
-        outcome = {}
+        outcomes = {}
         for category in evaluator.params.catIds:
             evaluator._gts[0, category], evaluator._dts[0, category] = (
                 truths.get(category, []),
                 guesses.get(category, []),
             )
             evaluator.ious[0, category] = evaluator.computeIoU(0, category)
-            most = evaluator.params.maxDets[-1]
-            of_sizes = [evaluator.evaluateImg(0, category, area, most) for area in evaluator.params.areaRng]
-            outcome[category] = (
+            of_sizes = [evaluator.evaluateImg(0, category, area, MOST[-1]) for area in evaluator.params.areaRng]
+            outcomes[category] = Outcome(
                 np.stack([entry["dtMatches"] for entry in of_sizes]) > 0,
                 np.stack([entry["dtIgnore"] for entry in of_sizes]).astype(bool),
                 np.stack([entry["gtIgnore"] for entry in of_sizes]).astype(bool),
                 np.array(of_sizes[0]["dtScores"], dtype=np.float64),
             )
-        return outcome
-
-    @staticmethod
-    def accumulate(images: Sequence[Mapping[int, Any]], categories: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        from pycocotools.cocoeval import COCOeval
-
-        def entry(outcome: Any, size: int) -> dict[str, Any] | None:
-            if outcome is None:
-                return None
-            matched, ignored, targets_ignored, scores = outcome
-            return {
-                "dtMatches": matched[size],
-                "dtIgnore": ignored[size],
-                "gtIgnore": targets_ignored[size],
-                "dtScores": scores,
-            }
-
-        evaluator = COCOeval(iouType="segm")
-        params = evaluator.params
-        params.imgIds, params.catIds = list(range(len(images))), list(categories)
-        evaluator.evalImgs = [
-            entry(image.get(category), size)
-            for category in categories
-            for size in range(len(params.areaRng))
-            for image in images
-        ]
-        evaluator._paramsEval = copy.deepcopy(params)
-        with redirect_stdout(io.StringIO()):
-            evaluator.accumulate()
-        return evaluator.eval["precision"], evaluator.eval["recall"]
+        return outcomes
 
 
 class _FasterCocoEval:
-    """The same in faster-coco-eval's C++, whose outcomes of an image can be sent to other processes too."""
+    """The same in faster-coco-eval's C++."""
 
     @staticmethod
     def mask_api() -> Any:
@@ -253,8 +271,7 @@ class _FasterCocoEval:
         return mask
 
     @staticmethod
-    def match(truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]]) -> dict[int, list[Any]]:
-        """Per class: one `ImageEvaluation` for each size range."""
+    def match(truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]]) -> dict[int, Outcome]:
         from faster_coco_eval import COCOeval_faster
         from faster_coco_eval.core import faster_eval_api
 
@@ -265,38 +282,26 @@ class _FasterCocoEval:
             for category, entries in by_class.items():
                 for entry in entries:
                     dataset.append(0, category, {**entry, "rle": entry["segmentation"]})
-        outcomes = faster_eval_api._C.COCOevalEvaluateImages(
-            params.areaRng,
-            params.maxDets[-1],
-            params.iouThrs,
-            [[evaluator.computeIoU(0, category) for category in categories]],
-            evaluator.gt_dataset,
-            evaluator.dt_dataset,
-            [0],
-            categories,
-            True,
+        ious = [[evaluator.computeIoU(0, category) for category in categories]]
+        datasets = evaluator.gt_dataset, evaluator.dt_dataset
+        found = faster_eval_api._C.COCOevalEvaluateImages(
+            params.areaRng, MOST[-1], params.iouThrs, ious, *datasets, [0], categories, True
         )
-        num_sizes = len(params.areaRng)
-        return {category: outcomes[k * num_sizes : (k + 1) * num_sizes] for k, category in enumerate(categories)}
-
-    @staticmethod
-    def accumulate(images: Sequence[Mapping[int, Any]], categories: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        from faster_coco_eval import COCOeval_faster
-        from faster_coco_eval.core import faster_eval_api
-
-        params = COCOeval_faster(iouType="segm").params
-        params.imgIds, params.catIds = list(range(len(images))), list(categories)
-        nothing = [faster_eval_api._C.ImageEvaluation()] * len(params.areaRng)
-        curves = faster_eval_api._C.COCOevalAccumulate(
-            params,
-            [
-                image.get(category, nothing)[size]
-                for category in categories
-                for size in range(len(params.areaRng))
-                for image in images
-            ],
-        )
-        return np.asarray(curves["precision"]), np.asarray(curves["recall"])
+        # What an `ImageEvaluation` holds can be read as what it is pickled as: matches of detections (T * D) and of
+        # objects, scores (D), ignored objects (G), ignored detections (T * D), and more.
+        states = [entry.__getstate__() for entry in found]
+        num_sizes = 1 + len(SIZES)
+        outcomes = {}
+        for k, category in enumerate(categories):
+            of_sizes = states[k * num_sizes : (k + 1) * num_sizes]
+            shape = (num_sizes, NUM_IOUS, len(of_sizes[0][2]))
+            outcomes[category] = Outcome(
+                np.array([state[0] for state in of_sizes], dtype=np.int64).reshape(shape) > 0,
+                np.array([state[4] for state in of_sizes], dtype=bool).reshape(shape),
+                np.array([state[3] for state in of_sizes], dtype=bool),
+                np.array(of_sizes[0][2], dtype=np.float64),
+            )
+        return outcomes
 
 
 _ENGINES: dict[str, Any] = {"pycocotools": _Pycocotools, "faster_coco_eval": _FasterCocoEval}

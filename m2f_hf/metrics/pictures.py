@@ -1,0 +1,94 @@
+"""Predictions beside targets, as pictures: where a model is right and wrong is seen sooner than measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.masks import decode_segmentation
+from ..visualization import contact_sheet, draw_segments, semantic_to_segments
+from .evaluation import Evaluation, Prediction, detections, image_size, to_array, with_masks
+from .mask_ap import is_thing
+
+
+COLUMNS = ("image", "predicted", "target")
+Segments = tuple[np.ndarray, list[dict[str, Any]]]
+"""An id map (H, W) int32, 0 is void, and its segments."""
+
+
+def to_map(segments: Sequence[Mapping[str, Any]], size: tuple[int, int], label_key: str) -> Segments:
+    """Segments with a `segmentation` each, painted one over the other in this order."""
+    painted = np.zeros(size, dtype=np.int32)
+    infos = []
+    for number, segment in enumerate(segments, start=1):
+        painted[decode_segmentation(segment["segmentation"], *size)] = number
+        infos.append({"id": number, "label_id": segment[label_key], "score": segment.get("score")})
+    return painted, infos
+
+
+def predicted_segments(
+    prediction: Prediction, task: str, size: tuple[int, int], id2label: Mapping[int, str], threshold: float
+) -> Segments:
+    """A prediction as `Evaluation.predict` gives it, to be drawn; of instances those that score `threshold` or more."""
+    if task == "panoptic":
+        return to_array(prediction["panoptic"]["segmentation"]), list(prediction["panoptic"]["segments_info"])
+    if task == "semantic":
+        return semantic_to_segments(to_array(prediction["semantic"]), id2label)
+    kept = [entry for entry in detections(prediction["instances"]) if entry["score"] >= threshold]
+    return to_map(sorted(kept, key=lambda entry: entry["score"]), size, "label_id")
+
+
+def target_segments(item: Mapping[str, Any], evaluation: Evaluation) -> Segments:
+    """The segments of an item that the task is about."""
+    things = {int(category["id"]) for category in evaluation.categories if is_thing(category)}
+    segments = [info for info in with_masks(item) if evaluation.task != "instance" or info["category_id"] in things]
+    return to_map(segments, image_size(item), "category_id")
+
+
+def draw_comparison(
+    item: Mapping[str, Any],
+    prediction: Prediction,
+    evaluation: Evaluation,
+    id2label: Mapping[int, str],
+    colors: Mapping[int, Sequence[int]] | None = None,
+    side: int = 480,
+) -> list[Image.Image]:
+    """An item's image, the prediction and the target drawn over it: three pictures, enlarged to about `side` pixels.
+
+    Args:
+        item: of a data set.
+        prediction: of `evaluation.predict` for it.
+        evaluation: says task and classes; its processor's `instance_threshold` says which instances are drawn.
+        id2label: names of the classes.
+        colors: RGB of classes.
+        side: longer side of the pictures, in pixels, where the image is at most half as large.
+    """
+    size = image_size(item)
+    predicted = predicted_segments(prediction, evaluation.task, size, id2label, evaluation.processor.instance_threshold)
+    nothing: Segments = (np.zeros(size, dtype=np.int32), [])
+    return [
+        draw_segments(item["image"], *segments, id2label=id2label, colors=colors, scale=max(1, side // max(size)))
+        for segments in (nothing, predicted, target_segments(item, evaluation))
+    ]
+
+
+def comparison_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], side: int = 480) -> Image.Image:
+    """Rows of `draw_comparison` in one picture, each with its title; images are fitted into `side` pixels."""
+    fitted = [[_fit(picture, side) for picture in row] for row in rows]
+    height = max(picture.height for row in fitted for picture in row)
+    return contact_sheet(
+        [[_on_white(picture, (side, height)) for picture in row] for row in fitted], titles, list(COLUMNS)
+    )
+
+
+def _fit(picture: Image.Image, side: int) -> Image.Image:
+    fitted = picture.copy()
+    fitted.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return fitted
+
+
+def _on_white(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    sheet = Image.new("RGB", size, "white")
+    sheet.paste(picture, (0, 0))
+    return sheet
