@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-TASKS = ("panoptic", "semantic", "instance")
+TASKS = ("panoptic", "instance", "semantic")
 
 
 class Label(NamedTuple):

@@ -13,13 +13,9 @@ from PIL import Image, ImageOps
 from transformers.image_utils import SizeDict
 from transformers.utils import logging as transformers_logging
 
-from m2f_hf.image_processing_mask2former import (
-    M2FImageProcessor,
-    Mask2FormerImageProcessor,
-    convert_label_map_to_masks,
-    get_resized_size,
-    resize_labels,
-)
+from m2f_hf.image_processing_mask2former import M2FImageProcessor, Mask2FormerImageProcessor
+from m2f_hf.images import get_resized_size
+from m2f_hf.mask_labels import convert_label_map_to_masks, resize_labels
 
 
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_utils import SizeDict
 
-from ..image_processing_mask2former import get_resized_size, resize_labels
+from ..images import get_resized_size
+from ..mask_labels import resize_labels
 from ..visualization import contact_sheet, draw_segments
 from .masks import decode_segmentation, is_polygon
 from .recipes import Recipe, Size
