@@ -9,14 +9,14 @@ import ast
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedConfig, ResNetConfig, SwinConfig
 
-from m2f_hf.label_sets import label_set
+from m2f_hf.label_sets import TASKS, Label, LabelSet, label_set
 
 
 # What detectron2 and the original assume for an option that a config leaves out.
@@ -176,14 +176,6 @@ class UnsupportedOptionError(ValueError):
     """The config has an option that our model has no equivalent of; the message names it."""
 
 
-class Label(NamedTuple):
-    """One class: its name, whether it is a thing (countable) or stuff, its colour; None where nothing says."""
-
-    name: str
-    is_thing: bool | None
-    color: tuple[int, int, int] | None = None  # RGB, 0 to 255
-
-
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read a config of the original, its bases included, and check that our model can express it.
 
@@ -245,10 +237,10 @@ def _read_label(entry: Mapping[str, Any]) -> Label:
     if color is not None:
         red, green, blue = (int(value) for value in color)
         color = (red, green, blue)
-    return Label(str(entry["name"]), None if is_thing is None else bool(is_thing), color)
+    return Label(str(entry["name"]), None if is_thing is None else bool(is_thing), color, int(entry["id"]))
 
 
-def config_from_yaml(options: Mapping[str, Any], labels: list[Label] | None = None) -> dict[str, Any]:
+def config_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> dict[str, Any]:
     """Give the arguments of `Mask2FormerConfig` for a config that `read_config` returned.
 
     Without `labels` the classes are those of DATASETS.TRAIN where that is one of the released checkpoints' data sets,
@@ -257,8 +249,8 @@ def config_from_yaml(options: Mapping[str, Any], labels: list[Label] | None = No
     """
     head, former = _section(options, "MODEL.SEM_SEG_HEAD"), _section(options, "MODEL.MASK_FORMER")
     labels = labels or _known_labels(options)
-    names = [label.name for label in labels] if labels else [f"LABEL_{i}" for i in range(head["NUM_CLASSES"])]
-    colors = [list(label.color) for label in labels or [] if label.color is not None]
+    names = [label.name for label in labels] or [f"LABEL_{i}" for i in range(head["NUM_CLASSES"])]
+    colors = [list(label.color) for label in labels if label.color is not None]
     backbone_config, freeze_backbone_norm = _backbone(options)
     return {
         **({"label_colors": colors} if len(colors) == len(names) else {}),
@@ -291,14 +283,16 @@ def config_from_yaml(options: Mapping[str, Any], labels: list[Label] | None = No
     }
 
 
-def processor_from_yaml(options: Mapping[str, Any], labels: list[Label] | None = None) -> dict[str, Any]:
+def processor_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> dict[str, Any]:
     """Give the arguments of `M2FImageProcessor` for a config that `read_config` returned.
+
+    The task is the widest that is switched on for tests, or that of a known data set of things alone.
 
     Raises:
         UnsupportedOptionError: A panoptic checkpoint of an unknown data set without labels: its stuff is not known.
     """
     test = _section(options, "MODEL.MASK_FORMER.TEST")
-    task = _task(test)
+    task = _task(options, labels or _known_labels(options))
     return {
         "task": task,
         "label_ids_to_fuse": _stuff_ids(options, labels) if task == "panoptic" else None,
@@ -355,16 +349,21 @@ def _resnet(section: Mapping[str, Any]) -> ResNetConfig:
     )
 
 
-def _task(test: Mapping[str, Any]) -> str:
-    for task in ("panoptic", "instance", "semantic"):  # the widest one the checkpoint was tested on
-        if test[f"{task.upper()}_ON"]:
-            return task
-    raise UnsupportedOptionError(
-        "MODEL.MASK_FORMER.TEST has PANOPTIC_ON, INSTANCE_ON and SEMANTIC_ON all off: set the checkpoint's task."
-    )
+def _task(options: Mapping[str, Any], labels: Sequence[Label]) -> str:
+    tested = [task for task in TASKS if options[f"MODEL.MASK_FORMER.TEST.{task.upper()}_ON"]]
+    if not tested:
+        raise UnsupportedOptionError(
+            "MODEL.MASK_FORMER.TEST has PANOPTIC_ON, INSTANCE_ON and SEMANTIC_ON all off: set the checkpoint's task."
+        )
+    known = _known_set(options)
+    has_stuff = any(label.is_thing is False for label in labels)
+    # The original switches every test on for ADE20K's instances as well.
+    if known and known.task == "instance" and "instance" in tested and not has_stuff:
+        return "instance"
+    return tested[0]  # the widest
 
 
-def _stuff_ids(options: Mapping[str, Any], labels: list[Label] | None) -> list[int]:
+def _stuff_ids(options: Mapping[str, Any], labels: Sequence[Label] | None) -> list[int]:
     for known in (labels, _known_labels(options)):
         if known and all(label.is_thing is not None for label in known):
             return [i for i, label in enumerate(known) if not label.is_thing]
@@ -375,16 +374,18 @@ def _stuff_ids(options: Mapping[str, Any], labels: list[Label] | None) -> list[i
     )
 
 
-def _known_labels(options: Mapping[str, Any]) -> list[Label] | None:
-    """The classes of the data set it was trained or tested on; None where that is not one of the released."""
+def _known_set(options: Mapping[str, Any]) -> LabelSet | None:
+    """The data set it was trained or tested on; None where that is not one of the released, or of other classes."""
     for name in (*options["DATASETS.TRAIN"], *options["DATASETS.TEST"]):
-        for pattern, known in _DATA_SETS.items():
-            if fnmatchcase(str(name), pattern):
-                labels = label_set(known).labels
-                if len(labels) == options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]:
-                    return [Label(label.name, label.is_thing, label.color) for label in labels]
-                break
+        fitting = next((known for pattern, known in _DATA_SETS.items() if fnmatchcase(str(name), pattern)), None)
+        if fitting and len(label_set(fitting).labels) == options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]:
+            return label_set(fitting)
     return None
+
+
+def _known_labels(options: Mapping[str, Any]) -> Sequence[Label]:
+    known = _known_set(options)
+    return known.labels if known else ()
 
 
 def _per_unit(values: list[float]) -> list[float]:

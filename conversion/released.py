@@ -268,10 +268,7 @@ class Released:
 
     def processor(self) -> M2FImageProcessor:
         """The processor, for the task that the figures are reported for."""
-        settings = {**processor_from_yaml(self.options()), "task": self.task}
-        if self.task != "panoptic":
-            settings["label_ids_to_fuse"] = None
-        return M2FImageProcessor(**settings)
+        return M2FImageProcessor(**processor_from_yaml(self.options()))
 
     def card(self) -> dict[str, Any]:
         """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""

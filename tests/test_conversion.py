@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
-from m2f_hf.label_sets import label_set
+from m2f_hf.label_sets import Label, label_set
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
 import convert_detectron2
 from convert_detectron2 import convert
 from detectron2_config import (
-    Label,
     UnsupportedOptionError,
     config_from_yaml,
     processor_from_yaml,
@@ -669,7 +668,7 @@ def test_task_is_the_widest_that_is_on(tmp_path, task):
     order = ["SEMANTIC", "INSTANCE", "PANOPTIC"]
     switches = {f"MODEL.MASK_FORMER.TEST.{name}_ON": order.index(name) <= order.index(task) for name in order}
     options = read_config(write_config(tmp_path, switches))
-    labels = [Label("a", True), Label("b", False), Label("c", True)]
+    labels = [Label("a", True, None, 0), Label("b", False, None, 1), Label("c", True, None, 2)]
     settings = processor_from_yaml(options, labels)
     assert settings["task"] == task.lower()
     assert settings["label_ids_to_fuse"] == ([1] if task == "PANOPTIC" else None)
@@ -845,10 +844,29 @@ def test_classes_of_a_known_data_set_come_from_its_name(tmp_path, data_set, know
     stuff = label_set(name).stuff_ids if "panoptic" in name else None
     assert processor_from_yaml(options)["label_ids_to_fuse"] == stuff
 
-    own = [Label(f"own {i}", i > 0, (i, 0, 0)) for i in range(count)]
+    own = [Label(f"own {i}", i > 0, (i, 0, 0), i) for i in range(count)]
     config = Mask2FormerConfig(**config_from_yaml(options, own))
     assert config.id2label[0] == "own 0" and config.label_colors == [[i, 0, 0] for i in range(count)]
     assert processor_from_yaml(options, own)["label_ids_to_fuse"] == ([0] if stuff else None)
+
+
+def test_instances_of_a_known_data_set_stay_its_task_with_every_test_switched_on(tmp_path):
+    """As the original's configs for ADE20K's instances have it."""
+    changes = {"DATASETS.TRAIN": ["ade20k_instance_train"], "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 100}
+    changes |= {f"MODEL.MASK_FORMER.TEST.{task}_ON": True for task in ("SEMANTIC", "INSTANCE", "PANOPTIC")}
+    options = read_config(write_config(tmp_path, changes))
+    settings = processor_from_yaml(options)
+    assert (settings["task"], settings["label_ids_to_fuse"]) == ("instance", None)
+    assert settings["semantic_resize_before_inference"] is True
+
+    own = [Label(f"own {i}", i > 0, None, i) for i in range(100)]  # stuff among them asks for a panoptic map
+    settings = processor_from_yaml(options, own)
+    assert (settings["task"], settings["label_ids_to_fuse"]) == ("panoptic", [0])
+    things, unsaid = ([label._replace(is_thing=is_thing) for label in own] for is_thing in (True, None))
+    assert processor_from_yaml(options, things)["task"] == processor_from_yaml(options, unsaid)["task"] == "instance"
+    elsewhere = options | {"DATASETS.TRAIN": ["plants_train"]}
+    settings = processor_from_yaml(elsewhere, things)
+    assert (settings["task"], settings["label_ids_to_fuse"]) == ("panoptic", [])
 
 
 @pytest.mark.parametrize(
