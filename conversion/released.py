@@ -18,6 +18,7 @@ from m2f_hf import Mask2FormerConfig
 from m2f_hf.hub import Figure
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
 from m2f_hf.label_sets import LabelSet, label_set
+from m2f_hf.stock_checkpoints import released_test_size, released_threshold
 
 
 DOWNLOADS = "https://dl.fbaipublicfiles.com/maskformer"
@@ -32,7 +33,6 @@ class Benchmark(NamedTuple):
     split: str  # that the figures were measured on
     train: str  # the original's names of the data sets
     test: str
-    size: tuple[int, int]  # shortest and longest edge at test, pixels
     schedule: str  # as the authors write it: epochs (ep), or thousands of iterations (k)
     metrics: tuple[str, ...]
 
@@ -48,48 +48,40 @@ _TASK_OF = {
 _PANOPTIC, _SEMANTIC = ("PQ", "AP", "mIoU"), ("mIoU", "mIoU (ms+flip)")
 BENCHMARKS = {
     "coco-panoptic": Benchmark(
-        "COCO", "val2017", "coco_2017_train_panoptic", "coco_2017_val_panoptic_with_sem_seg",
-        (800, 1333), "50ep", _PANOPTIC,
+        "COCO", "val2017", "coco_2017_train_panoptic", "coco_2017_val_panoptic_with_sem_seg", "50ep", _PANOPTIC
     ),
-    "coco-instance": Benchmark(
-        "COCO", "val2017", "coco_2017_train", "coco_2017_val", (800, 1333), "50ep", ("AP", "Boundary AP")
-    ),
+    "coco-instance": Benchmark("COCO", "val2017", "coco_2017_train", "coco_2017_val", "50ep", ("AP", "Boundary AP")),
     "cityscapes-panoptic": Benchmark(
-        "Cityscapes", "val", "cityscapes_fine_panoptic_train", "cityscapes_fine_panoptic_val",
-        (1024, 2048), "90k", _PANOPTIC,
+        "Cityscapes", "val", "cityscapes_fine_panoptic_train", "cityscapes_fine_panoptic_val", "90k", _PANOPTIC
     ),
     "cityscapes-instance": Benchmark(
-        "Cityscapes", "val", "cityscapes_fine_instance_seg_train", "cityscapes_fine_instance_seg_val",
-        (1024, 2048), "90k", ("AP", "AP50"),
+        "Cityscapes",
+        "val",
+        "cityscapes_fine_instance_seg_train",
+        "cityscapes_fine_instance_seg_val",
+        "90k",
+        ("AP", "AP50"),
     ),
     "cityscapes-semantic": Benchmark(
-        "Cityscapes", "val", "cityscapes_fine_sem_seg_train", "cityscapes_fine_sem_seg_val",
-        (1024, 2048), "90k", _SEMANTIC,
+        "Cityscapes", "val", "cityscapes_fine_sem_seg_train", "cityscapes_fine_sem_seg_val", "90k", _SEMANTIC
     ),
-    "ade20k-panoptic": Benchmark(
-        "ADE20K", "val", "ade20k_panoptic_train", "ade20k_panoptic_val", (640, 2560), "160k", _PANOPTIC
-    ),
-    "ade20k-instance": Benchmark(
-        "ADE20K", "val", "ade20k_instance_train", "ade20k_instance_val", (640, 2560), "160k", ("AP",)
-    ),
-    "ade20k-semantic": Benchmark(
-        "ADE20K", "val", "ade20k_sem_seg_train", "ade20k_sem_seg_val", (512, 2048), "160k", _SEMANTIC
-    ),
+    "ade20k-panoptic": Benchmark("ADE20K", "val", "ade20k_panoptic_train", "ade20k_panoptic_val", "160k", _PANOPTIC),
+    "ade20k-instance": Benchmark("ADE20K", "val", "ade20k_instance_train", "ade20k_instance_val", "160k", ("AP",)),
+    "ade20k-semantic": Benchmark("ADE20K", "val", "ade20k_sem_seg_train", "ade20k_sem_seg_val", "160k", _SEMANTIC),
     "mapillary-panoptic": Benchmark(
-        "Mapillary Vistas", "val", "mapillary_vistas_panoptic_train", "mapillary_vistas_panoptic_val",
-        (2048, 2048), "300k", ("PQ", "mIoU"),
+        "Mapillary Vistas",
+        "val",
+        "mapillary_vistas_panoptic_train",
+        "mapillary_vistas_panoptic_val",
+        "300k",
+        ("PQ", "mIoU"),
     ),
     "mapillary-semantic": Benchmark(
-        "Mapillary Vistas", "val", "mapillary_vistas_sem_seg_train", "mapillary_vistas_sem_seg_val",
-        (2048, 2048), "300k", _SEMANTIC,
+        "Mapillary Vistas", "val", "mapillary_vistas_sem_seg_train", "mapillary_vistas_sem_seg_val", "300k", _SEMANTIC
     ),
-    "ytvis2019-instance": Benchmark(
-        "YouTube-VIS 2019", "val", "ytvis_2019_train", "ytvis_2019_val", (360, 1333), "6k", ("AP",)
-    ),
-    "ytvis2021-instance": Benchmark(
-        "YouTube-VIS 2021", "val", "ytvis_2021_train", "ytvis_2021_val", (360, 1333), "8k", ("AP",)
-    ),
-}  # fmt: skip
+    "ytvis2019-instance": Benchmark("YouTube-VIS 2019", "val", "ytvis_2019_train", "ytvis_2019_val", "6k", ("AP",)),
+    "ytvis2021-instance": Benchmark("YouTube-VIS 2021", "val", "ytvis_2021_train", "ytvis_2021_val", "8k", ("AP",)),
+}
 
 
 class Backbone(NamedTuple):
@@ -215,23 +207,17 @@ class Released:
         return self.backbone.startswith("swin")
 
     @property
-    def _has_large_crops(self) -> bool:
-        """ADE20K's semantic models over the wider backbones see larger pictures than the others."""
-        return self.name.startswith(("ade20k-semantic-swin-base", "ade20k-semantic-swin-large"))
-
-    @property
     def _stem(self) -> str:
         schedule = "8ep" if self.is_video else self.schedule
         stem = f"maskformer2_{BACKBONES[self.backbone].stem}_bs16_{schedule}"
-        return ("video_" if self.is_video else "") + stem + ("_res640" if self._has_large_crops else "")
+        is_enlarged = (self.dataset, self.task) == ("ade20k", "semantic") and self._size[0] == 640
+        return ("video_" if self.is_video else "") + stem + ("_res640" if is_enlarged else "")
 
     @property
     def _size(self) -> tuple[int, int]:
-        if self._has_large_crops:
-            return (640, 2560)
-        if self.is_video and self._has_swin and self.name != "ytvis2021-instance-swin-large":
-            return (480, 1333)
-        return self.benchmark.size
+        if not self.is_video:
+            return released_test_size(self.dataset, self.task, self.backbone)
+        return (480, 1333) if self._has_swin and self.name != "ytvis2021-instance-swin-large" else (360, 1333)
 
     def options(self) -> dict[str, Any]:
         """Its settings in the original's terms: what `read_config` gives for the YAML it was trained with."""
@@ -259,7 +245,7 @@ class Released:
             "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": self.task == "semantic" or tests_panoptic,
             "MODEL.MASK_FORMER.TEST.INSTANCE_ON": tests_instance,
             "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": tests_panoptic,
-            "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": 0.0 if self.dataset == "mapillary" else 0.8,
+            "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": released_threshold(self.dataset),
         }
 
     def config(self) -> Mask2FormerConfig:

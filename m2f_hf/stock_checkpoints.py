@@ -22,19 +22,31 @@ _DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local
 
 # How the released checkpoints are called on the Hub.
 _RELEASED_NAME = re.compile(
-    r"mask2former-(swin-(tiny|small|base|base-in21k|large)|resnet-(50|101))-"
+    r"mask2former-(?P<backbone>swin-(tiny|small|base|base-in21k|large)|resnet-(50|101))-"
     r"(coco|ade|cityscapes|mapillary-vistas)-(panoptic|instance|semantic)"
 )
 
-# Shortest and longest edge at which the original's figures were measured.
 _TEST_SIZES = {"coco": (800, 1333), "ade20k": (640, 2560), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
-_TEST_SIZE_OF_SMALL_ADE20K_SEMANTIC = (512, 2048)  # all backbones but Swin-B and Swin-L
 
 # Beside a `size` of one number, in the versions of transformers that wrote such.
 _DEFAULT_MAX_SIZE = 1333
 
-# OBJECT_MASK_THRESHOLD of the original's configs, where it is not the processor's default.
-_THRESHOLDS = {"mapillary": 0.0}
+
+def released_test_size(dataset: str, task: str, backbone: str) -> tuple[int, int]:
+    """Shortest and longest edge, in pixels, at which the figures of a released image model were measured.
+
+    Args:
+        dataset, task: As in the names of label sets.
+        backbone: As in the names of checkpoints, such as "swin-base-in21k".
+    """
+    if (dataset, task) == ("ade20k", "semantic") and not backbone.startswith(("swin-base", "swin-large")):
+        return (512, 2048)
+    return _TEST_SIZES[dataset]
+
+
+def released_threshold(dataset: str) -> float:
+    """The class probability above which queries of a released model take part in a panoptic map."""
+    return 0.0 if dataset == "mapillary" else 0.8
 
 
 def checkpoint_name(path: str | os.PathLike[str]) -> str:
@@ -124,11 +136,12 @@ def add_known_settings(
         assumed.append(f'that its task is {task} (pass `task="semantic"`, for example, where it is another)')
     if known is not None:
         added["ignore_index"] = known.ignore_value
-        added["threshold"] = _THRESHOLDS.get(known.dataset)
+        added["threshold"] = released_threshold(known.dataset)
         added["label_ids_to_fuse"] = known.stuff_ids
-        is_stretched = "height" in (settings.get("size") or {})
-        if is_stretched and _RELEASED_NAME.fullmatch(own_name(name)):
-            settings = {**settings, "size": _test_size(name, known.dataset, task)}
+        released = _RELEASED_NAME.fullmatch(own_name(name))
+        if released and "height" in (settings.get("size") or {}):
+            shortest, longest = released_test_size(known.dataset, task, released["backbone"])
+            settings = {**settings, "size": {"shortest_edge": shortest, "longest_edge": longest}}
     elif task == "panoptic" and "label_ids_to_fuse" not in given:
         assumed.append("that none of its labels is stuff (pass `label_ids_to_fuse=[...]`, the stuff labels, or `[]`)")
     if assumed:
@@ -138,11 +151,3 @@ def add_known_settings(
             "keeps the answer."
         )
     return {**{field: value for field, value in added.items() if value is not None}, **settings}
-
-
-def _test_size(name: str, dataset: str, task: str) -> dict[str, int]:
-    is_small = not re.search(r"swin-(base|large)", own_name(name))
-    size = _TEST_SIZES[dataset]
-    if (dataset, task) == ("ade20k", "semantic") and is_small:
-        size = _TEST_SIZE_OF_SMALL_ADE20K_SEMANTIC
-    return {"shortest_edge": size[0], "longest_edge": size[1]}
