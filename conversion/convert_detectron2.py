@@ -25,7 +25,7 @@ from detectron2_mapping import constants, convert_state_dict
 from download import default_cache_dir, digest_in_name, download, md5_of
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
-from released import Released, find_released, listing
+from released import RELEASED, Released, find_released, listing
 from safe_pickle import load_state_dict
 from safetensors import safe_open
 
@@ -112,7 +112,7 @@ def convert_released(
     Raises:
         UnsupportedOptionError: It is a video checkpoint.
         DownloadError: see `download`.
-        ValueError: `checkpoint` is called as the released file and is another.
+        ValueError: `checkpoint` is called as the released file and is another, or it is that of another variant.
         And what `convert` raises.
     """
     output = _free(output)
@@ -131,6 +131,9 @@ def _is_the_released_file(checkpoint: Path, row: Released) -> bool:
     digest = md5_of(checkpoint)
     if digest.startswith(row.digest):
         return True
+    for other in RELEASED.values():  # which may well fit, with labels and a task that it wasn't trained for
+        if digest.startswith(other.digest):
+            raise ValueError(f"{checkpoint} is the file of {other.name}: convert it with --variant {other.name}.")
     if digest_in_name(checkpoint.name) == row.digest:
         raise ValueError(
             f"{checkpoint} is called as the released file and isn't it: its MD5 begins with "

@@ -471,6 +471,16 @@ def test_file_at_hand_is_checked_like_a_download(small_release, server, tmp_path
     assert "none.pkl" in capsys.readouterr().err
 
 
+def test_file_of_another_variant_is_told_even_where_it_fits(small_release, server, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "model.pkl"
+    path.write_bytes(server.files[RELEASED[NAME].url.removeprefix(server.address)])
+    monkeypatch.setitem(RELEASED, "other", dataclasses.replace(RELEASED[NAME], digest="0" * 6))
+    monkeypatch.setattr(convert_detectron2, "find_released", RELEASED.get)
+    assert run("--variant", "other", "--checkpoint", path, "--output", tmp_path / "out") == 1
+    assert f"model.pkl is the file of {NAME}: convert it with --variant {NAME}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_are_not_finite_do_not_pass_verification(small_release, tmp_path, capsys):
     with torch.no_grad():
         small_release.class_predictor.weight.fill_(3e38)  # finite, but no sum of them is
