@@ -98,6 +98,7 @@ VARIANTS = {
         "MODEL.BACKBONE.NAME": "build_resnet_backbone",
         "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder",
     },
+    "swin without query, key and value biases": {"MODEL.SWIN.QKV_BIAS": False, "MODEL.SWIN.MLP_RATIO": 2.0},
     "enforced input projection": {"MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ": True},
     "decoder wider than features, norm first": {
         "MODEL.MASK_FORMER.HIDDEN_DIM": 48,
