@@ -7,6 +7,7 @@ because the arguments, the model, the device, the output folder or the repositor
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -39,7 +40,7 @@ from transformers.utils import logging
 from . import __version__
 from .configuration_mask2former import Mask2FormerConfig
 from .data.masks import decode_rle
-from .hub import HubFolder
+from .hub import HubFolder, load_whole
 from .image_processing_mask2former import TASKS, M2FImageProcessor
 from .modeling_mask2former import Mask2FormerForUniversalSegmentation
 from .segment_ids import id_to_rgb
@@ -77,6 +78,8 @@ class ImageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: the process's) and return its exit status."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show stop nothing
     try:
         return options.run(options)
     except CommandError as error:
@@ -250,15 +253,7 @@ class Segmenter:
             processor = M2FImageProcessor.from_pretrained(model)
             if (task or processor.task) == "semantic" and threshold is not None:
                 raise CommandError("--threshold has no meaning for semantic segmentation: leave it out")
-            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-                model, dtype=getattr(torch, dtype), output_loading_info=True
-            )
-        network, report = loaded
-        if report["missing_keys"]:
-            raise CommandError(
-                f"{model} lacks {len(report['missing_keys'])} of the model's weights, such as "
-                f"{min(report['missing_keys'])}, and would predict noise; save it with save_pretrained"
-            )
+            network: Any = load_whole(model, dtype=getattr(torch, dtype))[0]
         return cls(network.to(device).eval(), processor, task, threshold)
 
     def __call__(self, image: Image.Image) -> Segments:
@@ -359,7 +354,8 @@ def write_result(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".m2f-") as work:
             draw_segments(image, segmentation, segments_info, colors=colors, scale=scale).save(Path(work, overlay.name))
             Image.fromarray(id_to_rgb(segmentation)).save(Path(work, segments.name))
-            Path(work, description.name).write_text(text, encoding="utf-8")
+            # Names of files may hold bytes that are no text; so written, json.loads gives them back.
+            Path(work, description.name).write_text(text, encoding="utf-8", errors="backslashreplace")
             for target in (overlay, segments, description):
                 os.replace(Path(work, target.name), target)
     except OSError as error:
@@ -494,7 +490,7 @@ def _facts(model: str, config: Mask2FormerConfig, processor: M2FImageProcessor) 
 
 
 def _id2label(config: Mask2FormerConfig) -> dict[int, str]:
-    return {int(label_id): label for label_id, label in (config.id2label or {}).items()}
+    return {int(label_id): str(label) for label_id, label in (config.id2label or {}).items()}
 
 
 def _count_parameters(config: Mask2FormerConfig) -> int:
@@ -507,19 +503,15 @@ def _count_parameters(config: Mask2FormerConfig) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
-    try:
-        with _loading(str(options.folder)):
-            folder = HubFolder(options.folder)
-    except CommandError as error:
-        # The folder's own errors name it already.
-        raise CommandError(str(error).removeprefix(f"{options.folder} cannot be loaded: ")) from error
+    with _loading(str(options.folder)):
+        folder = HubFolder(options.folder)
     place = f"{options.repo_id}{f', branch {options.revision}' if options.revision else ''}"
     print(f"To {place}{' (private)' if options.private else ''}:")
     for name, content in sorted(folder.files.items()):
         print(f"  {_size(len(content) if isinstance(content, str) else content.stat().st_size):>8}  {name}")
     if folder.left_out:
         print(f"Not sent: {', '.join(folder.left_out)}")
-    if not options.yes and sys.stdin.isatty() and input("Publish? [y/N] ").strip().lower() not in ("y", "yes"):
+    if not options.yes and sys.stdin.isatty() and not _agrees("Publish?"):
         print("nothing was sent")
         return 0
     with _publishing(options.repo_id):
@@ -534,6 +526,13 @@ def _push(options: argparse.Namespace) -> int:
     return 0
 
 
+def _agrees(question: str) -> bool:
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
 
@@ -541,7 +540,9 @@ def _size(num_bytes: int) -> str:
 @contextmanager
 def _publishing(repo_id: str) -> Iterator[None]:
     """Turn what the Hub and the network raise into one line that says what to do and what is there now."""
-    again = "no file was published. Run the same command again: what has been sent is not sent twice"
+    # A connection may also break after the Hub has done its work.
+    outcome = "the repository has everything of it or nothing"
+    again = f"{outcome}. Run the same command again: what has been sent is not sent twice"
     try:
         yield
     except LocalTokenNotFoundError as error:
@@ -557,7 +558,10 @@ def _publishing(repo_id: str) -> Iterator[None]:
                 f"this account may not write to {repo_id}: name a repository of your own, or log in with a token that "
                 "has the right to write (`hf auth login`)"
             ) from error
-        raise CommandError(f"the Hub refuses ({_first_line(error)}); {again}") from error
+        is_passing = status >= 500 or status in (408, 409, 412, 429)
+        raise CommandError(
+            f"the Hub refuses ({_first_line(error)}); {again if is_passing else 'no file was published'}"
+        ) from error
     except ValueError as error:
         raise CommandError(_first_line(error)) from error
     except UPLOAD_ERRORS as error:
@@ -639,8 +643,13 @@ def _loading(model: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
-        raise CommandError(f"{model} cannot be loaded: {_reason(error)}") from error
+    except (
+        *(OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError),
+        *(AttributeError, KeyError, TypeError),  # JSON of another form
+    ) as error:
+        reason = _reason(error)
+        # Some name it already, or a file in it.
+        raise CommandError(reason if reason.startswith(model) else f"{model} cannot be loaded: {reason}") from error
 
 
 def _reason(error: BaseException) -> str:

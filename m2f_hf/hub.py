@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -29,8 +31,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import yaml_dump
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import PushToHubMixin
 
 from .configuration_mask2former import Mask2FormerConfig
 from .image_processing_mask2former import M2FImageProcessor
@@ -54,7 +56,13 @@ _CODE: dict[str, dict[str, type]] = {
     },
     PROCESSOR: {"AutoImageProcessor": M2FImageProcessor},
 }
+# What a settings file must say of itself to be ours, and who reads it.
+_OURS: dict[str, tuple[str, str, Any]] = {
+    CONFIG: ("model_type", Mask2FormerConfig.model_type, Mask2FormerConfig),
+    PROCESSOR: ("image_processor_type", M2FImageProcessor.__name__, M2FImageProcessor),
+}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHT_FILE = re.compile(r"model.*\.safetensors(\.index\.json)?")
 # What a checkpoint's folder may hold beside code; anything else stays at home.
 _PUBLISHED = (".json", ".safetensors", ".md", ".txt", ".png", ".jpg", ".jpeg", ".webp", ".yaml", ".yml")
 _RESULTS = ".eval_results"
@@ -350,21 +358,34 @@ def is_untouched(card: ModelCard) -> bool:
 
 
 def _readdressed(card: ModelCard, repo_id: str) -> ModelCard:
-    """A card written for another name, such as a folder's, with this one in its snippets."""
+    """A card from here, made for another name, such as a folder's, with this one in its snippets."""
     mark = _MARK.search(card.text)
-    if mark is None or not is_untouched(card):
-        return card
-    card.text = card.text.replace(f'"{mark["repo_id"]}"', f'"{repo_id}"')
+    if mark is not None:
+        card.text = card.text.replace(f'"{mark["repo_id"]}"', f'"{repo_id}"')
     return _marked(card, repo_id)
 
 
-def _published_card(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
-    """The repository's card, None where it has none."""
+def _read_card(file: Path) -> ModelCard:
+    """
+    Raises:
+        ValueError: the file is no text, or its metadata are no YAML mapping.
+    """
     try:
-        path = api.hf_hub_download(repo_id, CARD, revision=revision)
-    except EntryNotFoundError:
-        return None
-    return ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        return ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{file} is no model card ({' '.join(str(error).split())}): mend the metadata between its `---` lines, or "
+            "remove it to have one made"
+        ) from error
+
+
+def _published_card(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
+    """The repository's card, None where it has none. Where it cannot be read, one that nobody here has made."""
+    file = _download(api, repo_id, CARD, revision)
+    try:
+        return _read_card(file) if file else None
+    except ValueError:
+        return ModelCard("")
 
 
 def _renewed_card(
@@ -394,12 +415,101 @@ def code_files() -> list[Path]:
 
 def with_auto_map(file: Path) -> str:
     """The text of a `config.json` or `preprocessor_config.json` that says where its classes are."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = _read_settings(file)
     settings["auto_map"] = {
         auto_class: f"{cls.__module__.rpartition('.')[-1]}.{cls.__name__}"
         for auto_class, cls in _CODE[file.name].items()
     }
     return json.dumps(settings, indent=2, sort_keys=True) + "\n"
+
+
+# --- to and from a repository ---
+
+
+def load_whole(checkpoint: str | os.PathLike, **arguments: Any) -> tuple[Mask2FormerForUniversalSegmentation, set[str]]:
+    """
+    A model whose every weight is the checkpoint's, and the names of what else the checkpoint has.
+
+    Args:
+        arguments: of `from_pretrained`.
+
+    Raises:
+        ValueError: weights are missing, of another shape than the configuration asks for, or not finite.
+    """
+    loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+        checkpoint, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+    )
+    model, report = loaded
+    if missing := report["missing_keys"]:
+        raise ValueError(
+            f"{checkpoint} lacks {len(missing)} of the model's weights, such as {min(missing)}, and would predict "
+            "noise: save it anew with save_pretrained"
+        )
+    if others := report["mismatched_keys"]:
+        name, found, wanted = min(others)
+        raise ValueError(
+            f"{checkpoint} has {len(others)} weights of other shapes than its {CONFIG} asks for, such as {name}, "
+            f"{tuple(found)} in place of {tuple(wanted)}: save configuration and weights together, with save_pretrained"
+        )
+    broken = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{checkpoint} has NaN or infinity in {len(broken)} of its weights, such as {min(broken)}: take an earlier "
+            "checkpoint of the training"
+        )
+    return model, report["unexpected_keys"]
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file holds no JSON object.
+    """
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): save it anew with save_pretrained") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no JSON object: save it anew with save_pretrained")
+    return settings
+
+
+def _download(api: HfApi, repo_id: str, name: str, revision: str | None) -> Path | None:
+    """A file of the repository, None where it has no such file."""
+    try:
+        return Path(api.hf_hub_download(repo_id, name, revision=revision))
+    except EntryNotFoundError:
+        return None
+
+
+def _published(api: HfApi, repo_id: str, name: str, revision: str | None) -> Any:
+    """The repository's configuration or processor, None where it has none of ours."""
+    key, ours, cls = _OURS[name]
+    file = _download(api, repo_id, name, revision)
+    try:
+        return cls.from_pretrained(file.parent) if file and _read_settings(file).get(key) == ours else None
+    except ValueError:
+        return None
+
+
+def _make_branch(api: HfApi, repo_id: str, revision: str | None) -> None:
+    if revision is not None and not revision.startswith("refs/"):  # a pull request is there, or is not
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+def _commit(
+    api: HfApi, repo_id: str, files: Mapping[str, Path | str], *, revision: str | None, **arguments: Any
+) -> CommitInfo:
+    """All files in one commit. New weights take the old ones' place, in however many files those were."""
+    operations: list[Any] = [
+        CommitOperationAdd(name, content.encode() if isinstance(content, str) else content)
+        for name, content in files.items()
+    ]
+    if any(map(_WEIGHT_FILE.fullmatch, files)):
+        # A single file left from before would be loaded in the place of several new ones.
+        old = filter(_WEIGHT_FILE.fullmatch, api.list_repo_files(repo_id, revision=revision))
+        operations += [CommitOperationDelete(name) for name in old if name not in files]
+    return api.create_commit(repo_id, operations, revision=revision, **arguments)
 
 
 # --- push_to_hub of a model, a configuration, a processor ---
@@ -408,61 +518,68 @@ def with_auto_map(file: Path) -> str:
 def register_push_to_hub() -> None:
     """Let `push_to_hub` and `save_pretrained(push_to_hub=True)` of our classes send the code and the card too.
 
-    Done from outside, since the files of these classes must run alone on the Hub.
+    Done from outside, since the files of these classes must run alone on the Hub; in the one place that both pass
+    through.
     """
     for cls in (Mask2FormerConfig, Mask2FormerPreTrainedModel, M2FImageProcessor):
-        cls._upload_modified_files = _complete_and_upload  # type: ignore[method-assign, assignment]
+        cls._upload_modified_files = _upload_saved_files  # type: ignore[method-assign, assignment]
 
 
-def _complete_and_upload(
+def _upload_saved_files(
     self: Any,
     working_dir: str | os.PathLike,
     repo_id: str,
-    files_timestamps: dict[str, float],
+    files_timestamps: Mapping[str, float],
+    commit_message: str | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     **commit: Any,
-) -> Any:
-    """The last step of the stock `push_to_hub`, with the code and the card written into the folder before."""
-    folder = Path(working_dir)
-    for name in _CODE:
-        if (folder / name).is_file():
-            (folder / name).write_text(with_auto_map(folder / name), encoding="utf-8")
-    for file in code_files():
-        (folder / file.name).write_bytes(file.read_bytes())
-    if revision is not None and not create_pr:
-        HfApi(token=token).create_branch(repo_id, branch=revision, exist_ok=True)
-    published = _published_card(HfApi(token=token), repo_id, revision)
+) -> CommitInfo:
+    """The last step of the stock `push_to_hub`: what was just saved, with the code and the card, in one commit.
+
+    Args:
+        files_timestamps: when the files that were in the folder before had last been written.
+    """
+    api = HfApi(token=token)
+    saved = [file for file in sorted(Path(working_dir).iterdir()) if file.is_file()]
+    saved = [file for file in saved if file.stat().st_mtime > files_timestamps.get(file.name, -math.inf)]
+    files: dict[str, Path | str] = {file.name: with_auto_map(file) if file.name in _CODE else file for file in saved}
+    files |= {file.name: file for file in code_files()}
+    if not create_pr:
+        _make_branch(api, repo_id, revision)
+    published = _published_card(api, repo_id, revision)
     if published is None or is_untouched(published):
-        _write_card(self, folder, repo_id, published, revision=revision, token=token)
-    stock = PushToHubMixin._upload_modified_files
-    return stock(
-        self, working_dir, repo_id, files_timestamps, token=token, revision=revision, create_pr=create_pr, **commit
+        stock_card = files.get(CARD)
+        card = _card_of_part(
+            self, api, repo_id, revision, published, stock_card if isinstance(stock_card, Path) else None
+        )
+        files |= {CARD: str(card)} if card else {}
+    part = (
+        "processor"
+        if isinstance(self, M2FImageProcessor)
+        else "config"
+        if isinstance(self, PreTrainedConfig)
+        else "model"
     )
+    message = commit_message or f"Upload {part}, card and code"
+    return _commit(api, repo_id, files, revision=revision, commit_message=message, create_pr=create_pr, **commit)
 
 
-def _write_card(self: Any, folder: Path, repo_id: str, published: ModelCard | None, **where: Any) -> None:
+def _card_of_part(
+    part: Any, api: HfApi, repo_id: str, revision: str | None, published: ModelCard | None, stock_card: Path | None
+) -> ModelCard | None:
     """The card of what is pushed and of what the repository has already; none where the model is yet to come."""
-    config = self if isinstance(self, Mask2FormerConfig) else getattr(self, "config", None)
-    config = config or _from_hub(Mask2FormerConfig, repo_id, **where)
+    config = part if isinstance(part, Mask2FormerConfig) else getattr(part, "config", None)
+    config = config or _published(api, repo_id, CONFIG, revision)
     if config is None:
-        return
-    processor = self if isinstance(self, M2FImageProcessor) else _from_hub(M2FImageProcessor, repo_id, **where)
-    card = _renewed_card(published, config, processor, repo_id)
-    if (folder / CARD).is_file():  # with the tags of the caller
-        stock: Any = ModelCard((folder / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        tags = [*card.data.to_dict()["tags"], *(stock.data.tags or [])]
-        card.data["tags"] = list(dict.fromkeys(tags))
-    _marked(card, repo_id).save(folder / CARD)
-
-
-def _from_hub(cls: Any, repo_id: str, **where: Any) -> Any:
-    """The repository's configuration or processor, None where it has none."""
-    try:
-        return cls.from_pretrained(repo_id, **where)
-    except OSError:
         return None
+    processor = part if isinstance(part, M2FImageProcessor) else _published(api, repo_id, PROCESSOR, revision)
+    card = _renewed_card(published, config, processor, repo_id)
+    if stock_card is not None:  # with the tags of the caller
+        tags = [*card.data.to_dict()["tags"], *(_read_card(stock_card).data.to_dict().get("tags") or [])]
+        card.data["tags"] = list(dict.fromkeys(tags))
+    return _marked(card, repo_id)
 
 
 # --- a whole folder ---
@@ -478,7 +595,8 @@ class HubFolder:
 
     Raises:
         FileNotFoundError: no such folder, or it lacks the configuration, the processor or the weights.
-        ValueError: another model's configuration, or weights that are not this model's.
+        ValueError: another model's configuration or processor, weights that are not this model's or not finite, a card
+            that the Hub would not read.
         OSError, RuntimeError, SafetensorError: files that cannot be read.
     """
 
@@ -487,7 +605,14 @@ class HubFolder:
         self._check_files()
         self.config = Mask2FormerConfig.from_pretrained(self.folder)
         self.processor = M2FImageProcessor.from_pretrained(self.folder)
-        self._check_weights()
+        _, unexpected = load_whole(self.folder)
+        if unexpected:
+            raise ValueError(
+                f"{self.folder} has {len(unexpected)} weights that its model has not, such as {min(unexpected)}: save "
+                "it anew with save_pretrained"
+            )
+        own_card = self.folder / CARD
+        self._own_card = _read_card(own_card) if own_card.is_file() else None
         self.files, self.left_out = self._contents()
 
     def push(
@@ -523,47 +648,34 @@ class HubFolder:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public: make it private on its page, or name another")
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = dict(self.files)
-        files.pop(CARD, None)
-        card = self._card(_published_card(api, repo_id, revision), repo_id, replace_card)
-        operations: list[Any] = [
-            CommitOperationAdd(name, content.encode() if isinstance(content, str) else content)
-            for name, content in [*files.items(), *card.items()]
-        ]
-        # Weights saved in another number of files before would be loaded in the place of these.
-        there = api.list_repo_files(repo_id, revision=revision)
-        old = [name for name in there if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)]
-        operations += [CommitOperationDelete(name) for name in old if name not in files]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message or "Upload model, processor, card and code",
-            revision=revision,
-        )
+        _make_branch(api, repo_id, revision)
+        files = {name: content for name, content in self.files.items() if name != CARD}
+        published = _published_card(api, repo_id, revision)
+        if published is None or replace_card or is_untouched(published):
+            files[CARD] = self._card(published, repo_id)
+        message = commit_message or "Upload model, processor, card and code"
+        return _commit(api, repo_id, files, revision=revision, commit_message=message)
 
     def _check_files(self) -> None:
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.folder}")
+            raise FileNotFoundError(f"{self.folder} is no folder")
         for name, needed in ((CONFIG, (CONFIG,)), (PROCESSOR, (PROCESSOR,)), (_WEIGHTS[0], _WEIGHTS)):
             if not any((self.folder / file).is_file() for file in needed):
                 raise FileNotFoundError(
                     f"{self.folder} has no {name}: save the model and the processor there with save_pretrained"
                 )
-        model_type = json.loads((self.folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
-        if model_type != Mask2FormerConfig.model_type:
+        if all((self.folder / file).is_file() for file in _WEIGHTS):
             raise ValueError(
-                f"{self.folder} has model_type {model_type!r}, not {Mask2FormerConfig.model_type!r}: load it with "
-                "m2f_hf and save_pretrained it, model and processor, into another folder"
+                f"{self.folder} has {' and '.join(_WEIGHTS)}: one is left from an earlier save, and the first is what "
+                "would be loaded; remove the older"
             )
-
-    def _check_weights(self) -> None:
-        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(self.folder, output_loading_info=True)
-        for fault in ("missing_keys", "unexpected_keys"):
-            if names := loaded[1][fault]:
-                kind = fault.removesuffix("_keys")
-                raise ValueError(f"{self.folder} has {len(names)} {kind} weights, such as {min(names)}: save it anew")
+        for name, (key, ours, _) in _OURS.items():
+            found = _read_settings(self.folder / name).get(key)
+            if found != ours:
+                raise ValueError(
+                    f"{self.folder} has {key} {found!r} in {name}, not {ours!r}: load it with m2f_hf and "
+                    "save_pretrained it, model and processor, into another folder"
+                )
 
     def _contents(self) -> tuple[dict[str, Path | str], list[str]]:
         code = {file.name: file for file in code_files()}
@@ -579,11 +691,9 @@ class HubFolder:
                 left_out.append(name + "/" * path.is_dir())
         return files | code, left_out
 
-    def _card(self, published: ModelCard | None, repo_id: str, replace: bool) -> dict[str, str]:
-        if published is not None and not is_untouched(published) and not replace:
-            return {}
-        own = self.folder / CARD
-        if not own.is_file():
-            return {CARD: str(_renewed_card(published, self.config, self.processor, repo_id))}
-        text = own.read_text(encoding="utf-8")
-        return {CARD: str(_readdressed(ModelCard(text), repo_id)) if _MARK.search(text) else text}
+    def _card(self, published: ModelCard | None, repo_id: str) -> str:
+        if self._own_card is None:
+            return str(_renewed_card(published, self.config, self.processor, repo_id))
+        if _MARK.search(self._own_card.text) and is_untouched(self._own_card):
+            return str(_readdressed(self._own_card, repo_id))
+        return (self.folder / CARD).read_text(encoding="utf-8")  # to the letter, as it was written

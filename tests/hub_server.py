@@ -70,10 +70,12 @@ class Repository:
 
 @dataclass
 class Fault:
-    """The next request whose line matches is answered with `status`, or, where that is None, cut off."""
+    """The next request whose line matches is answered with `status`, or, where that is None, cut off: before anything
+    is done or, if `is_late`, when all is done."""
 
     pattern: str
     status: int | None
+    is_late: bool
 
 
 class HubServer(ThreadingHTTPServer):
@@ -93,9 +95,9 @@ class HubServer(ThreadingHTTPServer):
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fail_next(self, pattern: str, status: int | None) -> None:
+    def fail_next(self, pattern: str, status: int | None, is_late: bool = False) -> None:
         """Answer the next request matching `METHOD /path` with an error, or cut the connection (None)."""
-        self.faults.append(Fault(pattern, status))
+        self.faults.append(Fault(pattern, status, is_late))
 
     def store(self, repo_id: str, files: dict[str, Path | str], private: bool = False) -> None:
         """Put a repository there without a client."""
@@ -278,9 +280,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {path}")
         self.body = self._read()
         try:
-            self._strike(f"{self.command} {path}")
+            self._strike(f"{self.command} {path}", is_late=False)
             self.user = self._authenticate()
             content, headers = self._dispatch("GET" if self.command == "HEAD" else self.command, path)
+            self._strike(f"{self.command} {path}", is_late=True)
             self._send(200, content, headers)
         except HubError as error:
             headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
@@ -290,9 +293,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _answer
 
-    def _strike(self, line: str) -> None:
+    def _strike(self, line: str, is_late: bool) -> None:
         for fault in self.server.faults:
-            if re.match(fault.pattern, line):
+            if fault.is_late == is_late and re.match(fault.pattern, line):
                 self.server.faults.remove(fault)
                 if fault.status is None:
                     raise ConnectionAbortedError

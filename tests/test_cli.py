@@ -265,6 +265,20 @@ def test_pictures_of_one_name_get_files_of_their_own(model, photo, tmp_path):
     assert len(names(out)) == 6
 
 
+def test_a_name_that_is_no_text_is_written_as_it_is(photo, model, tmp_path, monkeypatch):
+    odd = Path(os.fsdecode(os.fsencode(photo.parent) + b"/\xff.jpg"))
+    try:
+        shutil.copy(photo, odd)
+    except OSError:
+        pytest.skip("this file system takes text alone for names")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["segment", str(photo.parent), "--model", model, "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / f"{odd.stem}.json").read_text(encoding="utf-8"))["image"] == str(odd)
+    terminal.flush()
+    assert b"/\\udcff.jpg: " in terminal.buffer.getvalue()
+
+
 def test_a_picture_is_never_overwritten_by_a_result(model, photo):
     second = photo.with_name("photo.overlay.png")
     Image.new("RGB", (40, 30), "red").save(second)
@@ -401,6 +415,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         (lambda path: str(path / "queryless"), "`num_queries`=0 must be at least 1"),
         (lambda path: str(path / "worded"), "num_queries"),
         (lambda path: str(path / "partial"), "lacks 1 of the model's weights, such as class_predictor.bias"),
+        (lambda path: str(path / "diverged"), "has NaN or infinity in 1 of its weights, such as class_predictor.bias"),
+        (lambda path: str(path / "listed"), "cannot be loaded"),
     ],
 )
 def test_a_model_that_cannot_be_used(make, says, model, photo, tmp_path, capsys):
@@ -409,15 +425,18 @@ def test_a_model_that_cannot_be_used(make, says, model, photo, tmp_path, capsys)
     for name, text in {"bert": '{"model_type": "bert"}', "garbled": "{", "list": "[]"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
-    for name in ("weightless", "damaged", "partial"):
+    for name in ("weightless", "damaged", "partial", "diverged", "listed"):
         shutil.copytree(model, tmp_path / name)
     (tmp_path / "weightless" / "model.safetensors").unlink()
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"0123456789")
     from safetensors.torch import load_file, save_file
 
     weights = load_file(tmp_path / "partial" / "model.safetensors")
-    del weights["class_predictor.bias"]
+    bias = weights.pop("class_predictor.bias")
     save_file(weights, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
+    weights["class_predictor.bias"] = bias * torch.nan
+    save_file(weights, tmp_path / "diverged" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "listed" / "preprocessor_config.json").write_text("[]")
 
     for name, queries in {"queryless": 0, "worded": "many"}.items():
         (tmp_path / name).mkdir()

@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from m2f_hf import M2FImageProcessor, Mask2FormerConfig
+from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_SCENES
 from m2f_hf.hub import Figure, HubFolder, code_files, is_untouched, model_card, result_files
 
@@ -157,29 +157,82 @@ def test_a_folder_is_sent_without_pickles_code_of_others_and_hidden_files(folder
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("no folder", "there is no folder"),
+        ("no folder", "is no folder"),
         ("config.json", "has no config.json"),
         ("preprocessor_config.json", "has no preprocessor_config.json"),
         ("model.safetensors", "has no model.safetensors"),
-        ("stock", "has model_type 'mask2former'"),
-        ("partial", "1 missing weights, such as class_predictor.bias"),
-        ("more", "1 unexpected weights, such as extra"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_refused(fault, says, folder):
     if fault == "no folder":
         shutil.rmtree(folder)
-    elif fault == "stock":
-        settings = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**settings, "model_type": "mask2former"}))
-    elif fault in ("partial", "more"):
-        weights = load_file(folder / "model.safetensors")
-        weights = {**weights, "extra": torch.zeros(1)} if fault == "more" else weights
-        weights = {name: w for name, w in weights.items() if fault == "more" or name != "class_predictor.bias"}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     else:
         (folder / fault).unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
+    with pytest.raises(FileNotFoundError, match=says):
+        HubFolder(folder)
+
+
+def test_weights_of_two_saves_are_refused(folder):
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(folder)
+    model.class_predictor.bias.data += 1
+    model.save_pretrained(folder, max_shard_size="2MB")
+    stale = Mask2FormerForUniversalSegmentation.from_pretrained(folder)
+    assert not torch.equal(stale.class_predictor.bias, model.class_predictor.bias)  # what this is about
+    with pytest.raises(ValueError, match=r"has model\.safetensors and model\.safetensors\.index\.json: .* remove"):
+        HubFolder(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "says"),
+    [
+        ("config.json", {"model_type": "mask2former"}, "has model_type 'mask2former' in config.json, not 'm2f'"),
+        ("preprocessor_config.json", {"image_processor_type": "Mask2FormerImageProcessor"}, "has image_processor_type"),
+        ("config.json", [], "config.json holds no JSON object"),
+        ("preprocessor_config.json", [], "preprocessor_config.json holds no JSON object"),
+        ("config.json", "{", "config.json is no JSON .*save it anew"),
+        ("preprocessor_config.json", b"\xff\xfe{", "preprocessor_config.json is no JSON .*save it anew"),
+    ],
+)
+def test_settings_of_others_and_damaged_ones_are_refused(file, settings, says, folder):
+    if isinstance(settings, dict):
+        settings = {**json.loads((folder / file).read_text()), **settings}
+    (folder / file).write_bytes(settings if isinstance(settings, bytes) else _text(settings).encode())
+    with pytest.raises(ValueError, match=says):
+        HubFolder(folder)
+
+
+def _text(settings) -> str:
+    return settings if isinstance(settings, str) else json.dumps(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda w: w.pop("class_predictor.bias"), "lacks 1 of the model's weights, such as class_predictor.bias"),
+        (lambda w: w.update(extra=torch.zeros(1)), "has 1 weights that its model has not, such as extra"),
+        (
+            lambda w: w.update({"class_predictor.bias": torch.zeros(3)}),
+            r"such as class_predictor.bias, \(3,\) in place of \(8,\)",
+        ),
+        (
+            lambda w: w["class_predictor.bias"].fill_(torch.nan),
+            "has NaN or infinity in 1 of its weights, such as class_predictor.bias",
+        ),
+    ],
+    ids=["missing", "unexpected", "other shape", "not a number"],
+)
+def test_weights_that_are_not_the_models_are_refused(change, says, folder):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=says):
+        HubFolder(folder)
+
+
+@pytest.mark.parametrize("card", [b"---\nlicense: [open\n---\n# x\n", b"---\n- a list\n---\n", b"\xff\xfe\x00"])
+def test_a_card_that_the_hub_would_not_read_is_refused(card, folder):
+    (folder / "README.md").write_bytes(card)
+    with pytest.raises(ValueError, match=r"README\.md is no model card .* mend the metadata"):
         HubFolder(folder)
 
 
@@ -330,6 +383,8 @@ model.save_pretrained("kept", push_to_hub=True, repo_id="owner/saved")
     files = hub.repositories["owner/saved"].files()
     assert "modeling_mask2former.py" in files
     assert is_untouched(ModelCard(files["README.md"].decode()))
+    assert not list((client.folder / "kept").glob("*.py"))
+    assert "auto_map" not in json.loads((client.folder / "kept" / "config.json").read_text())
 
 
 def test_a_card_that_somebody_wrote_stays_unless_it_is_to_be_replaced(hub, client):
@@ -345,6 +400,24 @@ M2FImageProcessor.from_pretrained("changed" if os.path.isdir("changed") else "sh
     assert repository.files()["README.md"] == by_hand
     client('answer = run("push", "shapes", "owner/carded", "--replace-card")', OWNER)
     assert repository.files()["README.md"] == made
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [open\n---\n# x\n", "---\n- a list\n---\n"])
+def test_a_card_that_cannot_be_read_is_somebodys(card, hub, client):
+    hub.store("owner/odd-card", {"README.md": card})
+    files = hub.repositories["owner/odd-card"].files
+    assert client('answer = run("push", "shapes", "owner/odd-card")', OWNER)[0] == 0
+    assert files()["README.md"] == card.encode()
+    assert client('answer = run("push", "shapes", "owner/odd-card", "--replace-card")', OWNER)[0] == 0
+    assert is_untouched(ModelCard(files()["README.md"].decode()))
+
+
+def test_another_models_repository_gets_no_card_from_here(hub, client):
+    hub.store("owner/other", {"config.json": '{"model_type": "bert"}'})
+    client('M2FImageProcessor.from_pretrained("shapes").push_to_hub("owner/other")', OWNER)
+    files = hub.repositories["owner/other"].files()
+    assert "image_processing_mask2former.py" in files
+    assert "Mask2Former" not in files["README.md"].decode()
 
 
 def test_a_card_from_here_is_renewed_but_keeps_its_licence(hub, client):
@@ -368,22 +441,66 @@ HubFolder("licensed").push("owner/licensed")
     assert "model-index" not in data
 
 
-def test_weights_in_another_number_of_files_take_the_place_of_the_old(pushed, hub, client):
-    client('HubFolder("shapes").push("owner/sharded")', OWNER)
-    missing = client("""
-shutil.copytree("shapes", "sharded")
-os.remove("sharded/model.safetensors")
-Mask2FormerForUniversalSegmentation.from_pretrained("shapes").save_pretrained("sharded", max_shard_size="2MB")
-HubFolder("sharded").push("owner/sharded")
-_, report = Mask2FormerForUniversalSegmentation.from_pretrained("owner/sharded", output_loading_info=True)
-answer = sorted(report["missing_keys"])
+@pytest.mark.parametrize("way", ["folder", "model"])
+def test_weights_in_another_number_of_files_take_the_place_of_the_old(way, hub, client):
+    push = {
+        "folder": 'model.save_pretrained("sharded", max_shard_size="2MB"); HubFolder("sharded").push("owner/sharded")',
+        "model": 'model.push_to_hub("owner/sharded", max_shard_size="2MB")',
+    }[way]
+    pushed_bias, loaded_bias = client(f"""
+shutil.rmtree("sharded", ignore_errors=True)
+shutil.copytree("shapes", "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+HubFolder("shapes").push("owner/sharded")
+model = Mask2FormerForUniversalSegmentation.from_pretrained("shapes")
+model.class_predictor.bias.data += 1
+{push}
+model_again = Mask2FormerForUniversalSegmentation.from_pretrained("owner/sharded")
+answer = [each.class_predictor.bias.tolist() for each in (model, model_again)]
 """, OWNER)  # fmt: skip
     names = [name for name in hub.repositories["owner/sharded"].files() if name.startswith("model")]
     assert "model.safetensors" not in names and "model.safetensors.index.json" in names and len(names) > 3
-    assert missing == []
+    assert loaded_bias == pushed_bias
 
 
 # --- what goes wrong ---
+
+
+TRAP = "import pathlib; pathlib.Path('trapped').touch()\n"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preprocessor_config.json": {"image_processor_type": "TrapProcessor"}},
+        {"config.json": {"model_type": "mask2former"}},
+        {"config.json": {"model_type": "trap"}},
+        {"config.json": {"custom_pipelines": {"image-segmentation": {"impl": "modeling_mask2former.Trap"}}}},
+    ],
+    ids=["code", "processor", "stock", "model", "pipeline"],
+)
+def test_with_the_package_no_code_of_a_repository_runs_unasked(changes, hub, client, folder):
+    files = HubFolder(folder).files
+    for name, settings in changes.items():
+        files[name] = json.dumps({**json.loads(files[name]), **settings})
+    hub.store("guest/trap", {name: TRAP if name.endswith(".py") else file for name, file in files.items()})
+    refused = client("""
+from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+loaders = [cls.from_pretrained for cls in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation,
+                                           M2FImageProcessor, Mask2FormerForUniversalSegmentation)]
+loaders += [lambda name: pipeline("image-segmentation", model=name), lambda name: run("info", name),
+            lambda name: run("segment", "photo.jpg", "--model", name)]
+answer = 0
+for load in loaders:
+    try:
+        load("guest/trap")
+    except ValueError as error:
+        assert "trust_remote_code" in str(error) or "argument `trust_remote_code=True`" in str(error), error
+        answer += 1
+""")
+    assert not (client.folder / "trapped").exists()
+    assert refused == {"code": 0, "stock": 0}.get(next(iter(changes), "code"), refused)
 
 
 def test_a_private_repository_is_its_owners(hub, client):
@@ -468,33 +585,59 @@ model.save_pretrained("fresh")
     assert hub.repositories[name].messages[1:] == ["Upload model, processor, card and code"]
 
 
+def test_a_connection_that_breaks_after_the_commit_claims_nothing(hub, client):
+    hub.fail_next("POST .*/commit/", None, is_late=True)
+    status, _, err = client('answer = run("push", "shapes", "owner/late")', OWNER)
+    assert (status, hub.faults) == (2, [])
+    assert "has everything of it or nothing" in err and "Run the same command again" in err
+    messages = list(hub.repositories["owner/late"].messages)
+    assert len(messages) == 2
+    assert client('answer = run("push", "shapes", "owner/late")', OWNER)[0] == 0
+    assert hub.repositories["owner/late"].messages == messages
+
+
+def test_what_the_hub_will_never_take_is_not_to_be_tried_again(hub, client):
+    hub.fail_next("POST .*/commit/", 413)
+    status, _, err = client('answer = run("push", "shapes", "owner/large")', OWNER)
+    assert status == 2 and "413" in err and "no file was published" in err and "again" not in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ('"nowhere", "owner/x"', "m2f: there is no folder nowhere\n"),
+        ('"nowhere", "owner/x"', "m2f: nowhere is no folder\n"),
         ('"weightless", "owner/x"', "m2f: weightless has no model.safetensors"),
-        ('"photo.jpg", "owner/x"', "m2f: there is no folder photo.jpg\n"),
+        ('"photo.jpg", "owner/x"', "m2f: photo.jpg is no folder\n"),
+        ('"cut", "owner/x"', "m2f: cut cannot be loaded: Error while deserializing header"),
+        ('"indexed", "owner/x"', "m2f: indexed cannot be loaded: list indices"),
     ],
 )
 def test_nothing_is_asked_of_the_hub_for_a_bad_folder(arguments, says, hub, client):
-    (client.folder / "weightless").mkdir(exist_ok=True)
-    for name in ("config.json", "preprocessor_config.json"):
-        shutil.copy(BUNDLED_MODEL / name, client.folder / "weightless")
+    for folder, file in {
+        "weightless": "notes.txt",
+        "cut": "model.safetensors",
+        "indexed": "model.safetensors.index.json",
+    }.items():
+        (client.folder / folder).mkdir(exist_ok=True)
+        for name in ("config.json", "preprocessor_config.json"):
+            shutil.copy(BUNDLED_MODEL / name, client.folder / folder)
+        (client.folder / folder / file).write_text("[]")
     asked = len(hub.requests)
     status, _, err = client(f"answer = run('push', {arguments})", OWNER)
     assert status == 2 and err.startswith(says) and err.count("\n") == 1
     assert len(hub.requests) == asked
 
 
-@pytest.mark.parametrize(("reply", "is_sent"), [("y", True), ("", False), ("no", False)])
+@pytest.mark.parametrize(("reply", "is_sent"), [("y\\n", True), ("\\n", False), ("no\\n", False), ("", False)])
 def test_at_a_terminal_it_asks_first(reply, is_sent, hub, client):
-    name = f"owner/asked-{reply or 'nothing'}"
+    """The last one closes the terminal."""
+    name = f"owner/asked-{len(reply)}-{reply[:1].isalpha()}"
     status, out, _ = client(f"""
 import sys
 class Terminal(io.StringIO):
     def isatty(self):
         return True
-before, sys.stdin = sys.stdin, Terminal("{reply}\\n")
+before, sys.stdin = sys.stdin, Terminal("{reply}")
 try:
     answer = run("push", "shapes", "{name}")
 finally:
@@ -527,10 +670,10 @@ answer = [json.loads(line) for line in open("run/training_log.jsonl")]
         "PQ (panoptic)": round(100 * best["pq_all"], 2),
         "PQ things (panoptic)": round(100 * best["pq_things"], 2),
         "PQ stuff (panoptic)": round(100 * best["pq_stuff"], 2),
-        "mIoU (semantic)": round(100 * best["mean_iou"], 2),
+        "mIoU (semantic)": round(100 * best["miou"], 2),
     }
     assert card.data.to_dict()["license"] == "mit"
-    assert f"| kept step | {best['step']} |" in card.text and "| learning_rate | 0.0001 |" in card.text
+    assert f"| kept step | {best['step']} |" in card.text and "| learning_rate | 2.5e-05 |" in card.text
     assert "base_model" not in card.data.to_dict()  # a folder is no model on the Hub
     assert "](example.jpg)" in card.text
     with Image.open(client.folder / "run" / "best" / "example.jpg") as picture:
