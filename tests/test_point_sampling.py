@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from m2f_hf.point_sampling import (
+    PointRows,
     SeededPoints,
     draw_uniform_points,
     pack_masks,
@@ -47,6 +48,13 @@ def test_values_are_exact_at_pixel_centres_and_fade_to_zero_outside():
     points = torch.tensor([[[0.5 / 4, 0.5 / 3], [3.5 / 4, 1.5 / 3], [0.5, 0.5], [0.0, 0.5 / 3], [1.5, 0.5]]])
     # centre of (row 0, column 0), of (1, 3), the middle of the map, half out on the left, far out
     torch.testing.assert_close(sample_points(features, points), torch.tensor([[[1.0, 8.0, 6.5, 0.5, 0.0]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_sampled_as_maps_are(dtype):
+    features = torch.randn(2, 6, 5, 9).to(dtype)
+    points = torch.rand(2, 200, 2) * 1.4 - 0.2  # some outside, on every side
+    torch.testing.assert_close(PointRows(features).sample(points), sample_points(features, points).mT)
 
 
 def test_gradient_is_grid_samples():
