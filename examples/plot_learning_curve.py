@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 
 LOSSES = {"loss_cross_entropy": "class", "loss_mask": "mask", "loss_dice": "dice"}
-QUALITIES = {"pq_all": "PQ", "pq_things": "PQ, things", "pq_stuff": "PQ, stuff", "mean_iou": "mean IoU"}
+QUALITIES = {"pq_all": "PQ", "pq_things": "PQ, things", "pq_stuff": "PQ, stuff", "miou": "mean IoU"}
 
 
 def read_stages(logs: list[Path]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -26,6 +26,8 @@ def read_stages(logs: list[Path]) -> tuple[list[dict[str, Any]], list[int]]:
     starts = [0]
     for log in logs:
         stage = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        # The name of mean IoU in older logs.
+        stage = [{"miou" if key == "mean_iou" else key: value for key, value in row.items()} for row in stage]
         rows += [{**row, "step": starts[-1] + row["step"]} for row in stage]
         starts.append(max(row["step"] for row in rows))
     return rows, starts[1:-1]

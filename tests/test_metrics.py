@@ -6,7 +6,7 @@ import torch
 
 from m2f_hf.data import CATEGORIES, ShapesDataset
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
-from m2f_hf.metrics import MeanIoU, PanopticEvaluation, PanopticQuality, PixelScores, evaluate_model, merged
+from m2f_hf.metrics import Evaluation, MeanIoU, PanopticQuality, PixelScores, evaluate_model, merged
 from m2f_hf.metrics.evaluation import VOID_LABEL, semantic_map
 
 
@@ -272,16 +272,16 @@ def test_a_model_that_knows_the_target_scores_high_through_the_processor():
     items = [dataset[index] for index in range(4)]
     processor = M2FImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}, label_ids_to_fuse=[4, 5, 6])
     inputs = processor([item["image"] for item in items], return_tensors="pt")
-    evaluation = PanopticEvaluation(processor, CATEGORIES)
+    evaluation = Evaluation("panoptic", processor, CATEGORIES, ["pq", "miou"])
     model = Oracle(items).train()
     evaluate_model(model, [(inputs, items)], evaluation.update, show_progress=False)
     assert model.training
     result = evaluation.compute()
-    assert result["mean_iou"]["mean_iou"] > 0.7
-    assert result["panoptic_quality"]["stuff"]["rq"] == 1.0
-    assert result["panoptic_quality"]["all"]["sq"] > 0.75
-    doubled = evaluation.compute(lambda total: 2 * total)
-    assert doubled["panoptic_quality"]["all"] == pytest.approx(result["panoptic_quality"]["all"])
+    assert result["miou"] > 0.7
+    assert result["rq_stuff"] == 1.0
+    assert result["sq_all"] > 0.75
+    doubled = evaluation.compute(lambda parts: 2 * parts)  # as if another process had seen the same
+    assert doubled["pq_all"] == pytest.approx(result["pq_all"])
 
 
 def test_three_hundred_classes_keep_their_labels_and_void_is_none_of_them():
@@ -295,13 +295,13 @@ def test_three_hundred_classes_keep_their_labels_and_void_is_none_of_them():
     assert np.array_equal(semantic_map(segment_ids, infos[:3]) == VOID_LABEL, segment_ids == 4)
     assert VOID_LABEL not in range(300)
 
-    evaluation = PanopticEvaluation(M2FImageProcessor(label_ids_to_fuse=[]), categories)
+    evaluation = Evaluation("semantic", M2FImageProcessor(label_ids_to_fuse=[]), categories)
     pixels = torch.zeros(1, 3, 64, 64)
     batch = {"pixel_values": pixels, "pixel_mask": torch.ones(1, 64, 64)}
     evaluate_model(Oracle([item], num_classes=300), [(batch, [item])], evaluation.update, show_progress=False)
-    per_class = evaluation.compute()["mean_iou"]["per_class"]
-    assert {i for i, iou in enumerate(per_class) if iou is not None} == {7, 255, 256, 299}
-    assert min(per_class[i] for i in (7, 255, 256, 299)) > 0.8
+    per_class = evaluation.compute()["per_class"]
+    assert {name for name, entry in per_class.items() if entry["iou"] is not None} == {"7", "255", "256", "299"}
+    assert min(per_class[name]["iou"] for name in ("7", "255", "256", "299")) > 0.8
 
 
 # --- pixel scores ---

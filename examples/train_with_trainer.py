@@ -1,0 +1,78 @@
+"""Fine-tune Mask2Former with `transformers.Trainer`; examples/finetune.py is the longer way, with more to it.
+
+    python examples/train_with_trainer.py --dataset path/to/data --model path/or/hub/id --output runs/mine
+
+The model gives `loss` like any other, so the Trainer needs two things: batches (masks differ in number from image to
+image, hence a collator), and the original's groups of parameters. The figures of a validation come from `Evaluation`.
+"""
+
+import argparse
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
+from m2f_hf.data import open_dataset
+from m2f_hf.data.augmentation import TrainingTransform
+from m2f_hf.data.loading import CollateSamples, TrainingStream, evaluation_loader, to_model_inputs
+from m2f_hf.data.recipes import default_recipe
+from m2f_hf.metrics import Evaluation, evaluate_model
+from m2f_hf.optimization import choose_num_steps, get_parameter_groups, scale_learning_rate
+from m2f_hf.training import set_classes
+
+
+class Samples(TrainingStream):
+    """One epoch of a stream of samples, since a Trainer wants an end."""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--steps", type=int)
+    args = parser.parse_args(arguments)
+
+    data = open_dataset(args.dataset)
+    print(data.report)
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, dtype=torch.float32)
+    print(set_classes(model, data.categories))
+    processor = M2FImageProcessor.from_pretrained(args.model)
+    stuff = [category["id"] for category in data.categories if category["isthing"] is False]
+    processor.task, processor.label_ids_to_fuse = data.task, stuff if data.task == "panoptic" else None
+
+    recipe = default_recipe(processor.size)
+    collate = CollateSamples(processor)
+    rate = scale_learning_rate(args.batch_size, recipe.learning_rate).value
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=args.output,
+            per_device_train_batch_size=args.batch_size,
+            max_steps=args.steps or int(choose_num_steps(len(data.train), args.batch_size).value),
+            max_grad_norm=recipe.max_grad_norm,
+            lr_scheduler_type="polynomial",
+            remove_unused_columns=False,  # the collator names what the model takes
+            report_to="none",
+        ),
+        train_dataset=Samples(data.train, TrainingTransform(recipe), seed=0),
+        data_collator=lambda samples: to_model_inputs(collate(samples)),
+        optimizers=(torch.optim.AdamW(get_parameter_groups(model, rate)), None),
+    )
+    trainer.train()
+    trainer.save_model(args.output)
+    processor.save_pretrained(args.output)
+
+    evaluation = Evaluation(data.task, processor, data.categories)
+    evaluate_model(trainer.model, evaluation_loader(data.validation, processor, args.batch_size), evaluation.update)
+    figures = {name: value for name, value in evaluation.compute().items() if name != "per_class"}
+    print(figures)
+    return figures
+
+
+if __name__ == "__main__":
+    main()

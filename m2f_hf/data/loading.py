@@ -1,0 +1,206 @@
+"""Batches for training and evaluation: which images a step sees, the same in every run, process and worker."""
+
+import itertools
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from .augmentation import TrainingTransform, pack_masks, unpack_masks
+from .hub_datasets import StreamingDataset
+from .recipes import SizeSchedule
+
+
+SHUFFLE_BUFFER = 1000
+"""Rows of a stream among which the next one is drawn."""
+
+
+class StepSampler(Sampler[list[int]]):
+    """Places in the endless sequence of images that one process sees, batch by batch, from step `first` to `last`.
+
+    A step sees `accumulation * num_processes * batch_size` images in a row. They are the same ones however the step is
+    split over processes and accumulated batches.
+
+    Args:
+        first, last: steps, counted from 0, the last exclusive.
+        batch_size: images of one batch of one process.
+        accumulation: batches of one process in a step.
+        process, num_processes: which one of how many.
+    """
+
+    def __init__(
+        self, first: int, last: int, batch_size: int, accumulation: int = 1, process: int = 0, num_processes: int = 1
+    ) -> None:
+        self.first, self.last = first, last
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.process, self.num_processes = process, num_processes
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that all processes see in a step."""
+        return self.batch_size * self.accumulation * self.num_processes
+
+    def first_image(self, index: int) -> int:
+        """Place in its step of the first image of this process's batch `index` of the step."""
+        return (index * self.num_processes + self.process) * self.batch_size
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step, index in itertools.product(range(self.first, self.last), range(self.accumulation)):
+            start = step * self.images_per_step + self.first_image(index)
+            yield list(range(start, start + self.batch_size))
+
+
+class TrainingStream(Dataset[dict[str, Any]]):
+    """An endless sequence of training samples: each epoch a new permutation of the images, each a new random sample.
+
+    Place p gives the same sample in every run with the same seed, whatever came before.
+
+    Args:
+        dataset: items as the readers of `m2f_hf.data` give them, with a length.
+        transform: what makes samples of them.
+        seed: of the order and the samples.
+        sizes: shorter side of the samples over training, if not the recipe's throughout.
+        images_per_step, total_steps: for `sizes`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: TrainingTransform,
+        seed: int,
+        sizes: SizeSchedule | None = None,
+        images_per_step: int = 1,
+        total_steps: int = 1,
+    ) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.sizes, self.images_per_step, self.total_steps = sizes, images_per_step, total_steps
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, offset = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
+        return self.sample(self.dataset[int(self._order[offset])], position, (self.seed, epoch, offset))
+
+    def sample(self, item: Mapping[str, Any], position: int, key: tuple[int, ...]) -> dict[str, Any]:
+        """The sample of an item at this place; everything random comes from `key`."""
+        step = position // self.images_per_step
+        size = None if self.sizes is None else self.sizes.size_at(step, self.total_steps)
+        sample = self.transform(item, np.random.default_rng(key), size)
+        return {**sample, "file_name": str(item.get("file_name", item.get("image_id")))}
+
+
+class StreamedBatches(IterableDataset[dict[str, Any]]):
+    """The batches of a sampler, of a data set that can only be read from front to back, and again.
+
+    Rows are shuffled within a buffer. To start at a later step, what lies before it is read and thrown away.
+
+    Args:
+        samples: its `dataset` is the stream.
+        sampler: which places are wanted.
+        collate: makes a batch of samples.
+    """
+
+    def __init__(self, samples: TrainingStream, sampler: StepSampler, collate: "CollateSamples") -> None:
+        self.samples, self.sampler, self.collate = samples, sampler, collate
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        items = enumerate(self._items())
+        for positions in self.sampler:
+            wanted = [next(pair for pair in items if pair[0] == position) for position in positions]
+            yield self.collate([self.samples.sample(item, place, (self.samples.seed, place)) for place, item in wanted])
+
+    def _items(self) -> Iterator[dict[str, Any]]:
+        stream: StreamingDataset = self.samples.dataset
+        rows = stream.rows.shuffle(seed=self.samples.seed, buffer_size=SHUFFLE_BUFFER)
+        for epoch in itertools.count():
+            rows.set_epoch(epoch)
+            is_empty = True
+            for item in StreamingDataset(rows, stream.reader):
+                is_empty = False
+                yield item
+            if is_empty:
+                raise ValueError("The stream of training images is empty.")
+
+
+class CollateSamples:
+    """A list of training samples -> the model's inputs, with masks as bits for the way to the device."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        inputs = self.processor(
+            [sample["image"] for sample in samples],
+            mask_labels=[sample["mask_labels"] for sample in samples],
+            class_labels=[sample["class_labels"] for sample in samples],
+            do_resize=False,
+            return_tensors="pt",
+        )
+        return {
+            "pixel_values": inputs["pixel_values"],
+            "pixel_mask": inputs["pixel_mask"],
+            "packed_masks": [torch.from_numpy(pack_masks(masks.numpy())) for masks in inputs["mask_labels"]],
+            "class_labels": inputs["class_labels"],
+            "file_names": [sample["file_name"] for sample in samples],
+        }
+
+
+def to_model_inputs(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `CollateSamples` made, as arguments of the model: masks (N, H, W) bool again, everything on `device`."""
+    width = batch["pixel_values"].shape[-1]
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return {
+        "pixel_values": move(batch["pixel_values"]),
+        "pixel_mask": move(batch["pixel_mask"]),
+        "mask_labels": [unpack_masks(move(masks), width) for masks in batch["packed_masks"]],
+        "class_labels": [move(labels) for labels in batch["class_labels"]],
+    }
+
+
+class CollateItems:
+    """A list of items -> the model's inputs without labels, and the items themselves, to be measured with."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, items: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+        return self.processor([item["image"] for item in items], return_tensors="pt"), items
+
+
+def training_loader(
+    samples: TrainingStream, sampler: StepSampler, processor: Any, num_workers: int
+) -> DataLoader[dict[str, Any]]:
+    """This process's batches, in order, the same with any number of workers. A stream is read by exactly one."""
+    collate = CollateSamples(processor)
+    common: dict[str, Any] = {"worker_init_fn": ignore_sigterm, "pin_memory": torch.cuda.is_available()}
+    if isinstance(samples.dataset, StreamingDataset):
+        batches = StreamedBatches(samples, sampler, collate)
+        # `datasets` shuffles otherwise outside of a worker, and shares rows out among several.
+        return DataLoader(batches, batch_size=None, num_workers=1, **common)
+    return DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, **common)
+
+
+def evaluation_loader(
+    dataset: Any, processor: Any, batch_size: int, process: int = 0, num_processes: int = 1
+) -> DataLoader[Any]:
+    """A process's share of a data set, as pairs of inputs and items; shares may differ by one image, or be empty."""
+    share = torch.utils.data.Subset(dataset, range(process, len(dataset), num_processes))
+    return DataLoader(share, batch_size=batch_size, collate_fn=CollateItems(processor))
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Who ends a run often tells the whole process group; the workers must see the last step through."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
