@@ -40,7 +40,7 @@ from transformers.utils import logging
 from . import __version__
 from .configuration_mask2former import Mask2FormerConfig
 from .data.masks import decode_rle
-from .hub import HubFolder, load_whole
+from .hub import HubFolder, label_names, load_whole
 from .image_processing_mask2former import TASKS, M2FImageProcessor
 from .modeling_mask2former import Mask2FormerForUniversalSegmentation
 from .segment_ids import id_to_rgb
@@ -235,7 +235,7 @@ class Segmenter:
         threshold: float | None = None,
     ) -> None:
         self.model, self.processor = model, processor
-        self.id2label = _id2label(model.config)
+        self.id2label = label_names(model.config)
         self.task = task or processor.task
         self.threshold = threshold
 
@@ -459,7 +459,7 @@ def _info(options: argparse.Namespace) -> int:
 def _facts(model: str, config: Mask2FormerConfig, processor: M2FImageProcessor) -> Iterator[tuple[str, str]]:
     """What there is to know before running a model: rows of (name, text)."""
     stuff_ids = set(processor.label_ids_to_fuse or ())
-    labels = _id2label(config)
+    labels = label_names(config)
     stuff = [label for label_id, label in labels.items() if label_id in stuff_ids]
     others = [label for label_id, label in labels.items() if label_id not in stuff_ids]
     backbone: Any = config.backbone_config
@@ -487,10 +487,6 @@ def _facts(model: str, config: Mask2FormerConfig, processor: M2FImageProcessor) 
         f"panoptic {processor.threshold}, instance {processor.instance_threshold}, mask {processor.mask_threshold}, "
         f"overlap {processor.overlap_mask_area_threshold}",
     )
-
-
-def _id2label(config: Mask2FormerConfig) -> dict[int, str]:
-    return {int(label_id): str(label) for label_id, label in (config.id2label or {}).items()}
 
 
 def _count_parameters(config: Mask2FormerConfig) -> int:

@@ -154,6 +154,11 @@ def model_card(
     return _marked(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts)), repo_id)
 
 
+def label_names(config: Mask2FormerConfig) -> dict[int, str]:
+    """The classes' names by id, in the order of the ids (files have them in the order of the ids' digits)."""
+    return dict(sorted((int(label_id), str(label)) for label_id, label in (config.id2label or {}).items()))
+
+
 def result_files(figures: Sequence[Figure]) -> dict[str, str]:
     """
     The figures in the Hub's format for results, `.eval_results/*.yaml`: path in the repository -> text.
@@ -272,7 +277,7 @@ def _pipeline_call(processor: M2FImageProcessor | None) -> list[str]:
 
 
 def _labels(config: Mask2FormerConfig, processor: M2FImageProcessor | None) -> Iterator[str]:
-    labels = {int(label_id): str(label) for label_id, label in (config.id2label or {}).items()}
+    labels = label_names(config)
     stuff_ids = processor.label_ids_to_fuse if processor else None
     if stuff_ids is None:
         yield f"{_count(len(labels), 'class', 'classes')}: {_label_list(labels, labels)}."

@@ -116,6 +116,12 @@ def test_labels_are_words_whatever_they_hold(config):
     assert r"4 classes: 0 a\|b, 1 \<script\>, 2 two lines, 3 \*." in text
 
 
+def test_labels_come_in_the_order_of_their_ids(config, tmp_path):
+    Mask2FormerConfig(id2label={i: f"class{i}" for i in range(12)}).save_pretrained(tmp_path)
+    text = model_card(Mask2FormerConfig.from_pretrained(tmp_path), None, repo_id="owner/name").text
+    assert "12 classes: " + ", ".join(f"{i} class{i}" for i in range(12)) + "." in text
+
+
 def test_a_card_knows_whether_somebody_wrote_in_it(config, processor):
     text = str(model_card(config, processor, repo_id="owner/name", license="mit"))
     assert is_untouched(ModelCard(text))
