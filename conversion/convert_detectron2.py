@@ -33,6 +33,7 @@ from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.cli import BUNDLED_SCENES, CommandError, ImageError, Segmenter, describe
 from m2f_hf.hub import model_card
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
+from m2f_hf.images import open_image
 from m2f_hf.visualization import draw_segments
 
 
@@ -42,9 +43,11 @@ _SCENE = BUNDLED_SCENES / "scene-1.png"
 
 
 class Report(NamedTuple):
-    """What a conversion did: tensors read, tensors and parameters written, and constants only one side keeps.
+    """What a conversion did: tensors read, tensors and parameters written, and what only one side keeps.
 
-    `found` is what the verification saw in its photo, in words; None where none was asked for.
+    `filled` names what the original has nothing of (counters of frozen norms, a norm that no backbone uses), `checked`
+    the constants that have no place in our model. `found` is what the verification saw in its photo, in words; None
+    where none was asked for.
     """
 
     read: int
@@ -57,8 +60,8 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.read} tensors read, none left over: {len(self.checked)} constants checked, the others written. "
-            f"{self.written} tensors written ({self.parameters:,} parameters), of which {len(self.filled)} are "
-            "constants that the original doesn't keep."
+            f"{self.written} tensors written ({self.parameters:,} parameters), {len(self.filled)} of them initial "
+            "values of what the original doesn't keep."
         )
 
 
@@ -270,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> str:
     photo_file = options.photo or _SCENE
-    photo = ImageOps.exif_transpose(Image.open(photo_file)).convert("RGB") if options.verify else None
+    photo = ImageOps.exif_transpose(open_image(photo_file)).convert("RGB") if options.verify else None
     if options.variant:
         row = find_released(options.variant)
         report = convert_released(row, options.output, options.checkpoint, options.cache_dir, photo)

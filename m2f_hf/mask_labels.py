@@ -39,10 +39,9 @@ def read_label_map(label_map: Any) -> tuple[np.ndarray, bool]:
         array = array.squeeze(0 if array.shape[0] == 1 else -1)
     if array.ndim == 2:
         return array.astype(np.int64), False
-    if array.ndim == 3 and array.shape[-1] not in (3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim == 3 and array.shape[-1] in (3, 4):
-        return rgb_to_id(array[..., :3]).astype(np.int64), True
+    colors = np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[-1] not in (3, 4) else array
+    if colors.ndim == 3 and colors.shape[-1] in (3, 4):
+        return rgb_to_id(colors[..., :3]).astype(np.int64), True
     raise ValueError(f"a label map has the shape (H, W), or (H, W, 3) for ids as colours; got {array.shape}")
 
 

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from transformers.image_utils import SizeDict
 from transformers.utils import logging as transformers_logging
 
 from m2f_hf.image_processing_mask2former import M2FImageProcessor, Mask2FormerImageProcessor
-from m2f_hf.images import get_resized_size
-from m2f_hf.mask_labels import convert_label_map_to_masks, resize_labels
+from m2f_hf.mask_labels import resize_labels
 
 
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
@@ -44,28 +42,6 @@ def pixels(image, **settings):
 
 
 # --- resizing ---
-
-
-def test_known_sizes():
-    """Of the original at COCO's 800/1333, ADE's 640/2560 and Cityscapes' 1024/2048."""
-    coco, ade = SizeDict(shortest_edge=800, longest_edge=1333), SizeDict(shortest_edge=640, longest_edge=2560)
-    city = SizeDict(shortest_edge=1024, longest_edge=2048)
-    assert get_resized_size((480, 640), coco) == (800, 1067)
-    assert get_resized_size((427, 640), coco) == (800, 1199)
-    assert get_resized_size((375, 1242), coco) == (402, 1333)
-    assert get_resized_size((1024, 2048), ade) == (640, 1280)
-    assert get_resized_size((101, 1999), city) == (103, 2048)
-    assert get_resized_size((480, 640), SizeDict(shortest_edge=300)) == (300, 400)
-    assert get_resized_size((480, 640), SizeDict(height=7, width=9)) == (7, 9)
-    assert get_resized_size((1, 1), coco) == (800, 800)
-
-
-def test_recorded_sizes(goldens):
-    shapes = json.loads((goldens / "extra" / "preprocess.json").read_text())["output_shapes"]
-    assert len(shapes) > 50
-    for case, expected in shapes.items():
-        size, edges = ([int(n) for n in part.replace("/", "x").split("x")] for part in case.split("@"))
-        assert list(get_resized_size(tuple(size), SizeDict(shortest_edge=edges[0], longest_edge=edges[1]))) == expected
 
 
 def test_resizing_is_pillows_bilinear_on_8_bits(picture):
@@ -424,14 +400,6 @@ def test_labels_follow_the_image(processor, picture):
     assert torch.equal(batch["mask_labels"][1].any(0).long(), batch["pixel_mask"][1])
 
 
-@pytest.mark.parametrize(("size", "new_size"), [((37, 53), (60, 86)), ((37, 53), (11, 7)), ((1, 1), (5, 6))])
-def test_labels_are_resized_as_pillow_does(size, new_size):
-    labels = np.random.default_rng(2).integers(0, 2**24, size).astype(np.int32)
-    expected = np.asarray(Image.fromarray(labels).resize(new_size[::-1], Image.Resampling.NEAREST))
-    assert np.array_equal(resize_labels(labels, new_size), expected)
-    assert np.array_equal(resize_labels(np.stack([labels, labels + 1]), new_size)[1], expected + 1)
-
-
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda a: a.astype(np.float32), lambda a: a * 255])
 def test_ready_masks(processor, picture, kind):
     masks = np.random.default_rng(3).random((2, 37, 53)) < 0.5
@@ -491,12 +459,6 @@ def test_agrees_with_transformers_where_it_is_right():
     assert theirs["class_labels"][0].tolist() == [3, 7, 7, 1, 255]
     assert ours["class_labels"][0].tolist() == [3, 7, 7, 1]  # its class is the one to ignore
     assert torch.equal(ours["mask_labels"][0], theirs["mask_labels"][0][:4].bool())
-
-
-def test_convert_label_map_keeps_the_order_of_ids():
-    masks, classes = convert_label_map_to_masks(np.array([[9, 2], [5, 2]]), {2: 1, 5: 0, 9: None})
-    assert classes.tolist() == [1, 0]
-    assert masks.tolist() == [[[False, True], [False, True]], [[False, False], [True, False]]]
 
 
 # --- saved settings ---

@@ -5,6 +5,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -383,20 +384,8 @@ def test_the_facts_are_those_of_the_originals_configs(shared):
         if dataset not in datasets:
             continue
         task = task.removesuffix("-segmentation")
-        backbone = {
-            "R50": "resnet-50",
-            "R101": "resnet-101",
-            "swin_tiny": "swin-tiny",
-            "swin_small": "swin-small",
-            "swin_base": "swin-base",
-            "swin_large": "swin-large",
-        }[
-            next(
-                part
-                for part in ("R50", "R101", "swin_tiny", "swin_small", "swin_base", "swin_large")
-                if part in entry["config"]
-            )
-        ]
+        backbone = re.search(r"R50|R101|swin_(tiny|small|base|large)", entry["config"])[0]
+        backbone = backbone.replace("R", "resnet-").replace("_", "-")
         spec = entry["spec"]
         settings = add_known_settings(
             translate_settings(OLD_PREPROCESSOR | {"ignore_index": None}),
