@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
-# Gathering has a fixed cost for every row: where heads are narrower than this, `grid_sample` is faster, above all back.
-_MIN_GATHER_WIDTH = 16
+# Heads of this width gather. Narrower ones do where their maps, positions x width, hold this many numbers or more: in
+# smaller maps `grid_sample` finds its reads in the cache, while the gather has a fixed cost for every row, and its
+# backward pass sorts them.
+_GATHER_FROM_WIDTH = 32
+_GATHER_FROM_SIZE = 1 << 14
+_GATHER_FROM_SIZE_WITH_GRADIENTS = 1 << 16
 
 # Rows of (index, weight) handled at once; at 8 bytes a row this stays inside a core's second-level cache.
 _ROWS_PER_CHUNK = 1 << 17
@@ -55,11 +59,20 @@ def multi_scale_deformable_attention(
             f"`spatial_shapes` {list(spatial_shapes)} have {sum(h * w for h, w in spatial_shapes)} positions together, "
             f"but `value` has {value.shape[1]}."
         )
-    gather = value.device.type == "cpu" and value.shape[-1] >= _MIN_GATHER_WIDTH
-    if not gather or torch.compiler.is_exporting():
+    if not _gathers(value) or torch.compiler.is_exporting():
         return grid_sample_deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
     sizes = [side for shape in spatial_shapes for side in shape]
     return _gather_deformable_attention(value, sizes, sampling_locations, attention_weights)
+
+
+def _gathers(value: Tensor) -> bool:
+    """Whether the gather form serves this device and is the faster one for these maps."""
+    if value.device.type != "cpu":
+        return False
+    _, positions, _, width = value.shape
+    has_gradients = torch.is_grad_enabled() and value.requires_grad
+    least = _GATHER_FROM_SIZE_WITH_GRADIENTS if has_gradients else _GATHER_FROM_SIZE
+    return width >= _GATHER_FROM_WIDTH or positions * width >= least
 
 
 def grid_sample_deformable_attention(

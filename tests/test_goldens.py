@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f_hf import Mask2FormerForUniversalSegmentation
+from m2f_hf import Mask2FormerForUniversalSegmentation, multi_scale_deformable_attention
 
 
 GOLDENS = (
@@ -110,6 +110,16 @@ def test_raw_logits_are_the_originals(golden):
     for prefix, prediction in zip(prefixes, predictions, strict=True):
         for ours, theirs in (("class_queries_logits", "pred_logits"), ("masks_queries_logits", "pred_masks")):
             torch.testing.assert_close(prediction[ours], expected[prefix + theirs], atol=2e-4, rtol=0)
+
+
+def test_deformable_attention_by_gathering_gives_the_same_logits(golden, monkeypatch):
+    """At the sizes of the recordings the other form is the faster one, and taken."""
+    monkeypatch.setattr(multi_scale_deformable_attention, "_gathers", lambda value: True)
+    with torch.no_grad():
+        outputs = golden.model(golden.intermediate["input"])
+    expected = golden.arrays("outputs_raw")
+    for ours, theirs in (("class_queries_logits", "pred_logits"), ("masks_queries_logits", "pred_masks")):
+        torch.testing.assert_close(outputs[ours], expected[theirs], atol=2e-4, rtol=0)
 
 
 def test_losses_and_gradients_of_a_training_step_are_the_originals(golden):

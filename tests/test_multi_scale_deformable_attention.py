@@ -143,7 +143,7 @@ def test_both_forms_agree_in_single_precision():
 
 
 def test_gradients_are_those_of_finite_differences():
-    inputs = make_inputs(16, batch=1, queries=2, heads=1, points=2, shapes=[(3, 2), (1, 1)], dtype=torch.float64)
+    inputs = make_inputs(32, batch=1, queries=2, heads=1, points=2, shapes=[(3, 2), (1, 1)], dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda *tensors: call(multi_scale_deformable_attention, tensors, [(3, 2), (1, 1)]), inputs
     )
@@ -151,18 +151,28 @@ def test_gradients_are_those_of_finite_differences():
 
 @pytest.mark.parametrize("rows", [1, 4 * 4 * 3 * 4, 4 * 4 * 3 * 4 + 1], ids=["one", "four queries", "not a divisor"])
 def test_chunks_change_nothing(rows, monkeypatch):
-    inputs = make_inputs(16)
+    inputs = make_inputs(32)
     expected = with_gradients(multi_scale_deformable_attention, inputs)
     monkeypatch.setattr(operator, "_ROWS_PER_CHUNK", rows)
     for ours, reference in zip(with_gradients(multi_scale_deformable_attention, inputs), expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("width", "gathers"), [(15, False), (16, True), (32, True)])
-def test_narrow_heads_take_grid_sample(width, gathers):
-    inputs = make_inputs(width)
-    with Operations() as operations:
-        call(multi_scale_deformable_attention, inputs)
+@pytest.mark.parametrize(
+    ("width", "side", "has_gradients", "gathers"),
+    [
+        (32, 1, True, True),
+        (31, 20, False, False),
+        (16, 32, False, True),
+        (16, 32, True, False),
+        (16, 64, True, True),
+    ],
+    ids=["wide", "narrow and small", "narrow and larger", "too small for gradients", "large enough for gradients"],
+)
+def test_narrow_heads_over_small_maps_take_grid_sample(width, side, has_gradients, gathers):
+    inputs = make_inputs(width, shapes=[(side, side)])
+    with Operations() as operations, torch.set_grad_enabled(has_gradients):
+        call(multi_scale_deformable_attention, inputs, shapes=[(side, side)])
     assert (GATHER in operations.names) == gathers
     assert (torch.ops.aten.grid_sampler_2d in operations.names) != gathers
 
@@ -179,7 +189,7 @@ def test_other_devices_take_grid_sample():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [8, 32], ids=["grid_sample", "gather"])
+@pytest.mark.parametrize("width", [2, 32], ids=["grid_sample", "gather"])
 def test_low_precision_values_lose_nothing_but_their_own_digits(width, dtype):
     shapes = [(50, 70), (25, 35)]
     value, locations, weights = (tensor.detach() for tensor in make_inputs(width, shapes=shapes, queries=40))
@@ -270,10 +280,10 @@ def test_too_few_locations_for_the_levels_are_refused():
 
 
 def test_the_custom_operators_keep_their_promises():
-    value, locations, weights = make_inputs(16, queries=4, points=2)
+    value, locations, weights = make_inputs(32, queries=4, points=2)
     sizes = [side for shape in SHAPES for side in shape]
     torch.library.opcheck(GATHER.default, (value, sizes, locations, weights))
-    grad = torch.randn(2, 4, 32)
+    grad = torch.randn(2, 4, 64)
     arguments = grad, value.detach(), sizes, locations.detach(), weights.detach()
     torch.library.opcheck(torch.ops.m2f_hf.gather_deformable_attention_backward.default, arguments)
 
