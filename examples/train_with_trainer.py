@@ -9,6 +9,7 @@ image, hence a collator), and the original's groups of parameters. The figures o
 import argparse
 
 import torch
+from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
 
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
@@ -19,13 +20,6 @@ from m2f_hf.data.recipes import default_recipe
 from m2f_hf.metrics import Evaluation, evaluate_model
 from m2f_hf.optimization import choose_num_steps, get_parameter_groups, scale_learning_rate
 from m2f_hf.training import set_classes
-
-
-class Samples(TrainingStream):
-    """One epoch of a stream of samples, since a Trainer wants an end."""
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -48,18 +42,21 @@ def main(arguments: list[str] | None = None) -> dict:
     recipe = default_recipe(processor.size)
     collate = CollateSamples(processor)
     rate = scale_learning_rate(args.batch_size, recipe.learning_rate).value
+    steps = args.steps or int(choose_num_steps(len(data.train), args.batch_size).value)
+    stream = TrainingStream(data.train, TrainingTransform(recipe), seed=0)  # without end; a Trainer wants a length
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=args.output,
             per_device_train_batch_size=args.batch_size,
-            max_steps=args.steps or int(choose_num_steps(len(data.train), args.batch_size).value),
+            max_steps=steps,
             max_grad_norm=recipe.max_grad_norm,
             lr_scheduler_type="polynomial",
+            dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,  # the collator names what the model takes
             report_to="none",
         ),
-        train_dataset=Samples(data.train, TrainingTransform(recipe), seed=0),
+        train_dataset=Subset(stream, range(steps * args.batch_size)),
         data_collator=lambda samples: to_model_inputs(collate(samples)),
         optimizers=(torch.optim.AdamW(get_parameter_groups(model, rate)), None),
     )
