@@ -260,7 +260,9 @@ def set_classes(model: Any, categories: Sequence[Mapping[str, Any]]) -> str:
     own = {str(name): int(label) for label, name in config.id2label.items()}
     names = [str(category["name"]) for category in categories]
     colors = [category.get("color") for category in categories]
+    known_colors = [list(color) for color in colors if color] if colors and all(colors) else None
     if names == [str(name) for _, name in sorted((int(label), name) for label, name in config.id2label.items())]:
+        config.label_colors = config.label_colors or known_colors
         return f"its {len(names)} classes are the data set's"
     old = model.class_predictor
     head = nn.Linear(old.in_features, len(names) + 1, device=old.weight.device, dtype=old.weight.dtype)
@@ -270,7 +272,7 @@ def set_classes(model: Any, categories: Sequence[Mapping[str, Any]]) -> str:
             head.weight[new], head.bias[new] = old.weight[row], old.bias[row]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: label for label, name in enumerate(names)}
-    config.label_colors = [list(color) for color in colors if color] if all(colors) else None
+    config.label_colors = known_colors
     model.class_predictor = head
     model.criterion = type(model.criterion)(config, model.weight_dict).to(old.weight.device)
     kept = [name for name in names if name in own]

@@ -46,6 +46,7 @@ from m2f_hf.training import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import finetune
+import finetune_setup
 import plot_learning_curve
 
 
@@ -630,7 +631,7 @@ def test_data_and_models_that_do_not_do_are_refused_before_training(tmp_path, sm
 def test_arguments_that_contradict_each_other_are_refused(tmp_path, config, capsys):
     for arguments, message in (
         ([*SHAPES, "--config", config, "--eval_only"], "need --model"),
-        ([*SHAPES, "--config", config, "--seed", finetune.TEST_SEED], "take another"),
+        ([*SHAPES, "--config", config, "--seed", finetune_setup.TEST_SEED], "take another"),
         ([*SHAPES, "--model", "x", "--eval_only", "--push_to_hub"], "`m2f push` sends a folder"),
         ([*SHAPES], "give --model, or else"),
         ([*SHAPES, "--model", "x", "--config", config], "give --model, or else"),
@@ -646,12 +647,12 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path, config, caps
 
 
 def arguments_for(*arguments: object):
-    return finetune.parse_arguments(["--dataset", "x", "--output", "y", *map(str, arguments)])
+    return finetune_setup.parse_arguments(["--dataset", "x", "--output", "y", *map(str, arguments)], None)
 
 
 def data_of(num_images: int, names: list[str], task: str = "panoptic"):
     categories = [{"id": index, "name": name, "isthing": None} for index, name in enumerate(names)]
-    return finetune.Data(range(num_images), range(50), categories, task, "photos", "")
+    return finetune_setup.Data(range(num_images), range(50), categories, task, "photos", "")
 
 
 def test_recipes_are_chosen_by_data_and_options():
@@ -660,16 +661,16 @@ def test_recipes_are_chosen_by_data_and_options():
     cityscapes = list(label_set("cityscapes-panoptic").id2label.values())
     size = {"shortest_edge": 800, "longest_edge": 1333}
     args = arguments_for("--model", "m")
-    assert finetune.choose_recipe(args, data_of(2975, cityscapes), size)[0] == get_recipe("cityscapes-panoptic")
+    assert finetune_setup.choose_recipe(args, data_of(2975, cityscapes), size)[0] == get_recipe("cityscapes-panoptic")
     # Few images of known classes, and other classes.
-    assert finetune.choose_recipe(args, data_of(20, cityscapes), size)[0] == default_recipe(size)
-    assert finetune.choose_recipe(args, data_of(9999, ["a", "b"]), size)[0] == default_recipe(size)
-    chosen = finetune.choose_recipe(
+    assert finetune_setup.choose_recipe(args, data_of(20, cityscapes), size)[0] == default_recipe(size)
+    assert finetune_setup.choose_recipe(args, data_of(9999, ["a", "b"]), size)[0] == default_recipe(size)
+    chosen = finetune_setup.choose_recipe(
         arguments_for("--model", "m", "--recipe", "ade20k-semantic"), data_of(9, ["a"]), size
     )
     assert chosen[0] == get_recipe("ade20k-semantic")
     args = arguments_for("--model", "m", "--recipe", "coco-instance", "--schedule", "poly", "--max_grad_norm", 3)
-    assert finetune.choose_recipe(args, data_of(9, ["a"]), size)[0] == replace(
+    assert finetune_setup.choose_recipe(args, data_of(9, ["a"]), size)[0] == replace(
         get_recipe("coco-instance"), schedule="poly", max_grad_norm=3.0
     )
 
@@ -677,7 +678,7 @@ def test_recipes_are_chosen_by_data_and_options():
 def test_rate_and_steps_follow_batch_and_data():
     processor = M2FImageProcessor(size={"shortest_edge": 512, "longest_edge": 1024})
     args = arguments_for("--model", "m", "--batch_size", 2, "--gradient_accumulation_steps", 2)
-    plan = finetune.make_plan(args, data_of(400, ["a"]), processor, num_processes=1)
+    plan = finetune_setup.make_plan(args, data_of(400, ["a"]), processor, num_processes=1)
     assert plan.images_per_step == 4
     assert plan.learning_rate == pytest.approx(1e-4 * (4 / 16) ** 0.5)
     assert plan.steps == 1000 * 20 / 4
@@ -686,27 +687,27 @@ def test_rate_and_steps_follow_batch_and_data():
     assert "square root of 4/16" in text and "400 training images" in text
     # From a backbone alone, with the original's recipe: as many images as the original saw.
     args = arguments_for("--backbone", "b", "--batch_size", 4, "--recipe", "ade20k-semantic")
-    plan = finetune.make_plan(args, data_of(400, ["a"]), processor, num_processes=2)
+    plan = finetune_setup.make_plan(args, data_of(400, ["a"]), processor, num_processes=2)
     assert plan.steps == 2 * 160_000 and plan.recipe.schedule == "poly"
 
 
 def test_precision_is_bf16_where_a_gpu_has_it(monkeypatch):
-    assert finetune.choose_precision("fp16")[0] == "fp16"
+    assert finetune_setup.choose_precision("fp16")[0] == "fp16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert finetune.choose_precision(None)[0] == "bf16"
+    assert finetune_setup.choose_precision(None)[0] == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert finetune.choose_precision(None)[0] == "fp16"
+    assert finetune_setup.choose_precision(None)[0] == "fp16"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert finetune.choose_precision(None)[0] == "no"
+    assert finetune_setup.choose_precision(None)[0] == "no"
 
 
 def test_batch_norms_of_a_pretrained_backbone_are_frozen_for_small_batches():
     def prepared(*arguments):
         model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**SMALL))
-        notes = finetune.prepare_for_training(model, arguments_for(*arguments))
+        notes = finetune_setup.prepare_for_training(model, arguments_for(*arguments))
         return model.config.freeze_backbone_norm, "".join(notes)
 
     is_frozen, notes = prepared("--model", "m", "--batch_size", 2)

@@ -1,0 +1,367 @@
+"""What `examples/finetune.py` is told, and what it chooses itself: options, data, model, and the plan of a run."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+
+from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset
+from m2f_hf.data.hub_datasets import StreamingDataset
+from m2f_hf.data.recipes import RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
+from m2f_hf.label_sets import LABEL_SETS, find_label_set
+from m2f_hf.metrics import MEASURES
+from m2f_hf.optimization import choose_num_steps, scale_learning_rate
+from m2f_hf.training import has_batch_norm, set_classes
+
+
+VALIDATION_SEED = 1_000_001
+TEST_SEED = 2_000_003
+"""Seeds of the generated scenes that training never sees: to choose thresholds by, and to report."""
+KNOWN_RECIPE_IMAGES = 2000
+"""Training images from which on the original's recipe for a known data set is taken: Cityscapes has 2,975."""
+SMALL_BATCH = 8
+"""Images per process below which statistics of batch norms are too rough to learn with."""
+NUM_STREAMED = 100
+"""Images of a stream that are validated on."""
+
+
+# --- options ---
+
+
+def parse_arguments(arguments: list[str] | None, description: str | None) -> argparse.Namespace:
+    """The options of `examples/finetune.py`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, help='folder, annotation file, name on the Hub, or "shapes"')
+    data.add_argument("--task", choices=list(MEASURES), help="default: what the annotations are made for")
+    data.add_argument("--validation", help="another folder or file to validate on")
+    data.add_argument("--held_out", type=float, default=0.1, help="share to validate on, where there is no such split")
+    data.add_argument("--labels", help=f"file with class names, or one of {', '.join(LABEL_SETS)}")
+    data.add_argument("--streaming", action="store_true", help="read a Hub data set without downloading it first")
+    data.add_argument("--image_size", type=int, default=160, help="side of generated scenes")
+    data.add_argument("--eval_scenes", type=int, default=200, help="unseen scenes of --dataset shapes")
+    start = parser.add_argument_group("start")
+    start.add_argument("--model", help="folder or Hub id of the model to start from")
+    start.add_argument("--backbone", help="folder or Hub id of a backbone to start from, the rest being new")
+    start.add_argument("--config", type=Path, help="JSON of `Mask2FormerConfig`, to start from scratch")
+    start.add_argument("--freeze_backbone", action="store_true")
+    samples = parser.add_argument_group("samples")
+    samples.add_argument("--recipe", choices=["default", "plain", *RECIPES], help="default: by the data set")
+    samples.add_argument("--input_size", type=int, help="shortest side that images are resized to (default: --model's)")
+    samples.add_argument("--sizes", help='growing sizes of samples over training, such as "0:256,0.5:384,0.8:512"')
+    samples.add_argument("--inspect", type=int, default=0, metavar="N", help="draw samples of N images to samples.jpg")
+    steps = parser.add_argument_group("steps (what is not given comes from the recipe, the batch and the data)")
+    steps.add_argument("--steps", type=int)
+    steps.add_argument("--batch_size", type=int, default=4, help="images per process")
+    steps.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches that make one step")
+    steps.add_argument("--learning_rate", type=float)
+    steps.add_argument("--backbone_multiplier", type=float, help="of the learning rate")
+    steps.add_argument("--weight_decay", type=float)
+    steps.add_argument("--max_grad_norm", type=float)
+    steps.add_argument("--schedule", choices=["multistep", "poly", "cosine"])
+    steps.add_argument("--warmup_steps", type=int)
+    steps.add_argument("--no_object_weight", type=float, help="of the class loss, from here on (default: the model's)")
+    steps.add_argument("--ema", type=float, metavar="DECAY", help="validate and keep averaged weights, such as 0.999")
+    steps.add_argument("--seed", type=int, default=0)
+    means = parser.add_argument_group("means")
+    means.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: bf16 on GPUs that have it")
+    means.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    means.add_argument("--compile", action="store_true", help="torch.compile the model")
+    means.add_argument("--num_workers", type=int, help="processes per process that make samples")
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", type=Path, required=True, help="folder of the run")
+    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
+    run.add_argument("--log_every", type=int, default=20)
+    run.add_argument("--eval_every", type=int)
+    run.add_argument("--save_every", type=int)
+    run.add_argument("--report_to", choices=sorted(map(str, LOGGER_TYPE_TO_CLASS)), help="tracker beside the log")
+    run.add_argument("--eval_only", action="store_true", help="measure --model on the validation data")
+    run.add_argument("--choose_thresholds", action="store_true", help="choose --model's thresholds, save to --output")
+    hub = parser.add_argument_group("Hub")
+    hub.add_argument("--push_to_hub", action="store_true", help="publish what the run kept, with a model card")
+    hub.add_argument("--hub_model_id", help="owner/name on the Hub (default: the name of --output, in your account)")
+    hub.add_argument("--hub_private", action="store_true", help="make the repository a private one")
+    hub.add_argument("--hub_license", help='of the weights, as the Hub names it: "apache-2.0", "cc-by-nc-4.0", …')
+    args = parser.parse_args(arguments)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.model is None) == (args.backbone is None and args.config is None):
+        parser.error("give --model, or else --backbone or --config (or both of these)")
+    if args.push_to_hub and (args.eval_only or args.choose_thresholds):
+        parser.error("--push_to_hub is for training; `m2f push` sends a folder")
+    if (args.eval_only or args.choose_thresholds) and args.model is None:
+        parser.error("--eval_only and --choose_thresholds need --model")
+    if args.dataset == "shapes" and args.seed in (VALIDATION_SEED, TEST_SEED):
+        parser.error(f"--seed {args.seed} is that of the unseen scenes: take another")
+    if args.config is not None and not args.config.is_file():
+        parser.error(f"there is no file {args.config}")
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "eval_every", "save_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is 1 or more")
+    if args.report_to is not None and not filter_trackers([args.report_to]):
+        parser.error(f"--report_to {args.report_to}: it is not installed (pip install {args.report_to})")
+    try:
+        if args.sizes is not None:
+            SizeSchedule.parse(args.sizes)
+    except ValueError as error:
+        parser.error(f"--sizes: {error}")
+
+
+# --- data ---
+
+
+class Data(NamedTuple):
+    """What is trained and validated on; `name` and `hub_id` for the card, `report` for people."""
+
+    train: Any
+    validation: Any
+    categories: list[dict[str, Any]]
+    task: str
+    name: str
+    report: str
+    hub_id: str | None = None
+
+
+def open_data(args: argparse.Namespace, is_main_process: bool) -> Data:
+    """The data set, checked by one process.
+
+    Raises:
+        ValueError, OSError, ImportError: it cannot be trained on as it is; every problem is named.
+    """
+    if args.dataset == "shapes":
+        if args.task not in (None, "panoptic"):
+            raise ValueError("Generated shapes are for --task panoptic; write them to a folder for the others.")
+        train = ShapesDataset(1_000_000, args.image_size, seed=args.seed)
+        unseen = ShapesDataset(args.eval_scenes, args.image_size, seed=TEST_SEED if args.eval_only else VALIDATION_SEED)
+        return Data(train, unseen, CATEGORIES, "panoptic", "generated shapes", "generated shapes, without end")
+    found = open_dataset(
+        args.dataset,
+        task=args.task,
+        labels=args.labels,
+        validation=args.validation,
+        held_out=args.held_out,
+        streaming=args.streaming,
+        max_opened=500 if is_main_process else 0,
+    )
+    validation = found.validation
+    if isinstance(validation, StreamingDataset):
+        validation = list(itertools.islice(validation, NUM_STREAMED))
+    hub_id = None if Path(args.dataset).exists() else args.dataset
+    name = hub_id or Path(args.dataset).resolve().name
+    return Data(found.train, validation, found.categories, found.task, name, str(found.report), hub_id)
+
+
+def num_images(data: Data) -> int | None:
+    """Number of training images; None where there is no end of them, or none that is known."""
+    return None if isinstance(data.train, (StreamingDataset, ShapesDataset)) else len(data.train)
+
+
+# --- model ---
+
+
+def build(args: argparse.Namespace, data: Data) -> tuple[Any, Any, str]:
+    """Model and processor for the data: from `--model`, or new from `--backbone` and `--config`; and what was done.
+
+    Raises:
+        ValueError, OSError: there is no such model, or it does not do.
+    """
+    if args.model is not None:
+        model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, dtype=torch.float32)
+        own = [name for _, name in sorted((int(label), name) for label, name in model.config.id2label.items())]
+        if args.eval_only and own != [category["name"] for category in data.categories]:
+            raise ValueError(
+                f"The {len(own)} classes of {args.model} are not the data's {len(data.categories)}, in the same order: "
+                "examples/evaluate.py finds them by name."
+            )
+        note = f"{args.model}: {set_classes(model, data.categories)}"
+        processor = M2FImageProcessor.from_pretrained(args.model)
+        size = processor.size if args.input_size is None else to_size(args.input_size)
+    else:
+        model, note = build_new(args, data.categories)
+        recipe = choose_recipe(args, data)[0]
+        processor = M2FImageProcessor(size=to_size(*recipe.evaluation_size))
+        size = processor.size
+    if args.no_object_weight is not None:
+        model.config.no_object_weight = args.no_object_weight
+        model.criterion.empty_weight[-1] = args.no_object_weight
+    processor.size = size
+    if not args.eval_only:
+        processor.task = data.task
+        stuff = [category["id"] for category in data.categories if category["isthing"] in (False, 0)]
+        processor.label_ids_to_fuse = stuff if data.task == "panoptic" else None
+    return model, processor, note
+
+
+def to_size(shortest: int, longest: int | None = None) -> dict[str, int]:
+    return {"shortest_edge": shortest, "longest_edge": longest or 2 * shortest}
+
+
+def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]]) -> tuple[Any, str]:
+    """A model whose decoders have learnt nothing yet."""
+    labels = {category["id"]: category["name"] for category in categories}
+    names = {"id2label": labels, "label2id": {name: label for label, name in labels.items()}}
+    colors = [category.get("color") for category in categories]
+    if all(colors):
+        names["label_colors"] = [list(color) for color in colors]
+    if args.config is None:
+        return Mask2FormerForUniversalSegmentation.from_backbone(args.backbone, **names), f"backbone {args.backbone}"
+    settings = json.loads(args.config.read_text(encoding="utf-8"))
+    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**settings, **names))
+    if args.backbone is None:
+        return model, f"from scratch, {args.config}"
+    backbone = model.model.pixel_level_module.encoder
+    # A deeper backbone will do: blocks that the config has no place for are left behind.
+    pretrained = type(backbone).from_pretrained(args.backbone, config=backbone.config)
+    backbone.load_state_dict(pretrained.state_dict())
+    return model, f"{args.config}, backbone {args.backbone}"
+
+
+def prepare_for_training(model: Any, args: argparse.Namespace) -> list[str]:
+    """Freeze and wrap what is to be; what was done beyond what was asked for."""
+    encoder = model.model.pixel_level_module.encoder
+    notes = []
+    is_pretrained = args.model is not None or args.backbone is not None
+    if has_batch_norm(encoder) and not model.config.freeze_backbone_norm:
+        few = f"{args.batch_size} images per process are too few for the statistics of the backbone's batch norms"
+        if args.freeze_backbone or (args.batch_size < SMALL_BATCH and is_pretrained):
+            model.config.freeze_backbone_norm = True
+            notes.append("batch norms frozen" if args.freeze_backbone else f"batch norms frozen: {few}")
+        elif args.batch_size < SMALL_BATCH:
+            notes.append(f"warning: {few}, which must be learnt: raise --batch_size to {SMALL_BATCH}")
+    model.train()
+    if args.freeze_backbone:
+        encoder.requires_grad_(False)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.compile:
+        model.model.compile()  # the loss, which matches on the CPU, stays as it is
+    return notes
+
+
+# --- what is not given ---
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of a run, given or chosen, and the reasons."""
+
+    recipe: Recipe
+    images_per_step: int
+    steps: int
+    learning_rate: float
+    eval_every: int
+    save_every: int
+    num_workers: int
+    lines: list[str]
+
+    def settings(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What decides how a run goes: for the card, for trackers, and to be compared when it goes on."""
+        names = ("seed", "batch_size", "gradient_accumulation_steps", "sizes", "ema", "freeze_backbone")
+        of_recipe = ("backbone_multiplier", "weight_decay", "max_grad_norm", "schedule", "warmup_steps", "crop_size")
+        values = {"steps": self.steps, "images_per_step": self.images_per_step, "learning_rate": self.learning_rate}
+        values |= {name: getattr(args, name) for name in names}
+        values |= {name: value for name, value in asdict(self.recipe).items() if name in of_recipe}
+        return {name: str(v) if isinstance(v, (tuple, list)) else v for name, v in values.items() if v is not None}
+
+
+def choose_recipe(args: argparse.Namespace, data: Data, size: Mapping[str, Any] | None = None) -> tuple[Recipe, str]:
+    """How images become samples, and why so; options override single settings.
+
+    Args:
+        size: at which a checkpoint looks at images; None for a new model.
+    """
+    known = find_label_set({category["id"]: category["name"] for category in data.categories}, data.name)
+    name = f"{known.dataset}-{data.task}" if known is not None else ""
+    images = num_images(data) or 0
+    if size is None:
+        size = to_size(args.input_size or (args.image_size if args.dataset == "shapes" else 512))
+    if args.recipe in RECIPES:
+        recipe, reason = get_recipe(args.recipe), f"{args.recipe}, the original's"
+    elif args.recipe is None and name in RECIPES and images >= KNOWN_RECIPE_IMAGES:
+        recipe, reason = get_recipe(name), f"{name}, the original's for these classes"
+    elif args.recipe == "plain" or (args.recipe is None and args.dataset == "shapes"):
+        recipe, reason = plain_recipe(size), "plain: images at one size, mirrored or not"
+    else:
+        recipe, reason = (
+            default_recipe(size),
+            "default: images at half to double size, cropped, mirrored, colours varied",
+        )
+    given = {field: getattr(args, field) for field in asdict(recipe) if getattr(args, field, None) is not None}
+    given.pop("steps", None)
+    given.pop("batch_size", None)
+    return replace(recipe, **given), reason
+
+
+def plain_recipe(size: Mapping[str, Any]) -> Recipe:
+    """Images at the size of evaluation, a square of their shorter side cut out, mirrored or not."""
+    recipe = default_recipe(size)
+    shortest = recipe.evaluation_size[0]
+    return replace(recipe, shortest_edges=(shortest,), color_jitter=False, is_padded=False)
+
+
+def make_plan(args: argparse.Namespace, data: Data, processor: Any, num_processes: int) -> Plan:
+    """Everything that a run needs to know."""
+    recipe, why = choose_recipe(args, data, None if args.model is None else processor.size)
+    per_step = args.batch_size * args.gradient_accumulation_steps * num_processes
+    lines = [f"recipe {why}; samples of {recipe.crop_size[0]}x{recipe.crop_size[1]}"]
+    if args.sizes is not None:
+        lines.append(f"sizes of samples over training: {args.sizes}")
+    scaled = scale_learning_rate(per_step, recipe.learning_rate)
+    rate = scaled.value if args.learning_rate is None else args.learning_rate
+    lines.append(scaled.reason if args.learning_rate is None else f"learning rate {rate:.3g}, as given")
+    steps, reason = choose_steps(args, data, recipe, per_step)
+    lines.append(f"{reason}; schedule {recipe.schedule}, warm-up {recipe.warmup_steps} steps")
+    # A validation image costs about a third of a training image; a tenth of the time may go there.
+    by_cost = 3 * len(data.validation) // per_step
+    eval_every = args.eval_every or min(steps, max(by_cost, steps // 20, 1))
+    save_every = args.save_every or min(eval_every, 500)
+    lines.append(f"validation on {len(data.validation)} images every {eval_every} steps, checkpoint every {save_every}")
+    workers = args.num_workers
+    if workers is None:
+        workers = min(4, max(1, (os.cpu_count() or 1) // num_processes - 1))
+    return Plan(recipe, per_step, steps, rate, eval_every, save_every, workers, lines)
+
+
+def choose_steps(args: argparse.Namespace, data: Data, recipe: Recipe, images_per_step: int) -> tuple[int, str]:
+    """How long to train, and why so long.
+
+    Raises:
+        ValueError: it cannot be known.
+    """
+    if args.steps is not None:
+        return args.steps, f"{args.steps} steps of {images_per_step} images, as given"
+    if recipe.steps is not None and args.model is None:
+        steps = -(-recipe.steps * recipe.batch_size // images_per_step)
+        return steps, f"{steps} steps of {images_per_step} images: as many images as in the original"
+    images = num_images(data)
+    if images is None:
+        raise ValueError("Give --steps: the data has no end that is known.")
+    chosen = choose_num_steps(images, images_per_step)
+    more = "" if args.model is not None else " (a rule for models that segment already: from less, raise --steps)"
+    return int(chosen.value), chosen.reason + more
+
+
+def choose_precision(asked: str | None) -> tuple[str, str]:
+    """Mixed precision, and why; the loss is computed in float32 in any case."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked is not None:
+        return asked, f"mixed precision {asked}, as given"
+    if configured != "no":
+        return configured, f"mixed precision {configured}, as accelerate is configured"
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "mixed precision bf16: this GPU computes in it (--mixed_precision no turns it off)"
+    return "no", "float32 throughout: no GPU with bf16 here"
