@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -377,7 +376,9 @@ def _read_card(file: Path) -> ModelCard:
     """
     try:
         return ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of the reader of YAML, too, which is not ours to import
         raise ValueError(
             f"{file} is no model card ({' '.join(str(error).split())}): mend the metadata between its `---` lines, or "
             "remove it to have one made"

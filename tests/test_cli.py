@@ -4,8 +4,8 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -602,12 +602,14 @@ def test_info_of_nothing(tmp_path, capsys):
 # --- as a program ---
 
 
-def test_module_is_the_command(repository):
-    command = [sys.executable, "-m", "m2f_hf.cli", "--version"]
-    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("m2f_hf 0.")
-    assert run.stderr == ""
+def test_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["m2f", "--version"])
+    monkeypatch.delitem(sys.modules, "m2f_hf.cli")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("m2f_hf.cli", run_name="__main__")
+    assert stopped.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("m2f_hf 0.") and captured.err == ""
 
 
 def test_errors_of_the_command_are_no_tracebacks(monkeypatch, capsys):

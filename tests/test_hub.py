@@ -278,6 +278,7 @@ def client(hub, tmp_path_factory):
     client = Client(hub, folder, has_package=True)
     client(f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1] / 'examples')!r})")
     client(HELPERS)
+    assert client.output() == ""  # whoever imports the package and the command hears nothing
     yield client
     client.close()
 
@@ -475,38 +476,48 @@ TRAP = "import pathlib; pathlib.Path('trapped').touch()\n"
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("file", "changes", "is_refused"),  # pipeline, model, processor, m2f segment
     [
-        {},
-        {"preprocessor_config.json": {"image_processor_type": "TrapProcessor"}},
-        {"config.json": {"model_type": "mask2former"}},
-        {"config.json": {"model_type": "trap"}},
-        {"config.json": {"custom_pipelines": {"image-segmentation": {"impl": "modeling_mask2former.Trap"}}}},
+        ("config.json", {}, [False, False, False, False]),
+        ("config.json", {"model_type": "mask2former"}, [False, False, False, False]),
+        ("config.json", {"model_type": "trap"}, [True, True, False, False]),
+        ("preprocessor_config.json", {"image_processor_type": "Trap"}, [True, False, True, False]),
+        ("config.json", {"custom_pipelines": {"image-segmentation": {"impl": "matcher.Trap"}}}, [True] + 3 * [False]),
     ],
-    ids=["code", "processor", "stock", "model", "pipeline"],
+    ids=["code", "stock", "model", "processor", "pipeline"],
 )
-def test_with_the_package_no_code_of_a_repository_runs_unasked(changes, hub, client, folder):
+def test_with_the_package_no_code_of_a_repository_runs_unasked(file, changes, is_refused, hub, client, folder):
     files = HubFolder(folder).files
-    for name, settings in changes.items():
-        files[name] = json.dumps({**json.loads(files[name]), **settings})
+    files[file] = json.dumps({**json.loads(files[file]), **changes})
     hub.store("guest/trap", {name: TRAP if name.endswith(".py") else file for name, file in files.items()})
     refused = client("""
-from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, pipeline
+from transformers import AutoModelForUniversalSegmentation, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-loaders = [cls.from_pretrained for cls in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation,
-                                           M2FImageProcessor, Mask2FormerForUniversalSegmentation)]
-loaders += [lambda name: pipeline("image-segmentation", model=name), lambda name: run("info", name),
-            lambda name: run("segment", "photo.jpg", "--model", name)]
-answer = 0
-for load in loaders:
+answer = []
+for load in (lambda name: pipeline("image-segmentation", model=name), AutoModelForUniversalSegmentation.from_pretrained,
+             AutoImageProcessor.from_pretrained, lambda name: run("segment", "photo.jpg", "--model", name)):
     try:
         load("guest/trap")
     except ValueError as error:
-        assert "trust_remote_code" in str(error) or "argument `trust_remote_code=True`" in str(error), error
-        answer += 1
+        assert "trust_remote_code=True" in str(error), error
+        answer.append(True)
+    else:
+        answer.append(False)
 """)
     assert not (client.folder / "trapped").exists()
-    assert refused == {"code": 0, "stock": 0}.get(next(iter(changes), "code"), refused)
+    assert refused == is_refused
+
+
+def test_the_trap_can_be_sprung(hub, client, folder):
+    files = HubFolder(folder).files
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), "model_type": "trap"})
+    hub.store("guest/sprung", {name: TRAP if name.endswith(".py") else file for name, file in files.items()})
+    with pytest.raises(ClientError):  # there is nothing in its files but the trap
+        client("""
+from transformers import AutoConfig
+AutoConfig.from_pretrained("guest/sprung", trust_remote_code=True)
+""")
+    (client.folder / "trapped").unlink()
 
 
 def test_a_private_repository_is_its_owners(hub, client):
