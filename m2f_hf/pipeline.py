@@ -33,6 +33,10 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
     overlap; the list is then sorted by score.
     """
 
+    # A published checkpoint names its image processor's code; looked at as a video processor's, it would not be known
+    # here, and `transformers` would ask at the terminal whether to fetch and run it.
+    _load_video_processor = False
+
     def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The model's inputs of one image; for our models as lists, which make a batch whatever the images' sizes."""
         inputs = super().preprocess(image, *args, **kwargs)

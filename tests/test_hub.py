@@ -307,8 +307,11 @@ def test_push_sends_everything_in_one_commit_and_says_what(pushed):
 
 
 def test_with_the_package_no_flag_is_needed(pushed, client):
-    """Everywhere the package's classes, whether the repository's code is trusted or not."""
-    names = client("""
+    """Everywhere the package's classes, whether the repository's code is trusted or not, and nobody is asked."""
+    names, questions = client("""
+import builtins
+questions = []
+builtins.input = lambda question="": questions.append(question) or "n"
 from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the other one asks for torchvision
 segmenter = pipeline("image-segmentation", model="owner/shapes")
@@ -317,9 +320,10 @@ loaded = [segmenter, segmenter.model, segmenter.image_processor, trusting.model,
 for cls in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation,
             M2FImageProcessor, Mask2FormerForUniversalSegmentation):
     loaded.append(cls.from_pretrained("owner/shapes"))
-answer = [type(each).__module__.split(".")[0] for each in loaded]
+answer = [type(each).__module__.split(".")[0] for each in loaded], questions
 """)
     assert names == ["m2f_hf"] * 11
+    assert questions == []
 
 
 def test_the_cards_snippets_run(pushed, client):
