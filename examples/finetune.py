@@ -608,10 +608,10 @@ ADVICE = (
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments, __doc__)
     precision, why = choose_precision(args.mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with=args.report_to, project_dir=str(args.output))
-    set_seed(args.seed)
     logging.disable_progress_bar()  # of weights loaded and saved, between the lines of the run's own
     with ending_with_the_message():
+        accelerator = Accelerator(mixed_precision=precision, log_with=args.report_to, project_dir=str(args.output))
+        set_seed(args.seed)
         data = open_data(args, accelerator.is_main_process)
         if accelerator.is_main_process:
             say(f"{data.report}\n")
@@ -619,15 +619,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.choose_thresholds and data.task != "panoptic":
         raise SystemExit(f"--choose_thresholds is for panoptic segmentation, not {data.task}")
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.eval_only:
-        result, _ = evaluate(model.to(accelerator.device), processor, data, args, accelerator)
-        if accelerator.is_main_process:
-            print(json.dumps(result, indent=2))
-    elif args.choose_thresholds:
-        choose_thresholds(model.to(accelerator.device), processor, data, args)
-        save_model(model, processor, args.output / "best")
-    else:
-        with saying_what_to_lower(ADVICE):
+    with saying_what_to_lower(ADVICE):
+        if args.eval_only:
+            result, _ = evaluate(model.to(accelerator.device), processor, data, args, accelerator)
+            if accelerator.is_main_process:
+                print(json.dumps(result, indent=2))
+        elif args.choose_thresholds:
+            choose_thresholds(model.to(accelerator.device), processor, data, args)
+            save_model(model, processor, args.output / "best")
+        else:
             run_training(args, data, model, processor, accelerator, [f"start: {note}", why])
 
 

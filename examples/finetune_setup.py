@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset
@@ -112,7 +112,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is 1 or more")
-    if args.report_to is not None and not filter_trackers([args.report_to]):
+    if args.report_to is not None and args.report_to not in map(str, get_available_trackers()):
         parser.error(f"--report_to {args.report_to}: it is not installed (pip install {args.report_to})")
     try:
         if args.sizes is not None:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from transformers import pipeline
 
@@ -88,6 +89,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps the precision of a process's first run for all others."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture
@@ -523,6 +532,32 @@ def test_a_frozen_backbone_stays_and_the_rest_learns(tmp_path, small_model):
     assert not any(".encoder." in name and "pixel_level_module.encoder" in name for name in changed)
 
 
+def test_half_precision_leaves_the_weights_whole(tmp_path, small_model):
+    """Autocast on the CPU; the loss is that in float32 but for rounding, the weights are stored as before."""
+    arguments = [*SHAPES, "--model", small_model, "--steps", 1, "--batch_size", 2]
+    full = run(tmp_path / "full", *arguments)[0]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = run(tmp_path / "half", *arguments, "--mixed_precision", "bf16")[0]
+    assert half["loss"] != full["loss"] and half["loss"] == pytest.approx(full["loss"], rel=0.05)
+    assert {weight.dtype for weight in weights_of(tmp_path / "half").values() if weight.is_floating_point()} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+def test_accelerate_reads_its_configurations(name):
+    """That they are complete and without unknown fields; running them takes two GPUs."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(EXAMPLES / "accelerate" / f"{name}.yaml"))
+    assert found.num_processes == 2 and found.mixed_precision == "bf16"
+    kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
+    assert str(found.distributed_type).endswith(kinds[name])
+    if name == "fsdp":
+        wrapped = found.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+        assert wrapped == Mask2FormerForUniversalSegmentation._no_split_modules
+
+
 # --- classes of another data set ---
 
 
@@ -558,12 +593,16 @@ def test_as_many_classes_of_other_names_are_another_head_too():
 # --- when it goes wrong ---
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_the_weights_are_spoilt(tmp_path, small_model, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_no_number_ends_the_run_before_the_weights_are_spoilt(tmp_path, small_model, monkeypatch, what):
     folder = write_panoptic(tmp_path / "data")
     calls = []
 
     def spoil(loss_dict, share):
         calls.append(None)
+        if what == "gradient" and len(calls) == 3:
+            next(iter(loss_dict.values())).register_hook(lambda gradient: gradient * float("inf"))
+            return loss_dict
         return {name: loss * (float("nan") if len(calls) == 3 else 1.0) for name, loss in loss_dict.items()}
 
     monkeypatch.setattr(finetune, "scale_losses", spoil)
@@ -571,7 +610,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_the_weights_are_spoilt(tmp
     with pytest.raises(SystemExit) as caught:
         run(tmp_path / "run", *arguments, "--eval_every", 9)
     path = tmp_path / "run" / "bad-batch-step0000003-process0.pt"
-    for words in ("The loss of step 3 is not finite", str(path), "checkpoint-0000002", "images/"):
+    for words in (f"The {what} of step 3 is not finite", str(path), "checkpoint-0000002", "images/"):
         assert words in str(caught.value)
     saved = torch.load(path, weights_only=True)
     assert saved["step"] == 3 and len(saved["batches"][0]["file_names"]) == 2
@@ -796,6 +835,29 @@ def test_samples_grow_over_training():
     sizes = SizeSchedule.parse("0:32,0.5:64")
     stream = stream_of(4, seed=0, sizes=sizes, images_per_step=2, total_steps=4)
     assert [stream[position]["image"].shape[0] for position in range(8)] == [32] * 4 + [64] * 4
+
+
+def test_plain_samples_are_what_the_processor_makes_of_an_image_mirrored_or_not():
+    """So training and evaluation see images alike; the bundled checkpoint was trained on the processor's."""
+    dataset = ShapesDataset(8, 64)
+    processor = M2FImageProcessor(size={"shortest_edge": 96, "longest_edge": 192})
+    samples = TrainingStream(dataset, TrainingTransform(finetune_setup.plain_recipe(processor.size)), seed=1)
+    batch = [samples[position] for position in range(8)]
+    found = to_model_inputs(CollateSamples(processor)(batch))
+    mirrored = set()
+    for place, sample in enumerate(batch):
+        item = dataset[int(sample["file_name"])]
+        images = [item["image"], ImageOps.mirror(item["image"])]
+        maps = [item["segmentation_map"], item["segmentation_map"][:, ::-1]]
+        expected = processor(
+            images, segmentation_maps=maps, segments_info=[item["segments_info"]] * 2, return_tensors="pt"
+        )
+        is_mirrored = torch.equal(found["pixel_values"][place], expected["pixel_values"][1])
+        assert torch.equal(found["pixel_values"][place], expected["pixel_values"][int(is_mirrored)])
+        assert torch.equal(found["mask_labels"][place], expected["mask_labels"][int(is_mirrored)])
+        assert torch.equal(found["class_labels"][place], expected["class_labels"][int(is_mirrored)])
+        mirrored.add(is_mirrored)
+    assert mirrored == {True, False}
 
 
 def test_batches_are_the_samples_as_the_model_takes_them():
