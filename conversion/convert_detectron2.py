@@ -304,7 +304,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to make")
     parser.add_argument(
-        "--labels", type=Path, metavar="JSON", help='one\'s own: list of {"id": 0, "name": "cat", "isthing": true}'
+        "--labels",
+        type=Path,
+        metavar="JSON",
+        help='one\'s own: list of {"id": 0, "name": "cat", "isthing": true, "color": [0, 128, 255]}, or an object with '
+        'such a list as "categories"; ids from 0 in the order of training, "color" (RGB) for every class or none',
     )
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help=f"where downloads are kept (default: {default_cache_dir()})"

@@ -210,11 +210,12 @@ def read_labels(path: str | Path, num_labels: int) -> list[Label]:
 
     Args:
         path: A list of `{"id": int, "name": str, "isthing": bool, "color": [R, G, B]}` or an object that holds one as
-            `categories`. Ids run from 0 without a gap. Only a panoptic checkpoint needs `isthing`, none needs `color`.
+            `categories`. Ids count from 0 in the order of training. Only a panoptic checkpoint needs `isthing`; none
+            needs `color`, but all classes have one or none has.
         num_labels: How many classes the checkpoint has.
 
     Raises:
-        ValueError: Another number of classes, a gap in the ids, or an entry without id or name.
+        ValueError: Another number of classes, other ids, an entry without id or name, or a colour for some alone.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -227,7 +228,13 @@ def read_labels(path: str | Path, num_labels: int) -> list[Label]:
     if sorted(by_id) != list(range(num_labels)) or len(categories) != num_labels:
         raise ValueError(
             f"{path} has {len(categories)} labels; the config (MODEL.SEM_SEG_HEAD.NUM_CLASSES) needs ids 0 to "
-            f"{num_labels - 1}, once each."
+            f"{num_labels - 1}, once each: ids count from 0 in the order of training."
+        )
+    colorless = [label.name for label in by_id.values() if label.color is None]
+    if 0 < len(colorless) < num_labels:
+        raise ValueError(
+            f"{path} gives some classes a color, and none to {len(colorless)}, such as {colorless[0]!r}: give one to "
+            "every class, or to none."
         )
     return [by_id[i] for i in range(num_labels)]
 

@@ -457,6 +457,9 @@ def test_labels_of_another_number_are_refused(tiny_original, tmp_path):
     labels.write_text(json.dumps([{"id": i, "name": str(i)} for i in range(4)]))
     with pytest.raises(ValueError, match=r"4 labels; the config \(MODEL.SEM_SEG_HEAD.NUM_CLASSES\) needs ids 0 to 2"):
         convert(*tiny_original, tmp_path / "out", labels)
+    labels.write_text(json.dumps([{"id": i, "name": str(i)} for i in (1, 2, 3)]))
+    with pytest.raises(ValueError, match="ids count from 0 in the order of training"):
+        convert(*tiny_original, tmp_path / "out", labels)
 
 
 # --- the command ---
@@ -875,15 +878,16 @@ def test_classes_of_an_unknown_data_set_or_another_number_are_not_guessed(tmp_pa
     assert config.id2label == {i: f"LABEL_{i}" for i in range(count)} and config.label_colors is None
 
 
-def test_colours_of_ones_own_labels_are_kept_if_every_label_has_one(tiny_original, tmp_path):
+def test_colours_of_ones_own_labels_are_kept_and_those_of_some_alone_refused(tiny_original, tmp_path):
     labels = [{"id": i, "name": f"label {i}", "isthing": 1, "color": [i, 2 * i, 255]} for i in range(3)]
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     convert(*tiny_original, tmp_path / "all", tmp_path / "labels.json")
     assert Mask2FormerConfig.from_pretrained(tmp_path / "all").label_colors == [[0, 0, 255], [1, 2, 255], [2, 4, 255]]
     del labels[1]["color"]
     (tmp_path / "labels.json").write_text(json.dumps(labels))
-    convert(*tiny_original, tmp_path / "some", tmp_path / "labels.json")
-    assert Mask2FormerConfig.from_pretrained(tmp_path / "some").label_colors is None
+    with pytest.raises(ValueError, match="none to 1, such as 'label 1': give one to every class, or to none"):
+        convert(*tiny_original, tmp_path / "some", tmp_path / "labels.json")
+    assert not (tmp_path / "some").exists()
 
 
 @pytest.mark.parametrize(
