@@ -148,7 +148,12 @@ class Mask2FormerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in `transformers`; labels given here, or a new number of them, leave nothing of the old ones behind."""
+        """As in `transformers`; labels given here, or a new number of them, leave nothing of the old ones behind.
+
+        Raises:
+            ValueError: `id2label` is no dict of whole numbers to names, or `num_labels` says another number.
+            StrictDataclassClassValidationError: as when a configuration is built: what is given here is checked too.
+        """
         id2label, num_labels = kwargs.get("id2label"), kwargs.get("num_labels")
         old_labels = config_dict.get("id2label")
         if id2label is not None or (
@@ -156,9 +161,16 @@ class Mask2FormerConfig(PreTrainedConfig):
         ):
             config_dict = {k: v for k, v in config_dict.items() if k not in ("id2label", "label2id", "label_colors")}
         if id2label is not None:
-            kwargs["id2label"] = {int(index): label for index, label in id2label.items()}
-            kwargs.setdefault("label2id", {label: int(index) for index, label in id2label.items()})
-        return super().from_dict(config_dict, **kwargs)
+            kwargs["id2label"] = id2label = _to_id2label(id2label)
+            kwargs.setdefault("label2id", {label: index for index, label in id2label.items()})
+            if num_labels not in (None, len(id2label)):
+                raise ValueError(
+                    f"`num_labels`={num_labels}, but `id2label` has {len(id2label)} labels: leave `num_labels` out."
+                )
+        loaded = super().from_dict(config_dict, **kwargs)
+        # What the caller gave was set on a finished configuration, after its own checks.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        return loaded
 
     def validate_architecture(self) -> None:
         """Refuse impossible combinations (`@strict` calls this after construction).
@@ -199,6 +211,11 @@ class Mask2FormerConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
+        if sorted(self.id2label) != list(range(self.num_labels)):
+            raise ValueError(
+                f"`id2label` has the ids {_shortened(sorted(self.id2label))}; ids count from 0 without a gap, in the order "
+                "of the model's classes. Pass an `id2label` that does."
+            )
         if self.activation_function not in ACT2FN:
             raise ValueError(
                 f"`activation_function`={self.activation_function!r} is not known; use 'relu', 'gelu' or another name "
@@ -252,6 +269,21 @@ class Mask2FormerConfig(PreTrainedConfig):
                 f"`backbone_config` gives {len(backbone.out_indices)} feature map(s), but four at strides 4, 8, 16 and "
                 "32 are needed. Set its `out_features`, for example to ['stage1', 'stage2', 'stage3', 'stage4']."
             )
+
+
+def _to_id2label(labels: Any) -> dict[int, str]:
+    """Labels by whole number; a JSON file has these as text."""
+    try:
+        return {int(index): label for index, label in labels.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"`id2label` is {_shortened(labels)}; pass a dict of ids and names, such as {{0: 'cat', 1: 'dog'}}."
+        ) from None
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 __all__ = ["Mask2FormerConfig"]

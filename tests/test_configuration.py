@@ -410,3 +410,30 @@ def test_labels_set_afterwards_drop_the_colours(tmp_path):
             setattr(config, name, value)
         assert (config.num_labels, config.label_colors) == (2, None)
         config.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "id2label", [{1: "a", 2: "b"}, {0: "a", 5: "b"}, {-1: "a"}], ids=["from one", "gap", "negative"]
+)
+def test_ids_of_labels_count_from_zero_without_a_gap(id2label):
+    with pytest.raises(StrictDataclassClassValidationError, match="count from 0 without a gap"):
+        Mask2FormerConfig(id2label=id2label)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_queries": 0}, "`num_queries`=0 must be at least 1"),
+        ({"num_labels": 0}, "`num_labels`=0 must be at least 1"),
+        ({"id2label": {0: "a", 2: "b"}}, "count from 0 without a gap"),
+        ({"id2label": {}}, "`num_labels`=0 must be at least 1"),
+        ({"id2label": ["a", "b"]}, "pass a dict of ids and names"),
+        ({"id2label": {0: "a"}, "num_labels": 4}, "`num_labels`=4, but `id2label` has 1 labels"),
+        ({"hidden_dim": 30}, "`hidden_dim`=30 must be a multiple"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_is_given_at_loading_is_checked_as_well(given, message, tmp_path):
+    Mask2FormerConfig(num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises((ValueError, StrictDataclassClassValidationError), match=message):
+        Mask2FormerConfig.from_pretrained(tmp_path, **given)
