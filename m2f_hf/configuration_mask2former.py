@@ -213,8 +213,8 @@ class Mask2FormerConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
         if sorted(self.id2label) != list(range(self.num_labels)):
             raise ValueError(
-                f"`id2label` has the ids {_shortened(sorted(self.id2label))}; ids count from 0 without a gap, in the order "
-                "of the model's classes. Pass an `id2label` that does."
+                f"`id2label` has the ids {_shortened(sorted(self.id2label))}; ids count from 0 without a gap, in the "
+                "order of the model's classes. Pass an `id2label` that does."
             )
         if self.activation_function not in ACT2FN:
             raise ValueError(

@@ -35,7 +35,7 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
 
     # A published checkpoint names its image processor's code; looked at as a video processor's, it would not be known
     # here, and `transformers` would ask at the terminal whether to fetch and run it.
-    _load_video_processor = False
+    _load_video_processor: Any = False
 
     def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The model's inputs of one image; for our models as lists, which make a batch whatever the images' sizes."""
