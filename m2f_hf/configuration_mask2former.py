@@ -211,9 +211,10 @@ class Mask2FormerConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
-        if sorted(self.id2label) != list(range(self.num_labels)):
+        label_ids = sorted(int(index) for index in self.id2label or {})
+        if label_ids != list(range(len(label_ids))):
             raise ValueError(
-                f"`id2label` has the ids {_shortened(sorted(self.id2label))}; ids count from 0 without a gap, in the "
+                f"`id2label` has the ids {_shortened(label_ids)}; ids count from 0 without a gap, in the "
                 "order of the model's classes. Pass an `id2label` that does."
             )
         if self.activation_function not in ACT2FN:
