@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2_config import UnsupportedOptionError, config_from_yaml, processor_from_yaml, read_config, read_labels
-from detectron2_mapping import constants, convert_state_dict
+from detectron2_mapping import MisfitError, convert_state_dict, differences
 from download import default_cache_dir, digest_in_name, download, md5_of
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
@@ -43,11 +43,12 @@ _SCENE = BUNDLED_SCENES / "scene-1.png"
 
 
 class Report(NamedTuple):
-    """What a conversion did: tensors read, tensors and parameters written, and what only one side keeps.
+    """What a conversion did: tensors read, tensors and parameters written, and where these are not one to one.
 
     `filled` names what the original has nothing of (counters of frozen norms, a norm that no backbone uses), `checked`
-    the constants that have no place in our model. `found` is what the verification saw in its photo, in words; None
-    where none was asked for.
+    the constants that have no place in our model, `split` the fused projections to queries, keys and values, which are
+    three in ours. `found` is what the verification saw in its photo, in words; None where none was asked for. `note`
+    is what else there is to say.
     """
 
     read: int
@@ -55,13 +56,17 @@ class Report(NamedTuple):
     parameters: int
     filled: list[str]
     checked: list[str]
+    split: list[str]
     found: str | None = None
+    note: str = ""
 
     def __str__(self) -> str:
+        as_they_are = self.read - len(self.checked) - len(self.split)
         return (
-            f"{self.read} tensors read, none left over: {len(self.checked)} constants checked, the others written. "
-            f"{self.written} tensors written ({self.parameters:,} parameters), {len(self.filled)} of them initial "
-            "values of what the original doesn't keep."
+            f"{self.read} tensors read, none left over: {as_they_are} kept whole, {len(self.split)} fused projections "
+            f"split into query, key and value, {len(self.checked)} constants checked. {self.written} tensors written "
+            f"({self.parameters:,} parameters): {as_they_are} whole, {3 * len(self.split)} from the split ones, "
+            f"{len(self.filled)} initial values of what the original doesn't keep.{self.note and ' ' + self.note}"
         )
 
 
@@ -123,26 +128,41 @@ def convert_released(
         raise UnsupportedOptionError(
             f"{row.name} is a video checkpoint, and there is no video model here yet. Image checkpoints convert."
         )
-    is_theirs = checkpoint is None or _is_the_released_file(checkpoint, row)
-    checkpoint = checkpoint or download(row.url, cache_dir or default_cache_dir())
-    return _convert(checkpoint, row.config(), row.processor(), output, row.card() if is_theirs else {}, photo)
-
-
-def _is_the_released_file(checkpoint: Path, row: Released) -> bool:
+    if checkpoint is None:
+        checkpoint = download(row.url, cache_dir or default_cache_dir())
+        return _convert(checkpoint, row.config(), row.processor(), output, row.card(), photo)
     if not checkpoint.is_file():
         raise FileNotFoundError(f"There is no checkpoint {checkpoint}.")
     digest = md5_of(checkpoint)
     if digest.startswith(row.digest):
-        return True
+        return _convert(checkpoint, row.config(), row.processor(), output, row.card(), photo)
+    _check_not_another(checkpoint, digest, row)
+    try:
+        report = _convert(checkpoint, row.config(), row.processor(), output, {}, photo)
+    except MisfitError as error:
+        raise ValueError(
+            f"{checkpoint} is not the file of {row.name}. {error.facts} --list shows the others; one of your own "
+            "needs its --config-file."
+        ) from error
+    return report._replace(
+        note=f"{checkpoint.name} is not the authors' file (its MD5 is {digest}, theirs begins with {row.digest}): "
+        "neither their figures nor their licence are on the card."
+    )
+
+
+def _check_not_another(checkpoint: Path, digest: str, row: Released) -> None:
+    """Refuse a file, other than the row's by its MD5, that is another row's or a damaged one of this row."""
     for other in RELEASED.values():  # which may well fit, with labels and a task that it wasn't trained for
         if digest.startswith(other.digest):
-            raise ValueError(f"{checkpoint} is the file of {other.name}: convert it with --variant {other.name}.")
+            raise ValueError(
+                f"{checkpoint} is not the file of {row.name}. It is that of {other.name}: convert it with --variant "
+                f"{other.name}."
+            )
     if digest_in_name(checkpoint.name) == row.digest:
         raise ValueError(
-            f"{checkpoint} is called as the released file and isn't it: its MD5 begins with "
+            f"{checkpoint} is called as the file of {row.name} and is not: its MD5 begins with "
             f"{digest[: len(row.digest)]}. It is damaged or was changed: fetch it again from {row.url}."
         )
-    return False
 
 
 def _free(output: Path) -> Path:
@@ -174,13 +194,14 @@ def _convert(
         os.replace(folder, output)
         if photo:
             os.replace(Path(temporary) / "verify.png", overlay_path(output))
-    filled, checked = constants(original, config)
+    filled, checked, split = differences(original, config)
     return Report(
         read=len(original),
         written=len(converted) + len(unused),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         filled=filled + unused,
         checked=checked,
+        split=split,
         found=found,
     )
 
@@ -232,10 +253,11 @@ def _load_strictly(
     )
     missing = [name for name in loading["missing_keys"] if not is_unused(name)]
     if missing or loading["unexpected_keys"] or loading["mismatched_keys"] or loading["error_msgs"]:
-        raise ValueError(
-            "The checkpoint does not fill the model its config describes. "
+        raise MisfitError(
+            "The checkpoint does not fill the model. "
             f"Missing: {sorted(missing)[:5]}; unexpected: {sorted(loading['unexpected_keys'])[:5]}; "
-            f"other shapes: {list(loading['mismatched_keys'])[:5]}; {loading['error_msgs'][:5]}"
+            f"other shapes: {list(loading['mismatched_keys'])[:5]}; {loading['error_msgs'][:5]}.",
+            "Convert it with the config it was trained with.",
         )
     return model
 

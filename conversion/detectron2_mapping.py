@@ -36,16 +36,26 @@ class Entry(NamedTuple):
     targets: tuple[str, ...]
 
 
-class Constants(NamedTuple):
-    """What only one of the two sides keeps.
+class Differences(NamedTuple):
+    """Where the two sides are not one to one.
 
     `filled` names targets without a source in the checkpoint (batch counters of frozen norms, zero; the class weights
     of the loss, which the config tells); `checked` names sources in the checkpoint that have no target (Swin's index
-    tables, equal to the ones computed from the window size).
+    tables, equal to the ones computed from the window size); `split` names sources that have three (fused projections
+    to queries, keys and values).
     """
 
     filled: list[str]
     checked: list[str]
+    split: list[str]
+
+
+class MisfitError(ValueError):
+    """Checkpoint and config describe different models: `facts` says where, `advice` what to do about it."""
+
+    def __init__(self, facts: str, advice: str = "") -> None:
+        super().__init__(f"{facts} {advice}".rstrip())
+        self.facts, self.advice = facts, advice
 
 
 def convert_state_dict(original: Mapping[str, Array], config: Any) -> dict[str, torch.Tensor]:
@@ -63,8 +73,9 @@ def convert_state_dict(original: Mapping[str, Array], config: Any) -> dict[str, 
         counters int64.
 
     Raises:
-        ValueError: A parameter is missing, left over or there twice, a fused one doesn't divide, an index table
-            differs, or the config tells another number of classes or queries than the parameters.
+        MisfitError: A parameter is missing or left over, a fused one doesn't divide, an index table differs, or the
+            config tells another number of classes or queries than the parameters.
+        ValueError: A parameter is there twice.
     """
     remaining = _current_names(original)
     _check_counts(remaining, config)
@@ -85,19 +96,21 @@ def convert_state_dict(original: Mapping[str, Array], config: Any) -> dict[str, 
             converted.update(zip(targets, _split(source, value, len(targets)), strict=True))
     if missing or remaining:
         left_over = [parameter.name for parameter in remaining.values()]
-        raise ValueError(
-            "The checkpoint and the config describe different models; convert it with the config it was trained with. "
-            f"Missing from the checkpoint: {_shortened(missing)}. Not in the model: {_shortened(left_over)}."
+        raise MisfitError(
+            f"The checkpoint is of another model. Missing from the checkpoint: {_shortened(missing)}. Not in the model: "
+            f"{_shortened(left_over)}.",
+            "Convert it with the config it was trained with.",
         )
     return converted
 
 
-def constants(original: Mapping[str, Array], config: Any) -> Constants:
-    """Name the constants that `convert_state_dict` fills in or checks for the same arguments."""
+def differences(original: Mapping[str, Array], config: Any) -> Differences:
+    """Name what `convert_state_dict` fills in, checks and splits for the same arguments."""
     entries, names = mapping_for(config), _current_names(original)
-    return Constants(
+    return Differences(
         filled=[entry.targets[0] for entry in entries if entry.targets and entry.source not in names],
         checked=[entry.source for entry in entries if not entry.targets and entry.source in names],
+        split=[entry.source for entry in entries if len(entry.targets) == len(_QKV) and entry.source in names],
     )
 
 
@@ -324,9 +337,9 @@ def _check_counts(parameters: Mapping[str, _Named], config: Any) -> None:
         shape = parameters[source].value.shape
         count = (shape[0] if shape else 0) - besides
         if count != expected:
-            raise ValueError(
-                f"The checkpoint has {count} {what} ({parameters[source].name}), the config {expected}: set {option} "
-                "to the checkpoint's."
+            raise MisfitError(
+                f"The checkpoint has {count} {what} ({parameters[source].name}), where {expected} are expected.",
+                f"Set {option} to the checkpoint's.",
             )
 
 
@@ -350,7 +363,7 @@ def _split(source: str, value: torch.Tensor, parts: int) -> list[torch.Tensor]:
     if parts == 1:
         return [value]
     if value.ndim == 0 or value.shape[0] % parts:
-        raise ValueError(
+        raise MisfitError(
             f"{source} of shape {tuple(value.shape)} does not divide into {parts} along its first dimension."
         )
     return [part.clone() for part in value.chunk(parts)]
@@ -359,7 +372,7 @@ def _split(source: str, value: torch.Tensor, parts: int) -> list[torch.Tensor]:
 def _check_position_index(source: str, value: torch.Tensor, window_size: int) -> None:
     expected = relative_position_index(window_size)
     if value.shape != expected.shape or not torch.equal(value.long(), expected):
-        raise ValueError(f"{source} is not the index table of {window_size}x{window_size} windows (WINDOW_SIZE).")
+        raise MisfitError(f"{source} is not the index table of {window_size}x{window_size} windows (WINDOW_SIZE).")
 
 
 def _shortened(names: list[str], shown: int = 5) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import pickle
+import re
 import runpy
 import sys
 import time
@@ -33,7 +34,13 @@ from detectron2_config import (
     read_config,
     read_labels,
 )
-from detectron2_mapping import constants, convert_state_dict, invert_state_dict, mapping_for, relative_position_index
+from detectron2_mapping import (
+    convert_state_dict,
+    differences,
+    invert_state_dict,
+    mapping_for,
+    relative_position_index,
+)
 from safe_pickle import load_state_dict
 
 
@@ -306,7 +313,7 @@ def test_batch_counters_of_trained_norms_are_kept_and_those_of_frozen_ones_are_z
     for name in counters:
         trained[name] += 7
     frozen = {name: value for name, value in trained.items() if name not in counters}
-    assert constants(trained, config).filled == [] and len(constants(frozen, config).filled) == len(counters)
+    assert differences(trained, config).filled == [] and len(differences(frozen, config).filled) == len(counters)
     for original, count in ((trained, 7), (frozen, 0)):
         kept = [v for n, v in convert_state_dict(original, config).items() if n.endswith("num_batches_tracked")]
         assert len(kept) == len(counters) and all(v.dtype == torch.int64 and v.item() == count for v in kept)
@@ -414,7 +421,7 @@ def test_synchronised_and_partly_frozen_norms_convert_alike(tmp_path):
     first = [name for name in counters if name.startswith(("backbone.stem.", "backbone.res2."))]
     partly = {name: value for name, value in trained.items() if name not in first}
     whole, part = (convert_state_dict(form, config) for form in (trained, partly))
-    assert 0 < len(first) < len(counters) and len(constants(partly, config).filled) == len(first)
+    assert 0 < len(first) < len(counters) and len(differences(partly, config).filled) == len(first)
     values = [value.item() for name, value in part.items() if name.endswith("num_batches_tracked")]
     assert sorted(values) == [0] * len(first) + [7] * (len(counters) - len(first))
     for name, value in whole.items():
@@ -426,7 +433,7 @@ def test_class_weights_left_out_are_those_of_the_config(tmp_path):
     config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
     original = invert_state_dict(on_disk(random_model(config)), config)
     del original["criterion.empty_weight"]
-    assert constants(original, config).filled == ["criterion.empty_weight"]
+    assert differences(original, config).filled == ["criterion.empty_weight"]
     assert convert_state_dict(original, config)["criterion.empty_weight"].tolist() == [1.0, 1.0, 1.0, 0.25]
 
 
@@ -441,13 +448,13 @@ def test_parameter_under_an_old_and_a_new_name_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 4, "checkpoint has 3 classes .* the config 4"),
-        ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 6, "checkpoint has 5 queries .* the config 6"),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 4, "checkpoint has 3 classes .* 4 are expected"),
+        ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 6, "checkpoint has 5 queries .* 6 are expected"),
     ],
 )
 def test_counts_other_than_the_checkpoints_are_told_with_their_option(tiny_original, tmp_path, option, value, told):
     config_file = write_config(tmp_path, {option: value})
-    with pytest.raises(ValueError, match=f"{told}: set {option}"):
+    with pytest.raises(ValueError, match=rf"{told}\. Set {option}"):
         convert(tiny_original[0], config_file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -492,8 +499,20 @@ def test_folder_holds_model_and_processor_with_equal_outputs(tiny_original, tmp_
     assert torch.equal(ours.masks_queries_logits, theirs.masks_queries_logits)
 
     original = load_state_dict(checkpoint)
+    saved = load_file(folder / "model.safetensors")
     assert report.read == len(original) and len(report.checked) == 5
-    assert report.written == len(load_file(folder / "model.safetensors"))
+    assert report.written == len(saved)
+    # Of the file alone: in the original, projections to query, key and value are one in Swin and in self-attention.
+    fused = [name for name in original if re.search(r"attn\.qkv\.|self_attn\.in_proj_", name)]
+    assert sorted(report.split) == sorted(fused) and len(fused) > 10
+    whole = len(original) - 5 - len(fused)
+    assert report.written == whole + 3 * len(fused) + len(report.filled)
+    for told in (
+        f"{len(original)} tensors read, none left over: {whole} kept whole, {len(fused)} fused projections split",
+        f"{len(saved)} tensors written",
+        f"{whole} whole, {3 * len(fused)} from the split ones, {len(report.filled)} initial values",
+    ):
+        assert told in str(report)
 
 
 @pytest.mark.parametrize("spoil", ["missing", "left over", "index", "shape"])

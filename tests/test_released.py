@@ -410,7 +410,7 @@ def test_variant_becomes_a_working_model_with_its_card(small_release, server, tm
     assert run("--variant", NAME, "--cache-dir", cache, "--output", folder, "--verify") == 0
     assert len(server.asked) == 2
     printed = capsys.readouterr().out
-    assert "none left over" in printed
+    assert "none left over" in printed and "not the authors' file" not in printed
     assert "horse" in printed
     picture = folder.parent / f"{NAME}.verify.png"
     assert f"Look at {picture}" in printed
@@ -443,13 +443,15 @@ def test_variant_becomes_a_working_model_with_its_card(small_release, server, tm
         assert told in card.text, told
 
 
-def test_file_of_somebody_else_is_converted_without_the_authors_figures(small_release, server, tmp_path):
+def test_file_of_somebody_else_is_converted_without_the_authors_figures(small_release, server, tmp_path, capsys):
     with torch.no_grad():
         small_release.class_predictor.bias.add_(1)
     path = tmp_path / "mine.pkl"
     path.write_bytes(as_released(small_release))
     assert run("--variant", NAME, "--checkpoint", path, "--output", tmp_path / "out") == 0
     assert server.asked == []
+    told = f"mine.pkl is not the authors' file (its MD5 is {md5_of(path)}, theirs begins with {RELEASED[NAME].digest})"
+    assert f"{told}: neither their figures nor their licence are on the card" in capsys.readouterr().out
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.eval_results is None and card.data.license is None
     assert "51.9" not in card.text
@@ -477,8 +479,27 @@ def test_file_of_another_variant_is_told_even_where_it_fits(small_release, serve
     monkeypatch.setitem(RELEASED, "other", dataclasses.replace(RELEASED[NAME], digest="0" * 6))
     monkeypatch.setattr(convert_detectron2, "find_released", RELEASED.get)
     assert run("--variant", "other", "--checkpoint", path, "--output", tmp_path / "out") == 1
-    assert f"model.pkl is the file of {NAME}: convert it with --variant {NAME}" in capsys.readouterr().err
+    assert f"It is that of {NAME}: convert it with --variant {NAME}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("cityscapes-panoptic-r50", "has 133 classes (sem_seg_head.predictor.class_embed.weight), where 19 are"),
+        ("coco-panoptic-r101", "is of another model. Missing from the checkpoint: backbone.res4.6"),
+    ],
+)
+def test_file_that_does_not_fit_a_variant_is_told_in_the_variants_terms(small_release, tmp_path, name, told, capsys):
+    path = tmp_path / "mine.pkl"
+    with torch.no_grad():
+        small_release.class_predictor.bias.add_(1)
+    path.write_bytes(as_released(small_release))
+    assert run("--variant", name, "--checkpoint", path, "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert f"mine.pkl is not the file of {name}. The checkpoint {told}" in error
+    assert "MODEL." not in error and "trained with" not in error
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.pkl"]
 
 
 def test_weights_that_are_not_finite_do_not_pass_verification(small_release, tmp_path, capsys):
