@@ -44,7 +44,7 @@ def tidy(output: Path) -> None:
         target = output / old.name.removeprefix(".").removesuffix(".old")
         if not target.exists():
             os.replace(old, target)
-    for work in [*output.glob(".*.tmp"), *output.glob(".*.old")]:
+    for work in [path for ending in ("tmp", "old", "parts") for path in output.glob(f".*.{ending}")]:
         shutil.rmtree(work, ignore_errors=True)
 
 
