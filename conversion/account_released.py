@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from convert_detectron2 import is_unused
+from converter import is_unused
 from detectron2_mapping import COUNTER, mapping_for, relative_position_index
 from released import RELEASED, Released
 from tqdm.auto import tqdm

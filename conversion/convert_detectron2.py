@@ -4,303 +4,57 @@
     python conversion/convert_detectron2.py --variant coco-panoptic-swin-large --output DIR
     python conversion/convert_detectron2.py --checkpoint model.pkl --config-file config.yaml --output DIR
 
-Every parameter of the original is accounted for, or nothing is written. Neither the checkpoint nor the config can run
-code. Reading a config needs PyYAML (`pip install 'm2f_hf[convert]'`).
+This is the command line; `converter` does the work. Reading a config needs PyYAML (`pip install 'm2f_hf[convert]'`).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import sys
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-from detectron2_config import UnsupportedOptionError, config_from_yaml, processor_from_yaml, read_config, read_labels
-from detectron2_mapping import MisfitError, convert_state_dict, differences
-from download import default_cache_dir, digest_in_name, download, md5_of
+from download import default_cache_dir
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image, ImageOps
-from released import RELEASED, Released, find_released, listing
-from safe_pickle import load_state_dict
-from safetensors import safe_open
-
-from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
-from m2f_hf.cli import BUNDLED_SCENES, CommandError, ImageError, Segmenter, describe
-from m2f_hf.hub import model_card
-from m2f_hf.image_processing_mask2former import M2FImageProcessor
-from m2f_hf.images import open_image
-from m2f_hf.visualization import draw_segments
-
-
-# Some versions of transformers build and save a last norm of the Swin classifier, which a backbone never uses.
-_UNUSED = re.compile(r"\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weight|bias)$")
-_SCENE = BUNDLED_SCENES / "scene-1.png"
-
-
-class Report(NamedTuple):
-    """What a conversion did: tensors read, tensors and parameters written, and where these are not one to one.
-
-    `filled` names what the original has nothing of (counters of frozen norms, a norm that no backbone uses), `checked`
-    the constants that have no place in our model, `split` the fused projections to queries, keys and values, which are
-    three in ours. `found` is what the verification saw in its photo, in words; None where none was asked for. `note`
-    is what else there is to say.
-    """
-
-    read: int
-    written: int
-    parameters: int
-    filled: list[str]
-    checked: list[str]
-    split: list[str]
-    found: str | None = None
-    note: str = ""
-
-    def __str__(self) -> str:
-        as_they_are = self.read - len(self.checked) - len(self.split)
-        return (
-            f"{self.read} tensors read, none left over: {as_they_are} kept whole, {len(self.split)} fused projections "
-            f"split into query, key and value, {len(self.checked)} constants checked. {self.written} tensors written "
-            f"({self.parameters:,} parameters): {as_they_are} whole, {3 * len(self.split)} from the split ones, "
-            f"{len(self.filled)} initial values of what the original doesn't keep.{self.note and ' ' + self.note}"
-        )
-
-
-def convert(
-    checkpoint: Path,
-    config_file: Path,
-    output: Path,
-    labels_file: Path | None = None,
-    photo: Image.Image | None = None,
-) -> Report:
-    """Convert one checkpoint.
-
-    Args:
-        checkpoint: The original's `.pkl` or `.pth`.
-        config_file: The YAML it was trained with.
-        output: The folder to make; it must not exist, or be empty.
-        labels_file: Names of the classes, and which are things (JSON; see `read_labels`).
-        photo: RGB; segment it with the result, see `verify`, and put the picture at `overlay_path`.
-
-    Raises:
-        FileExistsError: `output` has something in it.
-        UnsupportedOptionError, UnsafeCheckpointError, ValueError, OSError: see `read_config`, `read_labels`,
-            `load_state_dict`, `convert_state_dict` and `verify`. Nothing is written then.
-        StrictDataclassError: the config has a value that no model can be built with.
-    """
-    output = _free(output)
-    options = read_config(config_file)
-    labels = read_labels(labels_file, options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]) if labels_file else None
-    config = Mask2FormerConfig(**config_from_yaml(options, labels))
-    processor = M2FImageProcessor(**processor_from_yaml(options, labels))
-    return _convert(checkpoint, config, processor, output, {}, photo)
-
-
-def convert_released(
-    row: Released,
-    output: Path,
-    checkpoint: Path | None = None,
-    cache_dir: Path | None = None,
-    photo: Image.Image | None = None,
-) -> Report:
-    """Convert a released checkpoint, fetched if need be.
-
-    The authors' figures and licence go onto the card if the file is theirs, which its MD5 tells.
-
-    Args:
-        row: Which one; see `find_released`.
-        output, photo: As in `convert`.
-        checkpoint: Its file, where it is at hand already, or one of the same settings trained by somebody else.
-        cache_dir: Where a download is kept; default: `default_cache_dir()`.
-
-    Raises:
-        UnsupportedOptionError: It is a video checkpoint.
-        DownloadError: see `download`.
-        ValueError: `checkpoint` is called as the released file and is another, or it is that of another variant.
-        And what `convert` raises.
-    """
-    output = _free(output)
-    if row.is_video:
-        raise UnsupportedOptionError(
-            f"{row.name} is a video checkpoint, and there is no video model here yet. Image checkpoints convert."
-        )
-    if checkpoint is None:
-        checkpoint = download(row.url, cache_dir or default_cache_dir())
-        return _convert(checkpoint, row.config(), row.processor(), output, row.card(), photo)
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {checkpoint}.")
-    digest = md5_of(checkpoint)
-    if digest.startswith(row.digest):
-        return _convert(checkpoint, row.config(), row.processor(), output, row.card(), photo)
-    _check_not_another(checkpoint, digest, row)
-    try:
-        report = _convert(checkpoint, row.config(), row.processor(), output, {}, photo)
-    except MisfitError as error:
-        raise ValueError(
-            f"{checkpoint} is not the file of {row.name}. {error.facts} --list shows the others; one of your own "
-            "needs its --config-file."
-        ) from error
-    return report._replace(
-        note=f"{checkpoint.name} is not the authors' file (its MD5 is {digest}, theirs begins with {row.digest}): "
-        "neither their figures nor their licence are on the card."
-    )
-
-
-def _check_not_another(checkpoint: Path, digest: str, row: Released) -> None:
-    """Refuse a file, other than the row's by its MD5, that is another row's or a damaged one of this row."""
-    for other in RELEASED.values():  # which may well fit, with labels and a task that it wasn't trained for
-        if digest.startswith(other.digest):
-            raise ValueError(
-                f"{checkpoint} is not the file of {row.name}. It is that of {other.name}: convert it with --variant "
-                f"{other.name}."
-            )
-    if digest_in_name(checkpoint.name) == row.digest:
-        raise ValueError(
-            f"{checkpoint} is called as the file of {row.name} and is not: its MD5 begins with "
-            f"{digest[: len(row.digest)]}. It is damaged or was changed: fetch it again from {row.url}."
-        )
-
-
-def _free(output: Path) -> Path:
-    output = output.resolve()
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already. Give an --output that doesn't, or remove it first.")
-    return output
-
-
-def _convert(
-    checkpoint: Path,
-    config: Mask2FormerConfig,
-    processor: M2FImageProcessor,
-    output: Path,
-    card: Mapping[str, Any],
-    photo: Image.Image | None,
-) -> Report:
-    original = load_state_dict(checkpoint)
-    converted = convert_state_dict(original, config)
-    model = _load_strictly(converted, config)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        folder = Path(temporary) / output.name
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        model_card(config, processor, repo_id=output.name, **card).save(folder / "README.md")
-        unused = _check_written(folder / "model.safetensors", converted)
-        found = verify(folder, photo, Path(temporary) / "verify.png") if photo else None
-        os.replace(folder, output)
-        if photo:
-            os.replace(Path(temporary) / "verify.png", overlay_path(output))
-    filled, checked, split = differences(original, config)
-    return Report(
-        read=len(original),
-        written=len(converted) + len(unused),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        filled=filled + unused,
-        checked=checked,
-        split=split,
-        found=found,
-    )
-
-
-def overlay_path(output: Path) -> Path:
-    """Where `--verify` puts its picture: beside the folder, since it is no part of the checkpoint."""
-    return output.with_name(f"{output.name}.verify.png")
-
-
-def verify(folder: Path, photo: Image.Image, overlay: Path) -> str:
-    """Load a converted folder as anybody would and segment a photo with it.
-
-    Args:
-        folder: What `convert` made.
-        photo: RGB.
-        overlay: Where to save the photo with its segments drawn over it.
-
-    Returns:
-        What was found, in words.
-
-    Raises:
-        CommandError, ImageError: The folder doesn't fill the model, or the photo is of an impossible size.
-        ValueError: The logits are not finite.
-    """
-    segmenter = Segmenter.load(str(folder), task=None, threshold=None, device="cpu", dtype="float32")
-    segmenter.model.register_forward_hook(_check_finite)
-    segmentation, segments_info = segmenter(photo)
-    colors = dict(enumerate(segmenter.model.config.label_colors or []))
-    draw_segments(photo, segmentation, segments_info, colors=colors).save(overlay)
-    return describe(segments_info)
-
-
-def _check_finite(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
-    for name in ("class_queries_logits", "masks_queries_logits"):
-        if not outputs[name].isfinite().all():
-            raise ValueError(f"The converted model's {name} are not finite: the checkpoint is damaged or diverged.")
-
-
-def is_unused(name: str) -> bool:
-    """Whether a parameter of this (on disk) name plays no part in the model, so that the original has none like it."""
-    return _UNUSED.search(name) is not None
-
-
-def _load_strictly(
-    converted: Mapping[str, torch.Tensor], config: Mask2FormerConfig
-) -> Mask2FormerForUniversalSegmentation:
-    model, loading = Mask2FormerForUniversalSegmentation.from_pretrained(
-        None, config=config, state_dict=dict(converted), output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    missing = [name for name in loading["missing_keys"] if not is_unused(name)]
-    if missing or loading["unexpected_keys"] or loading["mismatched_keys"] or loading["error_msgs"]:
-        raise MisfitError(
-            "The checkpoint does not fill the model. "
-            f"Missing: {sorted(missing)[:5]}; unexpected: {sorted(loading['unexpected_keys'])[:5]}; "
-            f"other shapes: {list(loading['mismatched_keys'])[:5]}; {loading['error_msgs'][:5]}.",
-            "Convert it with the config it was trained with.",
-        )
-    return model
-
-
-def _check_written(path: Path, expected: Mapping[str, torch.Tensor]) -> list[str]:
-    """Compare the file with what was converted, to the bit; give the names of unused parameters it has besides."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        different = [
-            name for name in expected if name not in names or not torch.equal(file.get_tensor(name), expected[name])
-        ]
-    besides = sorted(names - set(expected))
-    if different or not all(is_unused(name) for name in besides):
-        raise ValueError(
-            f"The folder written is not what was converted: {different[:5]} differ, {besides[:5]} are new."
-        )
-    return besides
+from PIL import ImageOps
+from released import find_released, listing
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; give the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.list is None:
+        _check_combination(parser, options)
     try:
-        if options.list is not None:
-            print(listing(options.list))
-        else:
-            _check_combination(parser, options)
-            print(_run(options))
-    except (ValueError, OSError, ImportError, StrictDataclassError, CommandError, ImageError) as error:
+        print(_convert(options) if options.list is None else listing(options.list))
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _run(options: argparse.Namespace) -> str:
-    photo_file = options.photo or _SCENE
-    photo = ImageOps.exif_transpose(open_image(photo_file)).convert("RGB") if options.verify else None
-    if options.variant:
-        row = find_released(options.variant)
-        report = convert_released(row, options.output, options.checkpoint, options.cache_dir, photo)
-    else:
-        report = convert(options.checkpoint, options.config_file, options.output, options.labels, photo)
+def _convert(options: argparse.Namespace) -> str:
+    """Convert what was asked for; say what was done.
+
+    Raises:
+        ValueError, OSError, ImportError: see `convert` and `convert_released`.
+    """
+    row = find_released(options.variant) if options.variant else None
+    # Here, because PyTorch and transformers take seconds to import: a list and a wrong argument need not wait for them.
+    from converter import convert, convert_released, overlay_path
+
+    from m2f_hf.cli import BUNDLED_SCENES, CommandError, ImageError
+    from m2f_hf.images import open_image
+
+    photo_file = options.photo or BUNDLED_SCENES / "scene-1.png"
+    try:
+        photo = ImageOps.exif_transpose(open_image(photo_file)).convert("RGB") if options.verify else None
+        if row:
+            report = convert_released(row, options.output, options.checkpoint, options.cache_dir, photo)
+        else:
+            report = convert(options.checkpoint, options.config_file, options.output, options.labels, photo)
+    except (StrictDataclassError, CommandError, ImageError) as error:
+        raise ValueError(error) from error
     lines = [f"{options.output}: {report}"]
     if photo:
         lines.append(

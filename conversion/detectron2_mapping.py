@@ -97,8 +97,8 @@ def convert_state_dict(original: Mapping[str, Array], config: Any) -> dict[str, 
     if missing or remaining:
         left_over = [parameter.name for parameter in remaining.values()]
         raise MisfitError(
-            f"The checkpoint is of another model. Missing from the checkpoint: {_shortened(missing)}. Not in the model: "
-            f"{_shortened(left_over)}.",
+            f"The checkpoint is of another model. Missing from the checkpoint: {_shortened(missing)}. "
+            f"Not in the model: {_shortened(left_over)}.",
             "Convert it with the config it was trained with.",
         )
     return converted

@@ -2,6 +2,9 @@
 
 A row holds what nothing else tells: the digest in the file's name, the authors' model id, the figures they report.
 Names, addresses and settings follow from data set, task and backbone. Source of the figures: the original's MODEL_ZOO.
+
+The table itself is plain Python. What needs the package imports it where it is asked for, so that showing the table
+doesn't wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -10,15 +13,12 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from detectron2_config import DEFAULTS, config_from_yaml, processor_from_yaml
 
-from m2f_hf import Mask2FormerConfig
-from m2f_hf.hub import Figure
-from m2f_hf.image_processing_mask2former import M2FImageProcessor
-from m2f_hf.label_sets import LabelSet, label_set
-from m2f_hf.stock_checkpoints import released_test_size, released_threshold
+if TYPE_CHECKING:
+    from m2f_hf import M2FImageProcessor, Mask2FormerConfig
+    from m2f_hf.label_sets import LabelSet
 
 
 DOWNLOADS = "https://dl.fbaipublicfiles.com/maskformer"
@@ -37,6 +37,7 @@ class Benchmark(NamedTuple):
     metrics: tuple[str, ...]
 
 
+_MS_FLIP = ' "ms+flip" is test-time augmentation: every picture at several scales (multi-scale), each also mirrored.'
 _TASK_OF = {
     "PQ": "panoptic",
     "AP": "instance",
@@ -172,6 +173,8 @@ class Released:
 
     @property
     def labels(self) -> LabelSet:
+        from m2f_hf.label_sets import label_set
+
         return label_set(self.dataset if self.is_video else f"{self.dataset}-{self.task}")
 
     @property
@@ -216,11 +219,17 @@ class Released:
     @property
     def _size(self) -> tuple[int, int]:
         if not self.is_video:
+            from m2f_hf.stock_checkpoints import released_test_size
+
             return released_test_size(self.dataset, self.task, self.backbone)
         return (480, 1333) if self._has_swin and self.name != "ytvis2021-instance-swin-large" else (360, 1333)
 
     def options(self) -> dict[str, Any]:
         """Its settings in the original's terms: what `read_config` gives for the YAML it was trained with."""
+        from detectron2_config import DEFAULTS
+
+        from m2f_hf.stock_checkpoints import released_threshold
+
         sync_norm = self.dataset == "cityscapes" or self.name == "ade20k-semantic-r101"
         video = "Video" if self.is_video else ""
         # The original switches all three tasks on for ADE20K's instance models; Mapillary has no instance figures.
@@ -250,14 +259,24 @@ class Released:
 
     def config(self) -> Mask2FormerConfig:
         """The model's config, with the data set's labels and colours."""
+        from detectron2_config import config_from_yaml
+
+        from m2f_hf import Mask2FormerConfig
+
         return Mask2FormerConfig(**config_from_yaml(self.options()))
 
     def processor(self) -> M2FImageProcessor:
         """The processor, for the task that the figures are reported for."""
+        from detectron2_config import processor_from_yaml
+
+        from m2f_hf import M2FImageProcessor
+
         return M2FImageProcessor(**processor_from_yaml(self.options()))
 
     def card(self) -> dict[str, Any]:
         """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""
+        from m2f_hf.hub import Figure
+
         epochs = self.schedule.endswith("ep")
         backbone, benchmark = BACKBONES[self.backbone].title, self.benchmark
         return {
@@ -265,7 +284,9 @@ class Released:
             "description": (
                 f"A [Mask2Former](https://arxiv.org/abs/2112.01527) for {self.task} segmentation with a {backbone} "
                 f"backbone, trained on {benchmark.title} by the authors of the paper (their model {self.model_id}) and "
-                "converted from their file: the same weights under other names."
+                "converted from their file: the same weights under other names. The results below are those that the "
+                "authors report; they were not measured again with this checkpoint."
+                f"{_MS_FLIP if 'mIoU (ms+flip)' in self.reported else ''}"
             ),
             "datasets": [self.dataset],
             "license": LICENSE,
@@ -427,4 +448,7 @@ def listing(words: Sequence[str] = ()) -> str:
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (heading, *rows)
     ]
-    return "\n".join([*lines, f"{len(rows)} checkpoint{'s' if len(rows) > 1 else ''}"])
+    lines.append(f"{len(rows)} checkpoint{'s' if len(rows) > 1 else ''}")
+    if any(row[3].startswith("video") for row in rows):
+        lines.append("Those of a video task don't convert yet: there is no video model here.")
+    return "\n".join(lines)

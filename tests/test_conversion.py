@@ -26,7 +26,8 @@ from m2f_hf.label_sets import Label, label_set
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conversion"))
 
 import convert_detectron2
-from convert_detectron2 import convert
+import converter
+from converter import convert
 from detectron2_config import (
     UnsupportedOptionError,
     config_from_yaml,
@@ -248,7 +249,7 @@ def test_video_checkpoint_is_refused(goldens, tmp_path, capsys):
 def test_mapping_covers_the_model_and_round_trips(tmp_path, changes):
     config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
     model = random_model(config)
-    saved = {name: value for name, value in on_disk(model).items() if not convert_detectron2.is_unused(name)}
+    saved = {name: value for name, value in on_disk(model).items() if not converter.is_unused(name)}
     original = invert_state_dict(saved, config)
     assert len(original) == len(mapping_for(config))
     converted = convert_state_dict(original, config)
@@ -405,7 +406,7 @@ def test_half_precision_becomes_float32_of_the_same_values_with_finite_outputs(p
     for name, value in expected.items():
         rounded = value.to(dtype).float() if value.is_floating_point() else value
         assert converted[name].dtype == value.dtype and torch.equal(converted[name], rounded), name
-    model = convert_detectron2._load_strictly(converted, config).eval()
+    model = converter._load_strictly(converted, config).eval()
     with torch.no_grad():
         outputs = model(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert outputs.class_queries_logits.isfinite().all() and outputs.masks_queries_logits.isfinite().all()
@@ -658,7 +659,7 @@ def test_option_with_an_equivalent_converts_into_a_model_that_runs(tmp_path, cha
     options = read_config(write_config(tmp_path, changes))
     config = Mask2FormerConfig(**config_from_yaml(options))
     original = invert_state_dict(on_disk(random_model(config)), config)
-    model = convert_detectron2._load_strictly(convert_state_dict(original, config), config).eval()
+    model = converter._load_strictly(convert_state_dict(original, config), config).eval()
     inputs = M2FImageProcessor(**processor_from_yaml(options))(np.zeros((70, 60, 3), np.uint8), return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)
@@ -756,7 +757,7 @@ def test_resnet_of_every_kind_computes_what_detectron2_defines(tmp_path, depth, 
             original[name] = torch.rand(value.shape, generator=generator) + 0.5
         elif name.startswith("backbone.") and value.ndim == 4:
             original[name] = torch.randn(value.shape, generator=generator) * value[0].numel() ** -0.5
-    model = convert_detectron2._load_strictly(convert_state_dict(original, config), config).eval()
+    model = converter._load_strictly(convert_state_dict(original, config), config).eval()
     pixels = torch.randn(1, 3, 64, 64, generator=generator)
     with torch.no_grad():
         ours = model.model.pixel_level_module.encoder(pixels).feature_maps

@@ -208,7 +208,7 @@ def test_half_precision_stays_half_precision(tmp_path):
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_original_to_ours_to_stock_to_ours(name, goldens, tmp_path):
-    from convert_detectron2 import convert
+    from converter import convert
 
     convert(goldens / name / "model.pkl", goldens / name / "config.yaml", tmp_path / "ours")
     projected = any(

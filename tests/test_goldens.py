@@ -74,7 +74,7 @@ class Golden:
 @pytest.fixture(scope="module", params=GOLDENS)
 def golden(request, goldens, repository, tmp_path_factory):
     sys.path.insert(0, str(repository / "conversion"))
-    from convert_detectron2 import convert
+    from converter import convert
 
     output = tmp_path_factory.mktemp(request.param) / "converted"
     folder = goldens / request.param

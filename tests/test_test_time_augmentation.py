@@ -86,7 +86,7 @@ def test_default_sizes_are_those_of_the_processor(processor, image):
 @pytest.fixture(scope="module")
 def converted(goldens, repository, tmp_path_factory):
     sys.path.insert(0, str(repository / "conversion"))
-    from convert_detectron2 import convert
+    from converter import convert
 
     folder, output = goldens / "ade20k_semantic_swinl", tmp_path_factory.mktemp("ade") / "converted"
     convert(folder / "model.pkl", folder / "config.yaml", output)
