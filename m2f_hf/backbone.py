@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig, PreTrainedConfig
 
+from .checkpoint_lookup import find_config
+
 
 STRIDES = (4, 8, 16, 32)
 _PROBE_SIZE = (224, 320)  # multiples of 32, and not square: segmentation takes images of any shape
+_LOOKUP_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 _WHAT_WORKS = "use a backbone with a pyramid: Swin, SwinV2, ResNet, ConvNeXt, ConvNeXtV2, PVTv2 or DINOv3-ConvNeXt"
 
 
@@ -26,9 +29,11 @@ def read_backbone_config(
 
     Raises:
         ValueError: the model has no such maps; the message says which it has.
-        OSError: there is no such model.
+        OSError: there is no such model; see `find_config`.
     """
-    config = AutoConfig.from_pretrained(name, **(settings or {}), **(download or {}))
+    download = download or {}
+    find_config(name, **{argument: value for argument, value in download.items() if argument in _LOOKUP_ARGUMENTS})
+    config = AutoConfig.from_pretrained(name, **(settings or {}), **download)
     if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
         reason = "transformers has no backbone of this type"
         if isinstance(getattr(config, "patch_size", None), int) and not hasattr(config, "depths"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -384,12 +385,17 @@ def test_weights_that_leave_a_parameter_out_are_refused(tmp_path):
         Mask2FormerForUniversalSegmentation.from_backbone(tmp_path, num_labels=3, **TINY)
 
 
-def test_a_misspelt_field_and_a_missing_checkpoint_are_told(tmp_path):
+def test_a_misspelt_field_and_a_missing_checkpoint_are_told(tmp_path, monkeypatch):
     save_classifier(CLASSIFIERS["resnet"], tmp_path)
     with pytest.raises(TypeError, match="`num_querys` is no field of Mask2FormerConfig"):
         Mask2FormerForUniversalSegmentation.from_backbone(tmp_path, num_querys=3)
-    with pytest.raises(OSError):
-        Mask2FormerForUniversalSegmentation.from_backbone(tmp_path / "nothing", num_labels=3)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits to try again"))
+    for name, told in (
+        ("no/thing", "there is no folder no/thing, and the Hub cannot be reached"),
+        (tmp_path / "nothing", "there is no folder .*nothing, and a model on the Hub is named owner/name"),
+    ):
+        with pytest.raises(OSError, match=told):
+            Mask2FormerForUniversalSegmentation.from_backbone(name, num_labels=3)
 
 
 def test_arguments_of_the_download_arrive(tmp_path, monkeypatch):
