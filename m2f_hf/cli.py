@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
     StrictDataclassError,
 )
 from PIL import Image
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ID_OR_FOLDER",
         help="a model on the Hugging Face Hub or a folder; default: the bundled model, which knows generated shapes",
     )
+    segment.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of a model on the Hub; default: main")
     segment.add_argument("--task", choices=TASKS, help="default: what the model was made for")
     segment.add_argument(
         "--threshold", type=_probability, help="leave out segments with a lower score, 0 to 1; default: the model's"
@@ -123,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="describe a model without loading its weights")
     info.add_argument("model", metavar="MODEL", help="a model on the Hugging Face Hub or a folder")
+    info.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of a model on the Hub; default: main")
     info.set_defaults(run=_info)
 
     push = commands.add_parser(
@@ -157,22 +160,26 @@ def _probability(text: str) -> float:
 
 def _segment(options: argparse.Namespace) -> int:
     paths = _find_images(options.images)
-    _prepare_folder(options.output)
+    _check_output(options.output)
     if options.model == str(BUNDLED_MODEL):
         print(
             "m2f: no --model given: the bundled one knows generated shapes only. For photos, give for example "
             "--model facebook/mask2former-swin-tiny-coco-panoptic",
             file=sys.stderr,
         )
-    segmenter = Segmenter.load(options.model, options.task, options.threshold, options.device, options.dtype)
+    segmenter = Segmenter.load(
+        options.model, options.task, options.threshold, options.device, options.dtype, options.revision
+    )
+    _make_output(options.output)
 
+    revision = {"revision": options.revision} if options.revision else {}
     num_failed = 0
     jobs = list(zip(paths, _output_stems(paths, options.output), strict=True))
     for path, stem in tqdm(jobs, unit="image", disable=len(jobs) == 1):
         try:
             image = _open_image(path, segmenter.processor)
             segmentation, segments_info = segmenter(image)
-            record = {"image": str(path), "model": options.model, "task": segmenter.task}
+            record = {"image": str(path), "model": options.model, **revision, "task": segmenter.task}
             overlay = write_result(
                 options.output, stem, image, segmentation, segments_info, record, segmenter.model.config.label_colors
             )
@@ -240,20 +247,28 @@ class Segmenter:
         self.threshold = threshold
 
     @classmethod
-    def load(cls, model: str, task: str | None, threshold: float | None, device: str | None, dtype: str) -> Segmenter:
-        """From a Hub id or folder.
+    def load(
+        cls,
+        model: str,
+        task: str | None,
+        threshold: float | None,
+        device: str | None,
+        dtype: str,
+        revision: str | None = None,
+    ) -> Segmenter:
+        """From a Hub id, there from a branch or commit (`revision`; None: main), or a folder.
 
         Raises:
             CommandError: where the device, the model or its files cannot be used.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         _check_device(device)
-        _check_model(model)
+        _check_model(model, revision)
         with _loading(model):
-            processor = M2FImageProcessor.from_pretrained(model)
+            processor = M2FImageProcessor.from_pretrained(model, revision=revision or "main")
             if (task or processor.task) == "semantic" and threshold is not None:
                 raise CommandError("--threshold has no meaning for semantic segmentation: leave it out")
-            network: Any = load_whole(model, dtype=getattr(torch, dtype))[0]
+            network: Any = load_whole(model, dtype=getattr(torch, dtype), revision=revision or "main")[0]
         return cls(network.to(device).eval(), processor, task, threshold)
 
     def __call__(self, image: Image.Image) -> Segments:
@@ -409,8 +424,9 @@ def _join(words: Sequence[str]) -> str:
 
 def _demo(options: argparse.Namespace) -> int:
     scenes = sorted(BUNDLED_SCENES.glob("*.png"))
-    _prepare_folder(options.output)
+    _check_output(options.output)
     segmenter = Segmenter.load(str(BUNDLED_MODEL), task=None, threshold=None, device="cpu", dtype="float32")
+    _make_output(options.output)
 
     print(f"{len(scenes)} generated scenes that the bundled model has never seen, each for {len(TASKS)} tasks:")
     rows = []
@@ -447,12 +463,15 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    _check_model(options.model)
+    _check_model(options.model, options.revision)
     with _loading(options.model):
-        config = Mask2FormerConfig.from_pretrained(options.model)
-        processor = M2FImageProcessor.from_pretrained(options.model)
+        config = Mask2FormerConfig.from_pretrained(options.model, revision=options.revision or "main")
+        processor = M2FImageProcessor.from_pretrained(options.model, revision=options.revision or "main")
+    # Names stay whole, to be searched for and copied.
+    wrapper = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_on_hyphens=False, break_long_words=False)
     for name, text in _facts(options.model, config, processor):
-        print(textwrap.fill(text, 100, initial_indent=f"{name:<16}", subsequent_indent=" " * 16))
+        wrapper.initial_indent = f"{name:<16}"
+        print(wrapper.fill(text))
     return 0
 
 
@@ -501,6 +520,8 @@ def _count_parameters(config: Mask2FormerConfig) -> int:
 def _push(options: argparse.Namespace) -> int:
     with _loading(str(options.folder)):
         folder = HubFolder(options.folder)
+    with _publishing(options.repo_id):
+        HfApi().whoami()  # before anything is shown or asked
     place = f"{options.repo_id}{f', branch {options.revision}' if options.revision else ''}"
     print(f"To {place}{' (private)' if options.private else ''}:")
     for name, content in sorted(folder.files.items()):
@@ -567,12 +588,23 @@ def _publishing(repo_id: str) -> Iterator[None]:
 # --- checks before anything is started ---
 
 
-def _prepare_folder(folder: Path) -> None:
-    """Make the output folder and try to write in it, before minutes are spent on results that nothing can hold."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+def _check_output(folder: Path) -> None:
+    """Try to write where the output folder is or will be, before minutes are spent on results that nothing can hold."""
+    with _writing(folder):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
             pass
+
+
+def _make_output(folder: Path) -> None:
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (FileExistsError, NotADirectoryError) as error:
         raise CommandError(f"--output {folder}: a file is in the way; name a folder") from error
     except OSError as error:
@@ -587,9 +619,9 @@ def _check_device(device: str) -> None:
         raise CommandError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
 
 
-def _check_model(model: str) -> None:
+def _check_model(model: str, revision: str | None) -> None:
     """Say in one line what `from_pretrained` would say late and at length."""
-    config_file = _find_config(model)
+    config_file = _find_config(model, revision)
     try:
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
@@ -598,21 +630,23 @@ def _check_model(model: str) -> None:
         raise CommandError(f"{model} has model_type {model_type!r}; m2f reads 'm2f' and 'mask2former'")
 
 
-def _find_config(model: str) -> Path:
+def _find_config(model: str, revision: str | None) -> Path:
     folder = Path(model)
     if folder.is_file():
         raise CommandError(f"{model} is a file; give the folder that save_pretrained wrote")
     if folder.is_dir():
+        if revision is not None:
+            raise CommandError(f"{model} is a folder, and --revision is of a model on the Hub: leave it out")
         if not (folder / "config.json").is_file():
             raise CommandError(f"the folder {model} has no config.json; give one that save_pretrained wrote")
         return folder / "config.json"
     try:
-        cached = try_to_load_from_cache(model, "config.json")
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
         if isinstance(cached, str):
             return Path(cached)
         # One question before the download, which would ask six times over half a minute.
-        HfApi().model_info(model, timeout=10)
-        return Path(hf_hub_download(model, "config.json"))
+        HfApi().model_info(model, revision=revision, timeout=10)
+        return Path(hf_hub_download(model, "config.json", revision=revision))
     except HFValidationError as error:
         raise CommandError(f"there is no folder {model}, and a model on the Hub is named owner/name") from error
     except GatedRepoError as error:  # a RepositoryNotFoundError, as that is a HfHubHTTPError and a network error
@@ -622,8 +656,13 @@ def _find_config(model: str) -> Path:
             f"there is no folder {model} and no such model on the Hub; check the spelling (a private one needs "
             "`hf auth login`)"
         ) from error
+    except RevisionNotFoundError as error:
+        raise CommandError(f"{model} on the Hub has no branch, tag or commit {revision}; see its page") from error
     except EntryNotFoundError as error:
-        raise CommandError(f"{model} on the Hub has no config.json: it is not a transformers model") from error
+        raise CommandError(
+            f"{model} on the Hub has no config.json on {revision or 'main'}: it is not a transformers model, or is on "
+            "another branch, which --revision names"
+        ) from error
     except HfHubHTTPError as error:
         raise CommandError(f"the Hub does not give {model} ({_first_line(error)}); try again later") from error
     except NETWORK_ERRORS as error:

@@ -369,13 +369,15 @@ def test_output_that_is_a_file(below, model, photo, tmp_path, capsys):
     assert taken.read_text() == "mine"
 
 
-def test_output_that_cannot_be_written(photo, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_output_that_cannot_be_written(below, photo, tmp_path, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    # Before the model is even looked for.
-    assert main(["segment", str(photo), "--model", "no/such-model", "--output", str(tmp_path)]) == 2
+    # Before the model is even looked for, and whether or not the folder is there.
+    output = tmp_path / below
+    assert main(["segment", str(photo), "--model", "no/such-model", "--output", str(output)]) == 2
     assert "cannot be written (Permission denied)" in capsys.readouterr().err
 
 
@@ -449,7 +451,7 @@ def test_a_model_that_cannot_be_used(make, says, model, photo, tmp_path, capsys)
     lines = capsys.readouterr().err.strip().splitlines()
     assert says in lines[-1]
     assert lines[-1].startswith("m2f: ")
-    assert names(out) == []
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -496,9 +498,19 @@ def test_a_device_that_is_not_there(model, photo, tmp_path, capsys):
 
 
 def test_threshold_means_nothing_for_semantic(model, photo, tmp_path, capsys):
-    arguments = ["segment", str(photo), "--model", model, "--output", str(tmp_path), "--threshold", "0.5"]
+    out = tmp_path / "out" / "deeper"
+    arguments = ["segment", str(photo), "--model", model, "--output", str(out), "--threshold", "0.5"]
     assert main([*arguments, "--task", "semantic"]) == 2
     assert "--threshold has no meaning" in capsys.readouterr().err
+    assert names(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("command", ["info", "segment"])
+def test_a_folder_has_no_revisions(command, model, photo, tmp_path, capsys):
+    arguments = {"info": [model], "segment": [str(photo), "--model", model, "--output", str(tmp_path / "out")]}[command]
+    assert main([command, *arguments, "--revision", "v2"]) == 2
+    assert "is a folder, and --revision is of a model on the Hub" in capsys.readouterr().err
+    assert names(tmp_path) == ["in"]
 
 
 @pytest.mark.parametrize(
@@ -592,6 +604,22 @@ def test_info_reads_a_stock_checkpoint(tmp_path, capsys):
         stock = StockModel(config)
     assert f"{sum(p.numel() for p in stock.parameters()):,}" in out
     assert "semantic" in out
+
+
+def test_info_breaks_no_name(model, tmp_path, capsys):
+    folder = tmp_path / ("folder-" * 20)
+    folder.mkdir()
+    labels = ["cabinet-merged", "floor-other-merged", "sky", "wall-other-merged"] * 5
+    settings = json.loads((Path(model) / "config.json").read_text())
+    settings |= {"id2label": dict(enumerate(labels)), "label2id": {}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    M2FImageProcessor(label_ids_to_fuse=range(10)).save_pretrained(folder)
+    assert main(["info", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = [word.strip(",") for line in lines for word in line.split()]
+    assert {label: words.count(label) for label in labels} == dict.fromkeys(labels, 5)
+    assert str(folder) in words
+    assert max(len(line) for line in lines if str(folder) not in line) <= 100
 
 
 def test_info_of_nothing(tmp_path, capsys):
