@@ -219,9 +219,9 @@ def _usage(processor: M2FImageProcessor | None, repo_id: str) -> Iterator[str]:
         'segments = segmenter("photo.jpg")  # a list of {"score", "label", "mask"}',
     )
     yield (
-        "Without the package. `trust_remote_code=True` runs the Python files of this repository: read them first, and "
-        'pin what you read with `revision="<commit>"`. The pipeline of `transformers` does not know the task and the '
-        "thresholds of a checkpoint, so they are passed:"
+        "Without the package, once it is published with `m2f push` or `push_to_hub`. `trust_remote_code=True` runs the "
+        'Python files of its repository: read them first, and pin what you read with `revision="<commit>"`. The '
+        "pipeline of `transformers` does not know the task and the thresholds of a checkpoint, so they are passed:"
     )
     yield _python(
         "from transformers import pipeline",
@@ -294,7 +294,8 @@ def _label_list(labels: Mapping[int, str], ids: Any) -> str:
 
 
 def _figure_table(figures: Sequence[Figure]) -> str:
-    rows = [(f.task, f.dataset, f.split, f.metric, f"{f.value:g}", f.source or "") for f in figures]
+    decimals = max(len(f"{f.value:.4f}".rstrip("0").partition(".")[2]) for f in figures)
+    rows = [(f.task, f.dataset, f.split, f.metric, f"{f.value:.{decimals}f}", f.source or "") for f in figures]
     names = ("task", "data set", "split", "metric", "value", "source")
     if not any(row[-1] for row in rows):
         names, rows = names[:-1], [row[:-1] for row in rows]  # type: ignore[assignment, misc]
@@ -310,7 +311,7 @@ def _provenance(base_model: str | None, datasets: Sequence[str], license: str | 
     if datasets:
         lines.append(f"Data: {', '.join(f'`{name}`' for name in datasets)}.")
     lines.append(f"Licence of the weights: {license}." if license else "The licence of the weights is not stated.")
-    lines.append("The Python files beside them are those of `m2f_hf`, Apache-2.0.")
+    lines.append("The Python files that `m2f push` and `push_to_hub` publish with them are `m2f_hf`'s, Apache-2.0.")
     lines.append("Mask2Former: Cheng et al., [arXiv 2112.01527](https://arxiv.org/abs/2112.01527).")
     return " ".join(lines)
 
@@ -601,8 +602,8 @@ class HubFolder:
 
     Raises:
         FileNotFoundError: no such folder, or it lacks the configuration, the processor or the weights.
-        ValueError: another model's configuration or processor, weights that are not this model's or not finite, a card
-            that the Hub would not read.
+        ValueError: another model's configuration or processor, stuff that is none of the model's labels, weights that
+            are not this model's or not finite, a card that the Hub would not read.
         OSError, RuntimeError, SafetensorError: files that cannot be read.
     """
 
@@ -611,6 +612,7 @@ class HubFolder:
         self._check_files()
         self.config = Mask2FormerConfig.from_pretrained(self.folder)
         self.processor = M2FImageProcessor.from_pretrained(self.folder)
+        self._check_stuff()
         _, unexpected = load_whole(self.folder)
         if unexpected:
             raise ValueError(
@@ -682,6 +684,16 @@ class HubFolder:
                     f"{self.folder} has {key} {found!r} in {name}, not {ours!r}: load it with m2f_hf and "
                     "save_pretrained it, model and processor, into another folder"
                 )
+
+    def _check_stuff(self) -> None:
+        num_labels = len(self.config.id2label or {})
+        strays = [i for i in self.processor.label_ids_to_fuse or () if not 0 <= i < num_labels]
+        if strays:
+            raise ValueError(
+                f"{self.folder} has {strays[0]} among label_ids_to_fuse in {PROCESSOR}, but the model's labels are 0 "
+                f"to {num_labels - 1}: set `processor.label_ids_to_fuse = [...]`, the ids of the stuff classes, and "
+                "save_pretrained the processor anew"
+            )
 
     def _contents(self) -> tuple[dict[str, Path | str], list[str]]:
         code = {file.name: file for file in code_files()}

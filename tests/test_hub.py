@@ -62,6 +62,7 @@ def test_card_says_what_is_given(config, processor):
     assert "4 things: 0 circle, 1 rectangle, 2 triangle, 3 star." in card.text
     assert "3 stuff: 4 striped ground" in card.text
     assert "| panoptic | Generated shapes | 200 scenes | PQ | 79.1 | https://example.org/log |" in card.text
+    assert "once it is published" in card.text  # the card is also one of folders that nobody has pushed
     assert "| steps | 100 |\n| schedule | poly \\| warm |" in card.text
 
 
@@ -74,6 +75,16 @@ def test_figures_are_the_hubs_results(config, processor):
         ("image-segmentation", "Generated shapes", "200 scenes", "miou", 87.5),
     ]
     assert [r.source_url for r in results] == ["https://example.org/log", None]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [((82.1, 83.0), ["82.1", "83.0"]), ((79.12, 80), ["79.12", "80.00"]), ((83.0, 4), ["83", "4"])],
+)
+def test_figures_of_a_table_have_as_many_decimals(values, shown, config):
+    figures = [Figure("panoptic", "mine", "validation", f"PQ {value}", value) for value in values]
+    text = model_card(config, None, repo_id="owner/name", figures=figures).text
+    assert re.findall(r"^\| panoptic .* ([\d.]+) \|$", text, re.MULTILINE) == shown
 
 
 def test_figures_on_a_data_set_of_the_hub_are_in_its_current_format():
@@ -235,6 +246,16 @@ def test_weights_that_are_not_the_models_are_refused(change, says, folder):
         HubFolder(folder)
 
 
+@pytest.mark.parametrize(("ids", "stray"), [([4, 5, 6, 7], 7), ([-1, 4], -1), ([5, 1000], 1000)])
+def test_stuff_that_is_no_label_is_refused(ids, stray, folder):
+    processor = M2FImageProcessor.from_pretrained(folder)
+    processor.label_ids_to_fuse = ids
+    processor.save_pretrained(folder)
+    says = rf"has {stray} among label_ids_to_fuse .* labels are 0 to 6: set `processor\.label_ids_to_fuse = \[\.\.\.\]`"
+    with pytest.raises(ValueError, match=says):
+        HubFolder(folder)
+
+
 @pytest.mark.parametrize("card", [b"---\nlicense: [open\n---\n# x\n", b"---\n- a list\n---\n", b"\xff\xfe\x00"])
 def test_a_card_that_the_hub_would_not_read_is_refused(card, folder):
     (folder / "README.md").write_bytes(card)
@@ -309,18 +330,17 @@ def test_push_sends_everything_in_one_commit_and_says_what(pushed):
 def test_with_the_package_no_flag_is_needed(pushed, client):
     """Everywhere the package's classes, whether the repository's code is trusted or not, and nobody is asked."""
     names, questions = client("""
-import builtins
-questions = []
-builtins.input = lambda question="": questions.append(question) or "n"
+from unittest.mock import patch
 from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the other one asks for torchvision
-segmenter = pipeline("image-segmentation", model="owner/shapes")
-trusting = pipeline("image-segmentation", model="owner/shapes", trust_remote_code=True)
-loaded = [segmenter, segmenter.model, segmenter.image_processor, trusting.model, trusting.image_processor]
-for cls in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation,
-            M2FImageProcessor, Mask2FormerForUniversalSegmentation):
-    loaded.append(cls.from_pretrained("owner/shapes"))
-answer = [type(each).__module__.split(".")[0] for each in loaded], questions
+with patch("builtins.input", return_value="n") as asked:
+    segmenter = pipeline("image-segmentation", model="owner/shapes")
+    trusting = pipeline("image-segmentation", model="owner/shapes", trust_remote_code=True)
+    loaded = [segmenter, segmenter.model, segmenter.image_processor, trusting.model, trusting.image_processor]
+    for cls in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation,
+                M2FImageProcessor, Mask2FormerForUniversalSegmentation):
+        loaded.append(cls.from_pretrained("owner/shapes"))
+answer = [type(each).__module__.split(".")[0] for each in loaded], [str(call) for call in asked.mock_calls]
 """)
     assert names == ["m2f_hf"] * 11
     assert questions == []
@@ -366,6 +386,22 @@ answer = [M2FImageProcessor.from_pretrained("owner/revised", revision=revision).
         client('Mask2FormerForUniversalSegmentation.from_pretrained("owner/revised", revision="v9")')
     assert caught.value.kind == "OSError"
     assert "v9 is not a valid git identifier" in caught.value.message
+
+
+def test_the_command_reads_a_branch(hub, client):
+    """Also of a repository whose main holds no model yet."""
+    shown, missing, unknown, segmented = client("""
+run("push", "shapes", "owner/branched", "--revision", "v2")
+answer = [run("info", "owner/branched", "--revision", "v2"), run("info", "owner/branched"),
+          run("info", "owner/branched", "--revision", "v9"),
+          run("segment", "photo.jpg", "--model", "owner/branched", "--revision", "v2", "--output", "branched")]
+""", OWNER)  # fmt: skip
+    assert shown[0] == 0 and "4: circle, rectangle, triangle, star" in shown[1]
+    assert missing[0] == 2 and "has no config.json on main" in missing[2] and "--revision" in missing[2]
+    assert unknown[0] == 2 and "has no branch, tag or commit v9" in unknown[2]
+    assert segmented[0] == 0, segmented[2]
+    record = json.loads((client.folder / "branched" / "photo.json").read_text())
+    assert (record["model"], record["revision"]) == ("owner/branched", "v2")
 
 
 @pytest.mark.parametrize("order", ["model, processor", "processor, model"])
@@ -567,8 +603,9 @@ def test_a_missing_repository(client):
 )
 def test_who_may_not_push_is_told_in_one_line(token, repo_id, says, pushed, hub, client):
     before = {name: list(repository.messages) for name, repository in hub.repositories.items()}
-    status, _, err = client(f'answer = run("push", "shapes", "{repo_id}")', token)
+    status, out, err = client(f'answer = run("push", "shapes", "{repo_id}")', token)
     assert status == 2
+    assert (out == "") == (token not in (OWNER, GUEST))  # who is not known need not read what would be sent
     assert err.count("\n") == 1 and err.startswith("m2f: ") and says in err
     assert {name: repository.messages for name, repository in hub.repositories.items()} == before
 
