@@ -33,8 +33,9 @@ import convert_detectron2
 import download as download_module
 import released
 from account_released import account, read_shapes
+from converter import Report
 from detectron2_config import DEFAULTS, UnsupportedOptionError, read_config
-from detectron2_mapping import invert_state_dict
+from detectron2_mapping import differences, invert_state_dict
 from download import DownloadError, digest_in_name, download, md5_of
 from released import BACKBONES, RELEASED, find_released, listing
 
@@ -250,6 +251,22 @@ def test_account_finds_what_does_not_fit(name):
     assert result.missing == ["model.transformer_module.queries_features.weight"]
     assert result.left == ["sem_seg_head.predictor.query_feat_2.weight"]
     assert sorted(result.reshaped) == ["sem_seg_head.predictor.class_embed.bias", fused]
+
+
+def test_the_page_shows_the_count_of_a_conversion(repository):
+    row = RELEASED["coco-panoptic-r50"]
+    shapes = key_list(row)
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}  # as released
+    with torch.device("meta"):
+        model = Mask2FormerForUniversalSegmentation(row.config())
+    report = Report(
+        read=len(shapes),
+        written=len(model.state_dict()),
+        parameters=account(row, shapes).parameters,
+        **differences(shapes, row.config())._asdict(),
+    )
+    page = " ".join((repository / "docs" / "conversion.md").read_text(encoding="utf-8").split())
+    assert str(report) in page
 
 
 def test_rows_of_another_size_do_not_fit():
