@@ -173,6 +173,13 @@ def test_yaml_of_a_row_reads_back_as_the_row(name, tmp_path):
         assert read_config(path) == RELEASED[name].options()
 
 
+def test_a_card_explains_its_metrics_and_claims_no_measurement():
+    for row in RELEASED.values():
+        description = row.card()["description"]
+        assert "not measured again" in description
+        assert ("ms+flip" in description) == (row.task == "semantic"), row.name
+
+
 def test_list_shows_all_or_those_asked_for(repository):
     page = (repository / "docs" / "conversion.md").read_text(encoding="utf-8")
     assert f"```text\n{listing(['ade20k', 'instance'])}\n```" in page
