@@ -21,15 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
     StrictDataclassError,
 )
 from PIL import Image
@@ -39,6 +35,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from . import __version__
+from .checkpoint_lookup import NETWORK_ERRORS, find_config
 from .configuration_mask2former import Mask2FormerConfig
 from .data.masks import decode_rle
 from .hub import HubFolder, label_names, load_whole
@@ -54,8 +51,6 @@ BUNDLED_SCENES = ASSETS / "scenes"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 OUTPUT_SUFFIXES = (".overlay.png", ".segments.png", ".json")
 INFO_KEYS = ("id", "label_id", "label", "isthing", "score", "area", "bbox", "segmentation")
-# `huggingface_hub` passes on the errors of httpx, or of httpx2 in later versions; its own are derived from them.
-NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 # Of large files, the client reports whatever is wrong as a RuntimeError.
 UPLOAD_ERRORS: tuple[type[Exception], ...] = (RuntimeError, *NETWORK_ERRORS)
 # The scenes are small, and their labels are to be read.
@@ -621,55 +616,18 @@ def _check_device(device: str) -> None:
 
 def _check_model(model: str, revision: str | None) -> None:
     """Say in one line what `from_pretrained` would say late and at length."""
-    config_file = _find_config(model, revision)
+    if revision is not None and Path(model).is_dir():
+        raise CommandError(f"{model} is a folder, and --revision is of a model on the Hub: leave it out")
+    try:
+        config_file = find_config(model, revision=revision)
+    except OSError as error:
+        raise CommandError(str(error)) from error
     try:
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise CommandError(f"the config.json of {model} is no JSON object ({_first_line(error)})") from error
     if model_type not in ("m2f", "mask2former"):
         raise CommandError(f"{model} has model_type {model_type!r}; m2f reads 'm2f' and 'mask2former'")
-
-
-def _find_config(model: str, revision: str | None) -> Path:
-    folder = Path(model)
-    if folder.is_file():
-        raise CommandError(f"{model} is a file; give the folder that save_pretrained wrote")
-    if folder.is_dir():
-        if revision is not None:
-            raise CommandError(f"{model} is a folder, and --revision is of a model on the Hub: leave it out")
-        if not (folder / "config.json").is_file():
-            raise CommandError(f"the folder {model} has no config.json; give one that save_pretrained wrote")
-        return folder / "config.json"
-    try:
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached)
-        # One question before the download, which would ask six times over half a minute.
-        HfApi().model_info(model, revision=revision, timeout=10)
-        return Path(hf_hub_download(model, "config.json", revision=revision))
-    except HFValidationError as error:
-        raise CommandError(f"there is no folder {model}, and a model on the Hub is named owner/name") from error
-    except GatedRepoError as error:  # a RepositoryNotFoundError, as that is a HfHubHTTPError and a network error
-        raise CommandError(f"{model} needs its owner's consent: ask on its page, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise CommandError(
-            f"there is no folder {model} and no such model on the Hub; check the spelling (a private one needs "
-            "`hf auth login`)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CommandError(f"{model} on the Hub has no branch, tag or commit {revision}; see its page") from error
-    except EntryNotFoundError as error:
-        raise CommandError(
-            f"{model} on the Hub has no config.json on {revision or 'main'}: it is not a transformers model, or is on "
-            "another branch, which --revision names"
-        ) from error
-    except HfHubHTTPError as error:
-        raise CommandError(f"the Hub does not give {model} ({_first_line(error)}); try again later") from error
-    except NETWORK_ERRORS as error:
-        raise CommandError(
-            f"there is no folder {model}, and the Hub cannot be reached ({_first_line(error)}); check the spelling and "
-            "the connection, or give a folder"
-        ) from error
 
 
 @contextmanager

@@ -481,7 +481,7 @@ def test_what_the_hub_answers(status, code, says, monkeypatch, capsys):
     else:
         threading.Thread(target=server.handle_request, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("m2f_hf.cli.HfApi", lambda: HfApi(endpoint=endpoint))
+    monkeypatch.setattr("m2f_hf.checkpoint_lookup.HfApi", lambda token: HfApi(endpoint=endpoint))
     assert main(["info", "some/model"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
