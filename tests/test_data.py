@@ -481,6 +481,19 @@ def test_colour_masks_are_read_with_a_list_of_colours(tmp_path):
         open_dataset(tmp_path, labels=tmp_path / "labelmap.txt")
 
 
+def test_the_void_of_colour_masks_is_a_colour(tmp_path):
+    colors = np.array([[0, 0, 0], [255, 0, 0], [224, 224, 192]], dtype=np.uint8)
+    write_image(tmp_path / "images" / "a.jpg")
+    write_map(tmp_path / "masks" / "a.png", colors[label_map(0, [0, 1, 2])])
+    (tmp_path / "labelmap.txt").write_text("ground:0,0,0::\ncat:255,0,0::\nvoid:224,224,192::\n")
+    found = open_dataset(tmp_path, held_out=0)
+    assert [category["name"] for category in found.categories] == ["ground", "cat"]
+    assert np.array_equal(found.train[0]["segmentation_map"], np.array([1, 2, 0])[label_map(0, [0, 1, 2])])
+    # 255, a red that nobody listed, is no void where colours are meant.
+    (tmp_path / "labelmap.txt").write_text("ground:0,0,0::\ncat:224,224,192::\n")
+    assert "(255, 0, 0)" in problems_of(tmp_path, held_out=0)
+
+
 def test_reduced_labels_and_ignore_index(tmp_path):
     pair_folder(tmp_path, [0, 1, 2])
     found = open_dataset(tmp_path, labels=["a", "b"], reduce_labels=True, held_out=0)
@@ -490,6 +503,15 @@ def test_reduced_labels_and_ignore_index(tmp_path):
     found = open_dataset(tmp_path, labels={1: "a", 2: "b"}, held_out=0)
     assert np.array_equal(found.train[0]["segmentation_map"], label_map(0, [0, 1, 2]))
     assert "taken as void" in str(found.report)
+    # What is asked for counts more than what is listed.
+    found = open_dataset(tmp_path, labels=["other", "a", "b"], ignore_index=0, held_out=0)
+    assert [category["name"] for category in found.categories] == ["a", "b"]
+    assert np.array_equal(found.train[0]["segmentation_map"], label_map(0, [0, 1, 2]))
+    assert "no class, but void: other" in str(found.report)
+    found = open_dataset(tmp_path, labels=["a", "void"], reduce_labels=True, held_out=0)
+    assert np.array_equal(found.train[0]["segmentation_map"], label_map(0, [0, 1, 2]) % 2)
+    with pytest.raises(ValueError, match="the number -1"):
+        open_dataset(tmp_path, labels={-1: "plate", 0: "a", 1: "b", 2: "c"})
 
 
 @pytest.mark.parametrize(
@@ -807,6 +829,9 @@ def test_every_problem_of_a_coco_file_is_told_at_once(tmp_path):
         {**extra, "id": 54, "segmentation": {"size": [HEIGHT, WIDTH], "counts": [25]}},
         {**extra, "id": 55, "segmentation": [[float("nan")] * 6]},
         {**extra, "id": 56, "segmentation": [["1"] * 6]},
+        {**extra, "id": 57, "segmentation": [[0, 0, 1e12, 0, 1e12, 1e12]]},
+        {**extra, "id": 58, "segmentation": "a mask"},
+        {**extra, "id": 59, "segmentation": {"size": 12, "counts": [float("inf")]}},
     ]
     content["images"].append({"id": 1, "file_name": "twice.png", "height": HEIGHT, "width": WIDTH})
     (tmp_path / "labels.json").write_text(json.dumps(content))
@@ -820,6 +845,9 @@ def test_every_problem_of_a_coco_file_is_told_at_once(tmp_path):
         "annotation 54: damaged RLE: its runs cover 25 of 192",
         "annotation 55",
         "annotation 56",
+        "annotation 57: corners that are no numbers, or further than 100000 pixels",
+        "annotation 58: str instead of a list of polygons",
+        "annotation 59: an RLE of size 12",
         "twice.png: id 1",
         "b.png",
     ):
@@ -1012,6 +1040,48 @@ def test_entries_without_a_needed_key_are_named(tmp_path, part, key, message):
     (tmp_path / "labels.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("images", None, "`images` has entries that are no objects at 0"),
+        ("images", {"id": 1, "file_name": 7}, "`file_name` should be text in `images` at 0"),
+        ("images", {"id": [], "file_name": "a.png"}, "`id` should be a whole number or text in `images`"),
+        ("images", {"id": 1, "file_name": "a.png", "height": "12"}, "`height` should be a whole number or a number"),
+        ("annotations", {"image_id": 1, "category_id": "3"}, "`category_id` should be a whole number"),
+        ("annotations", {"image_id": 1, "category_id": 3, "iscrowd": "yes"}, "`iscrowd` should be"),
+        ("annotations", {"image_id": 1, "category_id": 3, "area": "large"}, "`area` should be"),
+        ("categories", {"id": "3", "name": "apple"}, "`id` should be a whole number in `categories` at 0"),
+        ("categories", {"id": 3, "name": None}, "`name` is not in `categories` at 0"),
+    ],
+)
+def test_entries_of_the_wrong_kind_are_named(tmp_path, part, value, message):
+    content = write_coco(tmp_path / "labels.json", tmp_path)
+    content[part][0] = value
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path / "labels.json")
+
+
+def test_null_counts_as_missing(tmp_path):
+    content = write_coco(tmp_path / "labels.json", tmp_path)
+    content["annotations"][0] |= {"iscrowd": None, "area": None, "bbox": None}
+    content["images"][0] |= {"height": None, "width": None}
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    segment = open_dataset(tmp_path / "labels.json", held_out=0).train[0]["segments_info"][0]
+    assert segment["iscrowd"] == 0 and "area" not in segment and "bbox" not in segment
+
+
+def test_panoptic_annotations_that_would_replace_each_other_are_refused(tmp_path):
+    write_panoptic(tmp_path / "panoptic.json", tmp_path / "images", tmp_path / "panoptic")
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    content["annotations"].append({"image_id": 1, "file_name": "2.png", "segments_info": []})
+    content["annotations"][1]["segments_info"][2]["id"] = 256
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    text = problems_of(tmp_path, held_out=0)
+    assert "several annotations" in text and "2.png of image 1" in text
+    assert "share an id within an image" in text and "2.png: ids 256" in text
 
 
 def test_classes_that_share_a_name_or_id_are_refused(tmp_path):

@@ -1,11 +1,13 @@
 """Datasets for training: generated shapes, and people's own files read where they lie."""
 
+from .augmentation import TrainingTransform, inspect_augmentation
 from .base import SegmentationDataset
 from .coco import CocoInstanceDataset, CocoPanopticDataset
 from .coco_panoptic import write_coco_panoptic
 from .masks import decode_segmentation, segment_masks
 from .opening import DataSplits, open_dataset
 from .problems import DatasetError
+from .recipes import RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
 from .report import DatasetReport, check_dataset
 from .shapes import CATEGORIES, ShapesDataset
 
@@ -24,4 +26,11 @@ __all__ = [
     "segment_masks",
     "decode_segmentation",
     "DatasetError",
+    "TrainingTransform",
+    "inspect_augmentation",
+    "Recipe",
+    "RECIPES",
+    "get_recipe",
+    "default_recipe",
+    "SizeSchedule",
 ]

@@ -18,7 +18,7 @@ from transformers.image_utils import SizeDict
 from ..images import get_resized_size
 from ..mask_labels import resize_labels
 from ..visualization import contact_sheet, draw_segments
-from .masks import decode_segmentation, is_polygon
+from .masks import as_polygons, decode_segmentation, drawable_polygons
 from .recipes import Recipe, Size
 
 
@@ -140,9 +140,7 @@ def place_polygons(polygons: Sequence[Any], size: Size, placement: Placement) ->
     """
     across, down = placement.resized[1] / size[1], placement.resized[0] / size[0]
     placed = []
-    for polygon in polygons:
-        if not is_polygon(polygon):
-            continue
+    for polygon in drawable_polygons(as_polygons(polygons)):
         x, y = np.asarray(polygon, dtype=np.float64).reshape(-1, 2).T
         x = size[1] - x if placement.is_mirrored else x
         corners = np.stack([x * across - placement.offset[1], y * down - placement.offset[0]], axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from .masks import segment_masks
+from .masks import decode_segmentation
 from .problems import FileProblem
 
 
@@ -59,7 +59,7 @@ def read_map(file: ImageFile, name: str) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
         if image.mode == "1":
             return np.asarray(image).astype(np.uint8)
-        if image.mode == "LA":
+        if image.mode in ("LA", "PA"):
             image = image.getchannel(0)
         values = np.asarray(image)
     if values.dtype.kind not in "iu":
@@ -88,7 +88,7 @@ def _open_image(file: ImageFile, name: str, what: str = "Images") -> Iterator[Im
             yield image
     except FileNotFoundError as error:
         raise FileProblem(f"{what} are missing: put them back, or remove them from the list.", name) from error
-    except (OSError, SyntaxError, Image.DecompressionBombError, struct.error, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, struct.error, EOFError) as error:
         raise FileProblem(f"{what} cannot be read: replace or remove them.", f"{name}: {error}") from error
 
 
@@ -272,9 +272,13 @@ def merge_classes(item: dict[str, Any]) -> dict[str, Any]:
         table = np.array([classes.get(int(segment_id), 0) for segment_id in present], dtype=np.int32)
         labels = table[place].reshape(size)
     else:
-        masks = segment_masks(item)
-        for index in np.argsort(-masks.sum(axis=(1, 2)), kind="stable"):
-            labels[masks[index]] = segments[index]["category_id"] + 1
+        # One mask at a time: all of a large photo's together would take gigabytes.
+        area_on_top = np.full(size, np.iinfo(np.int64).max)
+        for segment in segments:
+            mask = decode_segmentation(segment["segmentation"], *size)
+            mask &= area_on_top >= (area := np.count_nonzero(mask))
+            area_on_top[mask] = area
+            labels[mask] = segment["category_id"] + 1
     isthing = {segment["category_id"]: segment["isthing"] for segment in segments}
     merged = semantic_segments(labels)
     for segment in merged:

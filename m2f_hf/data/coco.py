@@ -1,7 +1,6 @@
 """COCO's annotation files, read where they lie: instances (polygons, run lengths, crowds) and panoptic maps."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,28 @@ from tqdm.auto import tqdm
 from ..segment_ids import rgb_to_id
 from .base import ImageFile, SegmentationDataset, read_map
 from .categories import make_categories
-from .masks import check_rle, is_polygon
+from .masks import as_polygons, check_rle, drawable_polygons
 from .packed import PackedList
 from .problems import Problems, named
 
 
 _OUTSIDE_TOLERANCE = 1.0
 """Pixels that a polygon may reach beyond the image without a word: tools round differently."""
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "text", list: "a list"}
+_SEGMENT_FIELDS = {"id": (int,), "category_id": (int,), "iscrowd": (int, float), "area": (int, float)}
+_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "images": {
+        "id": (int, str),
+        "file_name": (str,),
+        "coco_url": (str,),
+        "height": (int, float),
+        "width": (int, float),
+    },
+    "annotations": {**_SEGMENT_FIELDS, "id": (int, str), "image_id": (int, str), "segments_info": (list,)},
+    "categories": {"id": (int,), "name": (str,)},
+    "segments_info": _SEGMENT_FIELDS,
+}
+"""What the values may be that are read; null counts as missing."""
 _PROGRESS_FROM = 5000
 """Images from which on reading takes long enough for a progress bar."""
 
@@ -40,17 +54,41 @@ def read_coco_json(path: Path, annotation_keys: Sequence[str]) -> dict[str, Any]
     missing = {"images", "annotations", "categories"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"{path} is not in COCO's form: it lacks {', '.join(sorted(missing))}.")
-    for part, keys in (("images", ("id",)), ("annotations", annotation_keys), ("categories", ("id", "name"))):
-        if not isinstance(content[part], list):
-            raise ValueError(f"{path} is not in COCO's form: `{part}` is no list.")
-        for key in keys:
-            without = [index for index, entry in enumerate(content[part]) if key not in entry]
-            if without:
-                raise ValueError(f"{path} is not in COCO's form: `{key}` is not in `{part}` at {named(without)}.")
-    nameless = [image["id"] for image in content["images"] if not ("file_name" in image or "coco_url" in image)]
+    try:
+        for part, keys in (("images", ("id",)), ("annotations", annotation_keys), ("categories", ("id", "name"))):
+            _check_entries(content[part], f"`{part}`", keys, _FIELDS[part])
+        if "segments_info" in annotation_keys:
+            for annotation in content["annotations"]:
+                where = f"`segments_info` of {annotation['file_name']}"
+                _check_entries(annotation["segments_info"], where, ("id",), _FIELDS["segments_info"])
+    except ValueError as error:
+        raise ValueError(f"{path} is not in COCO's form: {error}.") from error
+    nameless = [image["id"] for image in content["images"] if not (image.get("file_name") or image.get("coco_url"))]
     if nameless:
         raise ValueError(f"{path} is not in COCO's form: images without `file_name`: id {named(nameless)}.")
     return content
+
+
+def _check_entries(entries: Any, where: str, needed: Sequence[str], fields: Mapping[str, tuple[type, ...]]) -> None:
+    """Refuse a list of a file whose entries lack a needed key, or hold something else than they should.
+
+    Raises:
+        ValueError: the message says which key, and in which entries.
+    """
+    if not isinstance(entries, list):
+        raise ValueError(f"{where} is no list")
+    strange = [index for index, entry in enumerate(entries) if not isinstance(entry, dict)]
+    if strange:
+        raise ValueError(f"{where} has entries that are no objects at {named(strange)}")
+    for key in needed:
+        without = [index for index, entry in enumerate(entries) if entry.get(key) is None]
+        if without:
+            raise ValueError(f"`{key}` is not in {where} at {named(without)}")
+    for key, kinds in fields.items():
+        wrong = [index for index, entry in enumerate(entries) if not isinstance(entry.get(key), (*kinds, type(None)))]
+        if wrong:
+            names = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+            raise ValueError(f"`{key}` should be {names} in {where} at {named(wrong)}")
 
 
 def find_folder(candidates: Sequence[Path], names: Sequence[str], what: str) -> Path:
@@ -211,20 +249,20 @@ class CocoInstanceDataset(_CocoDataset):
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, Mapping):
             try:
-                check_rle(segmentation, *(size or segmentation.get("size", (0, 0))))
-            except (ValueError, TypeError) as error:
+                check_rle(segmentation, *(size or (None, None)))
+            except ValueError as error:
                 problems.error("Run lengths do not fit their image: write them anew.", f"{where}: {error}")
                 return None
         else:
             segmentation = _polygons(segmentation, size, where, problems)
             if segmentation is None:
                 return None
-        kept = {key: annotation[key] for key in ("id", "area", "bbox") if key in annotation}
+        kept = {key: annotation[key] for key in ("id", "area", "bbox") if annotation.get(key) is not None}
         return {
             "id": 0,
             **kept,
             "category_id": category,
-            "iscrowd": int(annotation.get("iscrowd", 0)),
+            "iscrowd": int(bool(annotation.get("iscrowd"))),
             "segmentation": segmentation,
         }
 
@@ -241,17 +279,15 @@ def _polygons(
     if not segmentation:
         problems.warn("Annotations have no mask (a box alone does not do) and are left out.", where)
         return None
-    if not isinstance(segmentation[0], (list, tuple)):  # one polygon that is not in a list
-        segmentation = [segmentation]
-    # Plain lists, as a file has hundreds of thousands of polygons with a few corners each.
-    polygons = [np.ravel(part).tolist() if part and isinstance(part[0], list) else part for part in segmentation]
-    drawable = [polygon for polygon in polygons if is_polygon(polygon)]
+    try:
+        polygons = as_polygons(segmentation)
+        drawable = drawable_polygons(polygons)
+    except ValueError as error:
+        problems.error("Masks are neither polygons nor run lengths: draw them anew.", f"{where}: {error}")
+        return None
     if len(drawable) < len(polygons):
         problems.warn("Polygons with fewer than three corners, or an odd number of coordinates, are left out.", where)
     if not drawable:
-        return None
-    if not _are_finite(drawable):
-        problems.error("Polygons have corners that are not numbers: draw them anew.", where)
         return None
     if size is not None:
         height, width = size
@@ -266,13 +302,6 @@ def _polygons(
         if min(left, top) < -_OUTSIDE_TOLERANCE or max(right - width, bottom - height) > _OUTSIDE_TOLERANCE:
             problems.warn("Polygons reach beyond their image; what is outside is cut off.", where)
     return drawable
-
-
-def _are_finite(polygons: list[list[float]]) -> bool:
-    try:
-        return math.isfinite(sum(map(sum, polygons)))
-    except TypeError:
-        return False
 
 
 class CocoPanopticDataset(_CocoDataset):
@@ -325,9 +354,14 @@ class CocoPanopticDataset(_CocoDataset):
                 named(unknown),
             )
         images = _unique_images(content, self.annotation_file, problems)
-        annotations = {}
+        annotations: dict[Any, Mapping[str, Any]] = {}
         for annotation in content["annotations"]:
-            if annotation["image_id"] in images:
+            if annotation["image_id"] in annotations:
+                problems.error(
+                    f"Images of {self.annotation_file} have several annotations: put all segments into one map.",
+                    f"{annotation['file_name']} of image {annotation['image_id']}",
+                )
+            elif annotation["image_id"] in images:
                 annotations[annotation["image_id"]] = annotation
             else:
                 problems.error(
@@ -348,10 +382,16 @@ class CocoPanopticDataset(_CocoDataset):
             _check_exists(self.panoptic_folder, maps, "Panoptic PNGs", fix, problems)
         for image_id, annotation in annotations.items():
             segments = []
+            ids = [info["id"] for info in annotation["segments_info"]]
+            if len(set(ids)) < len(ids):
+                problems.error(
+                    f"Segments in {self.annotation_file} share an id within an image: give each its own.",
+                    f"{annotation['file_name']}: ids {named(sorted({n for n in ids if ids.count(n) > 1}))}",
+                )
             for info in annotation["segments_info"]:
                 category = self._category(info, annotation["file_name"], problems)
                 if category is not None:
-                    segments.append({**info, "category_id": category, "iscrowd": int(info.get("iscrowd", 0))})
+                    segments.append({**info, "category_id": category, "iscrowd": int(bool(info.get("iscrowd")))})
             yield {
                 "image_id": image_id,
                 "file_name": _name(images[image_id]),

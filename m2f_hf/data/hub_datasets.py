@@ -14,7 +14,7 @@ from ..post_processing import encode_rle
 from ..segment_ids import rgb_to_id
 from .base import ImageFile, SegmentationDataset, read_image, read_map, semantic_segments
 from .label_maps import LabelCoding, decode_labels
-from .masks import check_rle, is_polygon
+from .masks import as_polygons, check_rle, drawable_polygons
 from .problems import FileProblem
 
 
@@ -285,22 +285,19 @@ def _as_segmentation(value: Any, where: str) -> Any:
         return encode_rle((pixels.any(axis=-1) if pixels.ndim == 3 else pixels) != 0)
     if isinstance(value, np.ndarray) and value.ndim == 2 and value.dtype.kind in "bu":
         return encode_rle(value != 0)
-    if isinstance(value, str):  # tables keep what has no fixed form as text
-        value = json.loads(value)
-    if isinstance(value, Mapping):
-        rle = {"size": [int(side) for side in value["size"]], "counts": value["counts"]}
-        try:
-            check_rle(rle, *rle["size"])
-        except (ValueError, TypeError) as error:
-            raise FileProblem("Run lengths do not fit their image: write them anew.", f"{where}: {error}") from error
-        return rle
-    if isinstance(value, (list, np.ndarray)) and len(value):
-        if np.ndim(value[0]) == 0 or (len(value) > 2 and all(np.shape(point) == (2,) for point in value)):
-            value = [value]  # one polygon: x, y, x, y, … or [x, y], [x, y], …
-        polygons = [np.asarray(polygon, dtype=np.float64).ravel().tolist() for polygon in value]
-        if any(is_polygon(polygon) for polygon in polygons):
-            return polygons
-    raise FileProblem("Objects have no mask; a box alone does not do.", where)
+    try:
+        if isinstance(value, str):  # tables keep what has no fixed form as text
+            value = json.loads(value)
+        if isinstance(value, Mapping):
+            rle = {"size": list(value.get("size", ())), "counts": value.get("counts")}
+            check_rle(rle)
+            return rle
+        polygons = drawable_polygons(as_polygons(value))
+    except ValueError as error:
+        raise FileProblem("Masks are neither polygons nor run lengths: draw them anew.", f"{where}: {error}") from error
+    if not polygons:
+        raise FileProblem("Objects have no mask; a box alone does not do.", where)
+    return polygons
 
 
 class StreamingDataset(IterableDataset[dict[str, Any]]):

@@ -48,7 +48,7 @@ class LabelCoding(NamedTuple):
 
     Attributes:
         categories: the classes; `dataset_id` is the number that stands for one, or in maps of colours its order.
-        void: numbers of pixels without a class.
+        void: numbers of pixels without a class; in maps of colours R + 256 G + 65536 B.
         is_color: maps hold the classes' colours instead of numbers.
         notes: what was assumed, to be said aloud.
     """
@@ -60,14 +60,16 @@ class LabelCoding(NamedTuple):
 
     def table(self) -> np.ndarray:
         """Class + 1 of each number, 0 for void, -1 for numbers that mean nothing: (numbers,) int16."""
-        if self.is_color:
-            numbers = [int(rgb_to_id(np.array(category["color"]))) for category in self.categories]
-        else:
-            numbers = [category["dataset_id"] for category in self.categories]
+        numbers = [_number(category, "dataset_id", self.is_color) for category in self.categories]
         table = np.full(max([*numbers, *self.void, 255]) + 1, -1, dtype=np.int16)
         table[list(self.void)] = 0
         table[numbers] = np.arange(1, len(numbers) + 1)
         return table
+
+
+def _number(entry: Mapping[str, Any], key: str, is_color: bool) -> int:
+    """What stands in maps for a class."""
+    return int(rgb_to_id(np.array(entry["color"]))) if is_color else entry[key]
 
 
 def choose_coding(
@@ -87,7 +89,8 @@ def choose_coding(
         numbers: gives the numbers that occur in the maps. Called only if it matters, for it opens files.
         is_color: maps hold colours.
         reduce_labels: 0 stands for "other" and the first class for 1. None: only where it is known to.
-        ignore_index: the number of pixels without a class. None: 255, or what the known data set has.
+        ignore_index: the number of pixels without a class, also where the class list has it. None: 255 unless a class
+            has it, or what the known data set has. In maps of colours the place in the class list.
         name: of the data set.
 
     Raises:
@@ -105,26 +108,29 @@ def choose_coding(
     if entries is None:
         return _coding_of_numbers(numbers(), is_color, bool(reduce_labels), ignore_index)
     entries = [dict(entry) for entry in entries]
-    nameless = [entry for entry in entries if str(entry["name"]).lower() in _VOID_NAMES]
-    if nameless:
-        void |= {entry["id"] for entry in nameless}
-        notes.append(f"no class, but void: {named([entry['name'] for entry in nameless])}")
-        entries = [entry for entry in entries if entry not in nameless]
     if is_color and any(entry.get("color") is None for entry in entries):
         raise ValueError(
             f"The label maps of {name} are coloured, and the class list has no colours: give one with colours "
             "(`name:r,g,b::` a line), or maps with class numbers."
         )
-    if reduce_labels:
+    if is_color:
+        void = set()
+    elif reduce_labels:
         entries = [{**entry, "id": entry["id"] + 1} for entry in entries]
         void |= {0}
         notes.append("label maps hold class + 1; 0 is 'other', and void")
+    ignored = [e for e in entries if str(e["name"]).lower() in _VOID_NAMES or e["id"] == ignore_index]
+    if ignored:
+        void |= {_number(entry, "id", is_color) for entry in ignored}
+        notes.append(f"no class, but void: {named([entry['name'] for entry in ignored])}")
+        entries = [entry for entry in entries if entry not in ignored]
     ids = {entry["id"] for entry in entries}
-    if not is_color and 0 not in ids | void:
-        void |= {0}
-        notes.append("0 in label maps is none of the classes listed, and taken as void")
-    if ignore_index is None and ids & void:
-        void -= ids
+    if min(ids, default=0) < 0:
+        raise ValueError(f"The class list of {name} has the number {min(ids)}: label maps hold 0 and above.")
+    if not is_color:
+        if 0 not in ids | void:
+            notes.append("0 in label maps is none of the classes listed, and taken as void")
+        void = (void | {0}) - ids
     return LabelCoding(make_categories(entries, name), frozenset(void), is_color, tuple(notes))
 
 
@@ -189,7 +195,7 @@ def decode_labels(values: np.ndarray, coding: LabelCoding, table: np.ndarray, na
         unknown = np.unique(numbers[labels < 0])
         if coding.is_color:
             raise FileProblem(
-                "Label maps hold colours that no class has: list them, or give black ([0, 0, 0]) a class.",
+                "Label maps hold colours that no class has: list them; the class of those without one is called void.",
                 f"{name}: {named([(n & 255, n >> 8 & 255, n >> 16) for n in unknown.tolist()])}",
             )
         raise FileProblem(_unlisted(coding), f"{name}: {named(unknown.tolist())}")

@@ -1,9 +1,17 @@
 """Masks as annotations keep them (run lengths, polygons, maps of segment ids), and as boolean arrays."""
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
+
+
+FARTHEST = 100_000
+"""Pixels that a corner of a polygon may lie from the image's origin: to draw a line takes memory for its length."""
+_MAGNIFICATION = 10
+"""How much larger than it is stored an image may be when its polygons are drawn."""
 
 
 def decode_segmentation(
@@ -68,19 +76,25 @@ def decode_rle(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
     return np.repeat(values, runs).reshape(width, height).T  # run lengths go down the columns
 
 
-def check_rle(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
-    """The run lengths of a COCO RLE for a mask of this size.
+def check_rle(rle: Mapping[str, Any], height: int | None = None, width: int | None = None) -> np.ndarray:
+    """The run lengths of a COCO RLE for a mask of this size, or of its own.
 
     Raises:
         ValueError: it is for another size, or damaged.
     """
-    if list(rle.get("size", ())) != [height, width]:
-        raise ValueError(f"an RLE of size {list(rle.get('size', ()))} for {height}x{width} (height x width) pixels")
+    size = rle.get("size")
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, Integral) for side in size):
+        raise ValueError(f"an RLE of size {size} (expected height and width)")
+    if height is not None and list(size) != [height, width]:
+        raise ValueError(f"an RLE of size {list(size)} for {height}x{width} (height x width) pixels")
     if "counts" not in rle:
         raise ValueError("an RLE without counts")
-    runs = run_lengths(rle["counts"])
-    if (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError(f"damaged RLE: its runs cover {int(runs.sum())} of {height * width} pixels")
+    try:
+        runs = run_lengths(rle["counts"])
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"damaged RLE counts: {error}") from error
+    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != size[0] * size[1]:
+        raise ValueError(f"damaged RLE: its runs cover {int(runs.sum())} of {size[0] * size[1]} pixels")
     return runs
 
 
@@ -89,16 +103,48 @@ def _draw_polygons(polygons: Sequence[Any], height: int, width: int) -> np.ndarr
         from pycocotools import mask as coco
     except ImportError as error:
         raise ImportError("Polygons are drawn by pycocotools: pip install 'm2f_hf[coco]'.") from error
-    drawable = [np.asarray(polygon, dtype=np.float64).ravel().tolist() for polygon in polygons if is_polygon(polygon)]
+    drawable = drawable_polygons(as_polygons(polygons), _MAGNIFICATION * FARTHEST)
     if not drawable:
         return np.zeros((height, width), dtype=bool)
     return decode_rle(coco.merge(coco.frPyObjects(drawable, height, width)), height, width)
 
 
-def is_polygon(polygon: Any) -> bool:
-    """Whether a part of a `segmentation` has three corners or more, as many x as y."""
-    size = len(polygon) if len(polygon) and np.isscalar(polygon[0]) else np.size(polygon)
-    return size >= 6 and size % 2 == 0
+def as_polygons(segmentation: Any) -> list[list[float]]:
+    """The parts of a `segmentation`, `[x0, y0, x1, y1, …]` each; also of corners `[x, y]`, and of one part alone.
+
+    Raises:
+        ValueError: it is no list of lists of numbers.
+    """
+    if not isinstance(segmentation, (list, tuple, np.ndarray)):
+        raise ValueError(f"{type(segmentation).__name__} instead of a list of polygons")
+    parts = list(segmentation)
+    if parts and (np.isscalar(parts[0]) or (len(parts) > 2 and all(np.shape(corner) == (2,) for corner in parts))):
+        parts = [parts]
+    # Plain lists, as a file has hundreds of thousands of polygons with a few corners each.
+    return [part if isinstance(part, list) and part and np.isscalar(part[0]) else _flat(part) for part in parts]
+
+
+def _flat(part: Any) -> list[float]:
+    try:
+        return np.asarray(part, dtype=np.float64).ravel().tolist()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a polygon with something else than numbers: {error}") from error
+
+
+def drawable_polygons(polygons: Sequence[list[float]], farthest: int = FARTHEST) -> list[list[float]]:
+    """Those with three corners or more, as many x as y.
+
+    Raises:
+        ValueError: a corner is no number, or further than `farthest` pixels from the origin.
+    """
+    drawable = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    try:
+        is_fine = all(-farthest <= min(p) and max(p) <= farthest and math.isfinite(sum(p)) for p in drawable)
+    except TypeError:
+        is_fine = False
+    if not is_fine:
+        raise ValueError(f"corners that are no numbers, or further than {farthest} pixels from the image")
+    return drawable
 
 
 def segment_masks(annotation: Mapping[str, Any]) -> np.ndarray:

@@ -151,7 +151,7 @@ def open_dataset(
         reports.append(replace(reports[0], name="validation"))
     else:
         reports.append(_report_on(held, native[1], "validation", problems, max_opened))
-    if reports[0].counts_all and not reports[0].counts.any():
+    if not problems.errors and reports[0].counts_all and not reports[0].counts.any():
         problems.error("The training data is empty: no image has a segment that is not a crowd.", name)
     problems.raise_errors(name)
     warn_of_empty_classes(train.categories, reports, problems)
