@@ -74,7 +74,7 @@ def find_config(
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{model} on the Hub has no {name} on {revision or 'main'}: it is not a transformers model, or is on "
-            "another branch"
+            "another branch, which `revision` (--revision) names"
         ) from error
     except HfHubHTTPError as error:
         raise ConnectionError(f"the Hub does not give {model} ({_first_line(error)}); try again later") from error
