@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from finetune_setup import (
     Data,
     Plan,
@@ -101,15 +101,18 @@ class Progress:
         self.tells = tells
         self.step = 0
         self.best = -1.0
+        self.best_step = 0
         self.sums: dict[str, torch.Tensor] = {}
         self.settings = dict(settings)
 
     def state_dict(self) -> dict[str, Any]:
         sums = {name: value.cpu() for name, value in self.sums.items()}
-        return {"step": self.step, "best": self.best, "sums": sums, "settings": self.settings}
+        best = {"best": self.best, "best_step": self.best_step}
+        return {"step": self.step, **best, "sums": sums, "settings": self.settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self.best, self.sums = state["step"], state["best"], dict(state["sums"])
+        self.step, self.sums = state["step"], dict(state["sums"])
+        self.best, self.best_step = state["best"], state["best_step"]
         for name in sorted(self.settings.keys() | state["settings"].keys()):
             before, now = state["settings"].get(name), self.settings.get(name)
             if before != now and self.tells:
@@ -142,7 +145,8 @@ class Training:
             AcceleratorState().deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.plain_model = accelerator.unwrap_model(self.model)
-        self.progress = Progress(plan.settings(args), self.is_main)
+        settings = plan.everything(args, data) | {"mixed_precision": accelerator.mixed_precision}
+        self.progress = Progress(settings, self.is_main)
         self.failures: dict[str, str] = {}
         self.stop = StopSignal()
 
@@ -313,12 +317,18 @@ class Training:
         """End a run whose loss is no number, before its weights are spoilt; the images are kept to be looked at."""
         step, rank = self.progress.step + 1, self.accelerator.process_index
         path = self.args.output / f"bad-batch-step{step:07d}-process{rank}.pt"
-        torch.save({"step": step, "batches": batches, "terms": {k: float(v) for k, v in terms.items()}}, path)
+        values = {name: float(value) for name, value in terms.items()}
+        saved = f"as the model saw them: {path}"
+        try:
+            with telling_of_failure("what the model saw"):
+                torch.save({"step": step, "batches": batches, "terms": values}, path)
+        except WriteFailure as failure:
+            saved = str(failure)
         files = [name for batch in batches for name in batch["file_names"]]
         kept = find_checkpoint(self.args.output)
         raise SystemExit(
-            f"{what} of step {step} is not finite ({json.dumps({k: float(v) for k, v in terms.items()})}). The weights "
-            f"were left as before the step. Its images: {', '.join(files[:16])}; as the model saw them: {path}. "
+            f"{what} of step {step} is not finite ({json.dumps(values)}). The weights "
+            f"were left as before the step. Its images: {', '.join(files[:16])}; {saved}. "
             f"Last checkpoint: {kept or 'none'}. Look at these images and their masks; what helps otherwise is a lower "
             "--learning_rate, a longer --warmup_steps or --mixed_precision no."
         )
@@ -355,18 +365,25 @@ class Training:
             result, pictures = evaluate(
                 model, self.processor, self.data, self.args, self.accelerator, self.end_if_told_to
             )
-            row = summarize(result)
+            row = summarize(result, self.data.task)
             self.record(row)
-            if self.is_main:
-                say(f"step {self.progress.step}: {json.dumps(row)}")
-                self.save_pictures(pictures)
             figure = row[MAIN_FIGURE[self.data.task]]
-            if figure > self.progress.best:
-                self.progress.best = figure
-                weights = self.accelerator.get_state_dict(self.model) if self.is_sharded else None
-                if self.is_main:
-                    with self.tolerating_failure("best"):
-                        save_model(self.plain_model, self.processor, self.args.output / "best", weights)
+            # The main process decides: it alone knows whether an earlier one could be written.
+            is_best = broadcast_object_list([figure > self.progress.best])[0]
+            if self.is_main:
+                better = ", the best so far" if is_best else f"; the best was step {self.progress.best_step}"
+                say(f"step {self.progress.step}: {in_words(row)}{better}")
+                self.save_pictures(pictures)
+            if is_best:
+                self.keep(figure)
+
+    def keep(self, figure: float) -> None:
+        """Write the model into `best/`; only then it is the best."""
+        weights = self.accelerator.get_state_dict(self.model) if self.is_sharded else None
+        if self.is_main:
+            with self.tolerating_failure("best"):
+                save_model(self.plain_model, self.processor, self.args.output / "best", weights)
+                self.progress.best, self.progress.best_step = figure, self.progress.step
 
     def end_if_told_to(self) -> None:
         """In a validation: its step is saved."""
@@ -439,9 +456,15 @@ def evaluate(
     return result, comparison_sheet(rows, titles) if rows else None
 
 
-def summarize(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of an evaluation in one flat row, 0 where there is none."""
-    return {name: round(value or 0.0, 4) for name, value in result.items() if name != "per_class"}
+def summarize(result: Mapping[str, Any], task: str) -> dict[str, float]:
+    """The figures of an evaluation in one flat row, without those that are undefined; the task's main one is 0 then."""
+    known = {name: round(value, 4) for name, value in result.items() if name != "per_class" and value is not None}
+    return {MAIN_FIGURE[task]: 0.0, **known}
+
+
+def in_words(row: Mapping[str, Any]) -> str:
+    """The figures that the paper's tables have, in percent."""
+    return ", ".join(f"{name} {100 * row[key]:.1f}" for key, (_, name) in FIGURES.items() if key in row)
 
 
 def choose_thresholds(model: Any, processor: Any, data: Data, args: argparse.Namespace) -> None:
@@ -469,22 +492,22 @@ def choose_thresholds(model: Any, processor: Any, data: Data, args: argparse.Nam
 # --- the card, and to the Hub ---
 
 
-def measured(output: Path, data: Data) -> tuple[int, list[Figure]]:
-    """The step that was kept, and what the run measured of it; in percent, as the field gives them."""
-    main = MAIN_FIGURE[data.task]
-    best = max((row for row in read_log(output / "training_log.jsonl") if main in row), key=lambda row: row[main])
+def measured(output: Path, data: Data, step: int) -> list[Figure]:
+    """What the run measured of the step that was kept; in percent, as the field gives them."""
+    rows = read_log(output / "training_log.jsonl")
+    best = next(row for row in rows if row["step"] == step and MAIN_FIGURE[data.task] in row)
     source = "the training run, which chose its step by them"
-    return best["step"], [
+    return [
         Figure(task, data.name, "validation", metric, round(100 * best[key], 2), source, data.hub_id)
         for key, (task, metric) in FIGURES.items()
         if key in best
     ]
 
 
-def describe_run(args: argparse.Namespace, data: Data, plan: Plan, num_processes: int, repo_id: str) -> None:
-    """Put a card and an example picture beside the weights that the run kept."""
+def describe_run(args: argparse.Namespace, data: Data, plan: Plan, num_processes: int, repo_id: str, step: int) -> None:
+    """Put a card and an example picture beside the weights that the run kept, those of `step`."""
     best = args.output / "best"
-    step, figures = measured(args.output, data)
+    figures = measured(args.output, data, step)
     segmenter = Segmenter.load(str(best), task=None, threshold=None, device=None, dtype="float32")
     config, picture = segmenter.model.config, data.validation[0]["image"]
     segmentation, segments_info = segmenter(picture)
@@ -535,6 +558,10 @@ def check_output(args: argparse.Namespace) -> Path | None:
             f"{args.output} holds a run that is at step {step_of(checkpoint)}: go on with --resume, or give another "
             "--output."
         )
+    if checkpoint is None and (args.output / "best").exists():
+        raise SystemExit(
+            f"{args.output} holds the best model of an earlier run, which would be written over: give another --output."
+        )
     return checkpoint
 
 
@@ -584,7 +611,10 @@ def run_training(
             training.resume(checkpoint)
     training.fit()
     if is_main:
-        describe_run(args, data, plan, accelerator.num_processes, repo_id)
+        step = training.progress.best_step
+        describe_run(args, data, plan, accelerator.num_processes, repo_id, step)
+        best = args.output / "best"
+        say(f"Done. The best checkpoint, of step {step}, is {best}: m2f segment photo.jpg --model {best}")
         if args.push_to_hub:
             publish(args, repo_id)
     accelerator.end_training()
@@ -611,6 +641,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of weights loaded and saved, between the lines of the run's own
     with ending_with_the_message():
         accelerator = Accelerator(mixed_precision=precision, log_with=args.report_to, project_dir=str(args.output))
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            accelerator.gradient_accumulation_steps = 1  # here losses are weighted with their shares, not divided
         set_seed(args.seed)
         data = open_data(args, accelerator.is_main_process)
         if accelerator.is_main_process:

@@ -269,13 +269,27 @@ class Plan:
     lines: list[str]
 
     def settings(self, args: argparse.Namespace) -> dict[str, Any]:
-        """What decides how a run goes: for the card, for trackers, and to be compared when it goes on."""
+        """What decides most how a run goes: for the card and for trackers."""
         names = ("seed", "batch_size", "gradient_accumulation_steps", "sizes", "ema", "freeze_backbone")
         of_recipe = ("backbone_multiplier", "weight_decay", "max_grad_norm", "schedule", "warmup_steps", "crop_size")
         values = {"steps": self.steps, "images_per_step": self.images_per_step, "learning_rate": self.learning_rate}
         values |= {name: getattr(args, name) for name in names}
         values |= {name: value for name, value in asdict(self.recipe).items() if name in of_recipe}
-        return {name: str(v) if isinstance(v, (tuple, list)) else v for name, v in values.items() if v is not None}
+        return as_settings(values)
+
+    def everything(self, args: argparse.Namespace, data: Data) -> dict[str, Any]:
+        """All that decides it, to be compared when a run goes on."""
+        return {
+            **as_settings(asdict(self.recipe)),
+            **self.settings(args),
+            "data": data.name,
+            "images": num_images(data),
+        }
+
+
+def as_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are set, as numbers and words."""
+    return {name: str(v) if isinstance(v, (tuple, list)) else v for name, v in values.items() if v is not None}
 
 
 def choose_recipe(args: argparse.Namespace, data: Data, size: Mapping[str, Any] | None = None) -> tuple[Recipe, str]:
@@ -329,7 +343,9 @@ def make_plan(args: argparse.Namespace, data: Data, processor: Any, num_processe
     by_cost = 3 * len(data.validation) // per_step
     eval_every = args.eval_every or min(steps, max(by_cost, steps // 20, 1))
     save_every = args.save_every or min(eval_every, 500)
-    lines.append(f"validation on {len(data.validation)} images every {eval_every} steps, checkpoint every {save_every}")
+    lines.append(
+        f"validation images: {len(data.validation)}, every {eval_every} steps; a checkpoint every {save_every}"
+    )
     workers = args.num_workers
     if workers is None:
         workers = min(4, max(1, (os.cpu_count() or 1) // num_processes - 1))

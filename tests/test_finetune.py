@@ -302,6 +302,10 @@ def test_a_run_is_not_written_over(whole, tmp_path, capsys):
     arguments = [*SHAPES, "--config", whole / "config.json", "--steps", 9, "--batch_size", 1]
     message = refusal(capsys, *arguments, "--output", whole / "run")
     assert "is at step 5: go on with --resume, or give another" in message
+    # Nor the model that is left when checkpoints have been removed.
+    (tmp_path / "kept" / "best").mkdir(parents=True)
+    for more in ([], ["--resume"]):
+        assert "would be written over" in refusal(capsys, *arguments, *more, "--output", tmp_path / "kept")
     # Without a checkpoint, as after an interruption before the first one, --resume begins.
     run(tmp_path / "run", *arguments[:4], "--steps", 1, "--batch_size", 1, "--resume")
     assert "no checkpoint yet: from the beginning" in capsys.readouterr().err
@@ -312,12 +316,19 @@ def test_going_on_with_other_settings_is_told_of(tmp_path, config, capsys):
     run(tmp_path / "run", *arguments, "--steps", 1)
     capsys.readouterr()
     run(tmp_path / "run", *arguments, "--steps", 2, "--resume", "--no_object_weight", 0.4)
-    assert "warning: steps was 1 and is 2" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "warning: steps was 1 and is 2" in told and told.count("does not go on as") == 1
     assert torch.load(find_checkpoint(tmp_path / "run") / "state.pt", weights_only=True)["model"][
         "criterion.empty_weight"
     ].tolist() == pytest.approx([1.0] * 7 + [0.4])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(tmp_path / "run", *arguments, "--steps", 3, "--resume", "--recipe", "default", "--mixed_precision", "bf16")
+    told = capsys.readouterr().err
+    for words in ("color_jitter was False and is True", "mixed_precision was no and is bf16"):
+        assert f"warning: {words}: the run does not go on as it would have" in told
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert "other settings: average" in refusal(
-        capsys, *arguments, "--steps", 3, "--resume", "--ema", 0.9, "--output", tmp_path / "run"
+        capsys, *arguments, "--steps", 4, "--resume", "--ema", 0.9, "--output", tmp_path / "run"
     )
 
 
@@ -371,6 +382,34 @@ def test_a_run_goes_on_without_room_and_says_so_at_the_end(tmp_path, config, mon
     assert "step 2 could not be written" in capsys.readouterr().err
     assert step_of(find_checkpoint(tmp_path / "run")) == 1
     assert [row["step"] for row in losses(rows_of(tmp_path / "run"))] == [1, 2, 3]
+
+
+def test_the_best_is_what_could_be_written(tmp_path, config, monkeypatch, capsys):
+    """The disk is full at the best validation: that the next is worse does not matter, and the card is its."""
+    figures = iter([0.5, 0.9, 0.7])
+    evaluate, save = finetune.evaluate, finetune.save_model
+
+    def measure(*arguments):
+        result, pictures = evaluate(*arguments)
+        return {**result, "pq_all": next(figures)}, pictures
+
+    def save_when_there_is_room(*arguments):
+        if "step 2: PQ 90.0, " in capsys.readouterr().err:
+            raise WriteFailure("best could not be written")
+        save(*arguments)
+
+    monkeypatch.setattr(finetune, "evaluate", measure)
+    monkeypatch.setattr(finetune, "save_model", save_when_there_is_room)
+    run(tmp_path / "run", *SHAPES, "--config", config, "--batch_size", 1, "--steps", 3, "--eval_every", 1)
+    assert "The best checkpoint, of step 3, is" in capsys.readouterr().err
+    card = (tmp_path / "run" / "best" / "README.md").read_text()
+    assert "| kept step | 3 |" in card and "| PQ | 70.00 |" in card
+
+
+def test_figures_that_do_not_exist_are_left_out():
+    figures = {"ap": None, "ap50": 0.25, "ap_large": None, "per_class": {}}
+    assert finetune.summarize(figures, "instance") == {"ap": 0.0, "ap50": 0.25}
+    assert finetune.in_words({"ap": 0.0, "ap50": 0.25, "ar1": 0.5}) == "AP 0.0, AP50 25.0"
 
 
 def test_what_a_kill_left_half_done_is_put_right(tmp_path):
@@ -497,7 +536,9 @@ def test_what_was_saved_scores_what_the_log_says(tmp_path, small_model, capsys):
         [*COMMON, "--output", str(tmp_path / "again"), *map(str, arguments), "--model", str(best), "--eval_only"]
     )
     measured = json.loads(capsys.readouterr().out)
-    assert finetune.summarize(measured) == {name: value for name, value in rows[-1].items() if name != "step"}
+    assert finetune.summarize(measured, "panoptic") == {
+        name: value for name, value in rows[-1].items() if name != "step"
+    }
 
 
 def test_averaged_weights_are_what_is_kept(tmp_path, config):
