@@ -24,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -33,19 +32,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
-from m2f_hf.data import CATEGORIES, ShapesDataset, decode_segmentation, open_dataset
+from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset
+from m2f_hf.data.loading import CollateItems
 from m2f_hf.hub import Figure, model_card
 from m2f_hf.metrics import MAIN_FIGURE, MEASURES, Evaluation, Prediction
-from m2f_hf.metrics.evaluation import detections, image_size, to_array, with_masks
-from m2f_hf.metrics.mask_ap import is_thing
+from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison
 from m2f_hf.post_processing import encode_rle
 from m2f_hf.test_time_augmentation import semantic_scores_with_augmentation
-from m2f_hf.visualization import contact_sheet, draw_segments, semantic_to_segments
 
 
 UNSEEN_SEED = 2_000_003
 """Of the generated scenes: those that `examples/finetune.py` reports on."""
-MIN_PICTURE_SIDE = 480
 SETTINGS = {
     "panoptic": ("threshold", "mask_threshold", "overlap_mask_area_threshold", "max_detections"),
     "instance": ("mask_threshold", "max_detections"),
@@ -73,18 +70,18 @@ class Items(Dataset[dict[str, Any]]):
         return {**item, "segments_info": segments, "position": self.positions[index]}
 
 
-def open_data(args: argparse.Namespace, task: str) -> tuple[Any, list[dict[str, Any]]]:
-    """The items to measure on, and their classes."""
+def open_data(args: argparse.Namespace, task: str) -> tuple[Any, list[dict[str, Any]], str]:
+    """The items to measure on, their classes, and what they are called."""
     if args.dataset == "shapes":
-        return ShapesDataset(args.limit or 200, seed=UNSEEN_SEED), CATEGORIES
-    # A data set without splits is measured whole.
-    splits = open_dataset(args.dataset, task=task, held_out=0)
+        return ShapesDataset(args.limit or 200, seed=UNSEEN_SEED), CATEGORIES, "generated scenes"
+    splits = open_dataset(args.dataset, task=task, held_out=args.held_out)
     dataset = getattr(splits, args.split)
+    split = "all images" if splits.train is splits.validation else args.split
     if not hasattr(dataset, "__len__"):
         if args.limit is None:
             raise ValueError(f"{args.dataset} is a stream, whose length is not known: give --limit")
         dataset = list(itertools.islice(dataset, args.limit))
-    return dataset, splits.categories
+    return dataset, splits.categories, split
 
 
 def match_labels(categories: Sequence[Mapping[str, Any]], id2label: Mapping[int, str]) -> dict[int, int]:
@@ -125,16 +122,6 @@ def label_categories(
     return result
 
 
-class Collate:
-    """A list of items -> the model's inputs, and the items themselves."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, items: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
-        return self.processor([item["image"] for item in items], return_tensors="pt"), items
-
-
 # --- transformers' own processing of the same weights ---
 
 
@@ -154,7 +141,7 @@ class StockProcessor:
 
         if processor.channel_order != "RGB":
             raise ValueError("transformers' image processor has no BGR: this checkpoint can be measured with ours only")
-        self.ours = processor
+        self.ours, self.instance_threshold = processor, processor.instance_threshold
         names = ("size", "image_mean", "image_std", "rescale_factor", "resample", "size_divisor")
         self.stock = Mask2FormerImageProcessorPil(**{name: getattr(processor, name) for name in names})
 
@@ -235,7 +222,7 @@ def measure(model: Any, evaluation: Evaluation, items: Items, args: argparse.Nam
     loader = DataLoader(
         items,
         batch_size=1 if args.post_processing == "stock" else args.batch_size,
-        collate_fn=Collate(evaluation.processor),
+        collate_fn=CollateItems(evaluation.processor),
         num_workers=args.num_workers,
     )
     main_measure, main_figure = MEASURES[evaluation.task][0], MAIN_FIGURE[evaluation.task]
@@ -251,38 +238,6 @@ def measure(model: Any, evaluation: Evaluation, items: Items, args: argparse.Nam
 # --- pictures ---
 
 
-def to_map(
-    segments: Sequence[Mapping[str, Any]], size: tuple[int, int], label_key: str
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Segments with a `segmentation` each, painted one over the other in this order: an id map and its segments."""
-    painted = np.zeros(size, dtype=np.int32)
-    infos = []
-    for number, segment in enumerate(segments, start=1):
-        painted[decode_segmentation(segment["segmentation"], *size)] = number
-        infos.append({"id": number, "label_id": segment[label_key], "score": segment.get("score")})
-    return painted, infos
-
-
-def predicted_segments(
-    prediction: Prediction, task: str, size: tuple[int, int], id2label: Mapping[int, str], threshold: float
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """A prediction as id map and segments, to be drawn; of instances those that score at least `threshold`."""
-    if task == "panoptic":
-        return to_array(prediction["panoptic"]["segmentation"]), list(prediction["panoptic"]["segments_info"])
-    if task == "semantic":
-        return semantic_to_segments(to_array(prediction["semantic"]), id2label)
-    kept = [entry for entry in detections(prediction["instances"]) if entry["score"] >= threshold]
-    return to_map(sorted(kept, key=lambda entry: entry["score"]), size, "label_id")
-
-
-def target_segments(
-    item: Mapping[str, Any], task: str, size: tuple[int, int], things: set[int]
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The same of an item's own segments; crowds are named as such."""
-    segments = [info for info in with_masks(item) if task != "instance" or info["category_id"] in things]
-    return to_map(segments, size, "category_id")
-
-
 def draw_worst(
     model: Any, evaluation: Evaluation, items: Items, worst: Sequence[tuple[float, int]], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -290,27 +245,18 @@ def draw_worst(
     folder = args.output / "worst"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    id2label = {int(label): name for label, name in model.config.id2label.items()}
-    things = {int(category["id"]) for category in evaluation.categories if is_thing(category)}
-    threshold = getattr(evaluation.processor, "ours", evaluation.processor).instance_threshold
+    config = model.config
+    id2label = {int(label): name for label, name in config.id2label.items()}
+    colors = dict(enumerate(config.label_colors)) if config.label_colors else None
     figure_name = MAIN_FIGURE[evaluation.task]
     rows = []
     for rank, (figure, position) in enumerate(tqdm(worst, desc="Drawing", unit="image"), start=1):
         item = items[position]
-        size = image_size(item)
-        inputs, _ = Collate(evaluation.processor)([item])
+        inputs, _ = CollateItems(evaluation.processor)([item])
         prediction = predict(model, evaluation, inputs, [item], args.tta)[0]
-        picture_scale = max(1, MIN_PICTURE_SIDE // max(size))
-        drawn = [
-            draw_segments(item["image"], *segments, id2label=id2label, scale=picture_scale)
-            for segments in (
-                (np.zeros(size, dtype=np.int32), []),
-                predicted_segments(prediction, evaluation.task, size, id2label, threshold),
-                target_segments(item, evaluation.task, size, things),
-            )
-        ]
         name = str(item.get("file_name", f"image {item['image_id']}"))
-        sheet = contact_sheet([drawn], [f"{name}: {figure_name} {100 * figure:.1f}"], ["image", "predicted", "target"])
+        pictures = draw_comparison(item, prediction, evaluation, id2label, colors)
+        sheet = comparison_sheet([pictures], [f"{name}: {figure_name} {100 * figure:.1f}"])
         file = f"{rank:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(name).stem)}.jpg"
         sheet.save(folder / file, quality=90)
         rows.append({"image_id": item["image_id"], "file_name": name, figure_name: figure, "picture": f"worst/{file}"})
@@ -359,7 +305,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"# {result['model']} on {result['dataset']}",
         "",
-        f"{result['num_images']} images of {result['split']}, task {result['task']}, {result['processing']}.",
+        f"Images: {result['num_images']} ({result['split']}), task {result['task']}, {result['processing']}.",
         "",
     ]
     groups = [name for name in ("all", "things", "stuff") if figures.get(f"pq_{name}") is not None]
@@ -454,6 +400,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--task", choices=list(MEASURES), help="default: the checkpoint's own")
     parser.add_argument("--split", choices=["validation", "train"], default="validation")
+    parser.add_argument(
+        "--held_out",
+        type=float,
+        default=0.0,
+        help="share to measure on where there are no splits; 0: all",
+    )
     parser.add_argument("--post_processing", choices=["ours", "stock"], default="ours", help="stock: transformers' own")
     parser.add_argument("--tta", action="store_true", help="semantic: average over sizes and mirror images")
     parser.add_argument("--limit", type=int, help="measure on the first so many images")
@@ -480,7 +432,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.tta and task != "semantic":
         raise SystemExit(f"--tta is for task semantic, not {task}")
     try:
-        dataset, dataset_categories = open_data(args, task)
+        dataset, dataset_categories, split = open_data(args, task)
         label_of = match_labels(dataset_categories, model.config.id2label)
         used = StockProcessor(processor) if args.post_processing == "stock" else processor
     except (ValueError, OSError) as error:
@@ -506,7 +458,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     result = {
         "model": str(args.model),
         "dataset": str(args.dataset),
-        "split": args.split,
+        "split": split,
         "task": task,
         "processing": f"{processing}{', sizes and mirror images averaged' if args.tta else ''}",
         "num_images": num_images,
@@ -521,10 +473,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     write_text(args.output / "results.json", json.dumps(result, indent=2) + "\n")
     write_text(args.output / "results.md", markdown(result))
     if args.card:
-        split = "generated scenes" if args.dataset == "shapes" else args.split
         put_on_card(Path(args.model), model, processor, headline(task, figures, Path(args.dataset).name, split))
     main_figure = MAIN_FIGURE[task]
-    print(f"{main_figure} {percent(figures[main_figure])} on {num_images} images; see {args.output / 'results.md'}")
+    figure = percent(figures[main_figure])
+    print(f"{main_figure} {figure} on {num_images} images ({split}); see {args.output / 'results.md'}")
     return result
 
 

@@ -349,15 +349,27 @@ def test_a_folder_is_measured_as_evaluation_does_and_put_on_the_card(model, tmp_
     assert Image.open(tmp_path / "out" / worst["picture"]).width > 3 * 480
     path = tmp_path / "model" / "README.md"
     assert f"value: {round(100 * result['figures']['pq_all'], 2)}" in path.read_text()
-    figures = evaluate_script.headline("panoptic", {"pq_all": 0.1234, "ap": None}, "scenes", "validation")
+    figures = evaluate_script.headline("panoptic", {"pq_all": 0.1234, "ap": None}, "scenes", "all images")
     evaluate_script.put_on_card(path.parent, network, own, figures)
     card = path.read_text()
     assert words in card, "what the card said stays"
-    assert card.count("## Results") == card.count("| validation | PQ |") == card.count("type: pq\n") == 1
-    assert "| validation | PQ | 12.34 |" in card and "| validation | mIoU |" in card
+    assert card.count("## Results") == card.count("| all images | PQ |") == card.count("type: pq\n") == 1
+    assert "| all images | PQ | 12.34 |" in card and "| all images | mIoU |" in card
     path.unlink()
     evaluate_script.put_on_card(path.parent, network, own, figures)
-    assert "| validation | PQ | 12.34 |" in path.read_text()
+    assert "| all images | PQ | 12.34 |" in path.read_text()
+
+
+def test_what_was_measured_is_told(model, tmp_path):
+    """A data set without splits whole, or the share that training holds out."""
+    write_coco_panoptic(ShapesDataset(4, 64), tmp_path / "scenes", CATEGORIES)
+    common = ["--model", model, "--dataset", tmp_path / "scenes", "--worst", 1, "--task", "semantic"]
+    whole, held_out = run(tmp_path / "whole", *common), run(tmp_path / "part", *common, "--held_out", 0.25)
+    assert (whole["num_images"], whole["split"]) == (4, "all images")
+    assert (held_out["num_images"], held_out["split"]) == (1, "validation")
+    expected = open_dataset(tmp_path / "scenes", held_out=0.25).validation[0]["image_id"]
+    assert held_out["worst"][0]["image_id"] == expected
+    assert "Images: 4 (all images), task semantic" in (tmp_path / "whole" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(("task", "figure"), [("instance", "ap"), ("semantic", "miou")])

@@ -143,7 +143,8 @@ def open_dataset(
         raise ValueError(f"The training data is for task {train.task!r}, the validation data for {held.task!r}.")
     held = _with_classes_of(train, held)
     native = (train, held)
-    train, held = (split.with_task(task or split.task) for split in native)
+    train = native[0].with_task(task or native[0].task)
+    held = train if native[1] is native[0] else native[1].with_task(task or native[1].task)
     if len(train.categories) < len(native[0].categories):
         more.append(f"{len(native[0].categories) - len(train.categories)} stuff classes have no instances: left out")
     reports = [_report_on(train, native[0], "train", problems, max_opened)]
