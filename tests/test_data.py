@@ -1054,6 +1054,8 @@ def test_entries_without_a_needed_key_are_named(tmp_path, part, key, message):
         ("annotations", {"image_id": 1, "category_id": 3, "area": "large"}, "`area` should be"),
         ("categories", {"id": "3", "name": "apple"}, "`id` should be a whole number in `categories` at 0"),
         ("categories", {"id": 3, "name": None}, "`name` is not in `categories` at 0"),
+        ("categories", {"id": 3, "name": "apple", "isthing": "no"}, "`isthing` should be a whole number"),
+        ("categories", {"id": 7, "name": "plate", "color": [0, None, 300]}, "plate has the colour"),
     ],
 )
 def test_entries_of_the_wrong_kind_are_named(tmp_path, part, value, message):

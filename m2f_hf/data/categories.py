@@ -33,7 +33,7 @@ def make_categories(entries: Iterable[Mapping[str, Any]], name: str = "") -> lis
         left out where nobody does. Known data sets fill both in.
 
     Raises:
-        ValueError: two classes have the same id or name, or there is none.
+        ValueError: two classes have the same id or name, there is none, or a colour is none.
     """
     ordered = sorted(entries, key=lambda entry: entry["id"])
     if not ordered:
@@ -55,9 +55,16 @@ def make_categories(entries: Iterable[Mapping[str, Any]], name: str = "") -> lis
             "isthing": None if is_thing is None else bool(is_thing),
         }
         if color is not None:
-            category["color"] = [int(value) for value in color]
+            category["color"] = _as_color(color, category["name"])
         categories.append({**category, "dataset_id": int(entry["id"])})
     return categories
+
+
+def _as_color(color: Any, name: str) -> list[int]:
+    channels = list(color) if isinstance(color, Sequence) else []
+    if len(channels) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in channels):
+        raise ValueError(f"The class {name} has the colour {color!r}: expected red, green and blue from 0 to 255.")
+    return channels
 
 
 def from_label_set(known: LabelSet, ids: Sequence[int] | None = None) -> list[dict[str, Any]]:

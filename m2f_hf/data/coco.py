@@ -29,8 +29,14 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
         "height": (int, float),
         "width": (int, float),
     },
-    "annotations": {**_SEGMENT_FIELDS, "id": (int, str), "image_id": (int, str), "segments_info": (list,)},
-    "categories": {"id": (int,), "name": (str,)},
+    "annotations": {
+        **_SEGMENT_FIELDS,
+        "id": (int, str),
+        "image_id": (int, str),
+        "file_name": (str,),
+        "segments_info": (list,),
+    },
+    "categories": {"id": (int,), "name": (str,), "isthing": (int,)},
     "segments_info": _SEGMENT_FIELDS,
 }
 """What the values may be that are read; null counts as missing."""
