@@ -1,9 +1,6 @@
 """The benchmark runs, its tables have their lines, and outputs that differ do not pass."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,14 @@ from examples.benchmark import CASES, LARGE, OURS, THEIRS, Check, Memory, Setup,
 
 
 MEBIBYTE = 2**20
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """The script sets their number for its whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +44,16 @@ def tables(markdown):
 # --- the whole script ---
 
 
-def test_script_measures_compares_and_writes_a_table(tmp_path, repository):
+def test_script_measures_compares_and_writes_a_table(tmp_path, repository, monkeypatch, capsys):
+    """With the fresh processes in which memory is measured."""
     output = tmp_path / "table.md"
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(repository / "examples" / "benchmark.py")]
-    command += ["--size", "tiny", "--only", "deformable", "--repeats", "2", "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == output.read_text(encoding="utf-8").strip()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    assert benchmark.main(["--size", "tiny", "--only", "deformable", "--repeats", "2", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == output.read_text(encoding="utf-8").strip()
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
-    times, memory, outputs = tables(result.stdout)
+    times, memory, outputs = tables(printed)
     (name, *seconds), (same_name, *mebibytes) = times[2], memory[2]
     assert name == same_name == "deformable attention alone"
     assert all(float(seconds[column]) > 0 for column in (0, 1, 3, 4))
@@ -57,7 +62,7 @@ def test_script_measures_compares_and_writes_a_table(tmp_path, repository):
     assert min(peaks[:2]) > 50
     assert all(0 <= above < peak for above, peak in zip(peaks[2:], peaks[:2], strict=True))
     assert [line[3] for line in outputs[2:]] == ["equal"]
-    assert f"torch {torch.__version__}" in result.stdout
+    assert f"torch {torch.__version__}" in printed
 
 
 def test_every_case_is_in_the_tables_and_outputs_are_equal(capsys, memory_is_known):
