@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset
 from m2f_hf.data.loading import CollateItems
+from m2f_hf.data.shapes import TEST_SEED
 from m2f_hf.hub import Figure, model_card
 from m2f_hf.metrics import MAIN_FIGURE, MEASURES, Evaluation, Prediction
 from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison
@@ -41,8 +42,6 @@ from m2f_hf.post_processing import encode_rle
 from m2f_hf.test_time_augmentation import semantic_scores_with_augmentation
 
 
-UNSEEN_SEED = 2_000_003
-"""Of the generated scenes: those that `examples/finetune.py` reports on."""
 SETTINGS = {
     "panoptic": ("threshold", "mask_threshold", "overlap_mask_area_threshold", "max_detections"),
     "instance": ("mask_threshold", "max_detections"),
@@ -73,7 +72,7 @@ class Items(Dataset[dict[str, Any]]):
 def open_data(args: argparse.Namespace, task: str) -> tuple[Any, list[dict[str, Any]], str]:
     """The items to measure on, their classes, and what they are called."""
     if args.dataset == "shapes":
-        return ShapesDataset(args.limit or 200, seed=UNSEEN_SEED), CATEGORIES, "generated scenes"
+        return ShapesDataset(args.limit or 200, seed=TEST_SEED), CATEGORIES, "generated scenes"
     splits = open_dataset(args.dataset, task=task, held_out=args.held_out)
     dataset = getattr(splits, args.split)
     split = "all images" if splits.train is splits.validation else args.split

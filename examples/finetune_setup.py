@@ -18,15 +18,13 @@ from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversal
 from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset
 from m2f_hf.data.hub_datasets import StreamingDataset
 from m2f_hf.data.recipes import RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
+from m2f_hf.data.shapes import TEST_SEED, VALIDATION_SEED
 from m2f_hf.label_sets import LABEL_SETS, find_label_set
 from m2f_hf.metrics import MEASURES
 from m2f_hf.optimization import choose_num_steps, scale_learning_rate
 from m2f_hf.training import has_batch_norm, set_classes
 
 
-VALIDATION_SEED = 1_000_001
-TEST_SEED = 2_000_003
-"""Seeds of the generated scenes that training never sees: to choose thresholds by, and to report."""
 KNOWN_RECIPE_IMAGES = 2000
 """Training images from which on the original's recipe for a known data set is taken: Cityscapes has 2,975."""
 SMALL_BATCH = 8

@@ -180,9 +180,10 @@ def sample_masks(masks: PackedMasks, rows: Tensor, points: Tensor) -> Tensor:
     Returns:
         (M, P) float32.
     """
-    column, x_share = _lower_neighbour(points[..., 0], masks.widths[rows, None])
-    line, y_share = _lower_neighbour(points[..., 1], masks.heights[rows, None])
-    stride = masks.widths[rows, None] + 2
+    heights, widths = masks.heights[rows, None], masks.widths[rows, None]  # (M, 1)
+    column, x_share = _lower_neighbour(points[..., 0], widths)
+    line, y_share = _lower_neighbour(points[..., 1], heights)
+    stride = widths + 2
     top = masks.offsets[rows, None] + line * stride + column
 
     def read(position: Tensor) -> Tensor:

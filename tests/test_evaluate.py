@@ -3,10 +3,7 @@
 import contextlib
 import io
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from two_processes import free_port, run_two
 
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
 from m2f_hf.cli import BUNDLED_MODEL
@@ -400,28 +398,7 @@ def test_processes_with_uneven_shares_and_with_none_give_what_one_gives(model, t
     for limit in (3, 1):
         evaluate.main([*{list(map(str, common))!r}, "--limit", str(limit), "--worst", "1", "--output", f"two{{limit}}"])
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=180)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_two([sys.executable, "-c", textwrap.dedent(code)], free_port(), cwd=tmp_path)
     for single, limit in zip(one, (3, 1), strict=True):
         double = json.loads((tmp_path / f"two{limit}" / "results.json").read_text())
         assert double["num_images"] == limit

@@ -1,7 +1,6 @@
 """Ours to stock `transformers` and back: equal to the bit, or refused by name with nothing written."""
 
 import json
-import logging
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
+from listening import WarningsOfTransformers
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -104,24 +104,6 @@ def assert_equal_files(first, second):
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
 
 
-class Complaints(logging.Handler):
-    """What transformers says at level warning and above."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-    def __enter__(self):
-        logging.getLogger("transformers").addHandler(self)
-        return self.messages
-
-    def __exit__(self, *error):
-        logging.getLogger("transformers").removeHandler(self)
-
-
 # Over and back
 
 
@@ -129,11 +111,11 @@ class Complaints(logging.Handler):
 def test_stock_reads_the_export_and_ours_reads_it_back(backbone, tmp_path, capsys):
     source, output, back = write_ours(tmp_path / "ours", backbone), tmp_path / "stock", tmp_path / "back"
     warning_once.cache_clear()  # what was said in an earlier test may be said again
-    with Complaints() as messages:
+    with WarningsOfTransformers() as messages:
         assert exporter.main([str(source), "--output", str(output)]) == 0
     assert messages == []
     assert "equal to the bit" in capsys.readouterr().out
-    with Complaints() as messages:
+    with WarningsOfTransformers() as messages:
         theirs, loading = StockModel.from_pretrained(output, output_loading_info=True)
     assert {kind: keys for kind, keys in loading.items() if keys} == {}
     assert [message for message in messages if "is not a supported model" not in message] == []
@@ -141,7 +123,7 @@ def test_stock_reads_the_export_and_ours_reads_it_back(backbone, tmp_path, capsy
     assert_equal_outputs(ours, theirs)
     assert_equal_files(source, output)
 
-    with Complaints() as messages:
+    with WarningsOfTransformers() as messages:
         returned, loading = Mask2FormerForUniversalSegmentation.from_pretrained(output, output_loading_info=True)
     assert {kind: keys for kind, keys in loading.items() if keys} == {}
     assert messages == []

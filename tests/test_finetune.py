@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from transformers import pipeline
+from two_processes import free_port, run_two
 
 from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.cli import BUNDLED_MODEL
@@ -443,38 +443,15 @@ def test_accumulated_batches_equal_the_large_batch(tmp_path, config):
         assert one == pytest.approx(other, rel=1e-4, abs=2e-5)
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def launch_two(arguments: list) -> None:
     """`accelerate launch` with two processes on the CPU.
 
     By itself `accelerate launch --cpu` starts further processes through MPI only, hence one launch for each.
     """
+    port = free_port()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port()), EXAMPLES / "finetune.py", *arguments]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            list(map(str, command)),
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_two([*command, "--main_process_port", port, EXAMPLES / "finetune.py", *arguments], port)
 
 
 def test_two_processes_equal_one(tmp_path, config):

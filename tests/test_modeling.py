@@ -1,13 +1,13 @@
 """The model: against `transformers`' on the same weights, part by part, and its manners in training and inference."""
 
 import json
-import logging
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from listening import WarningsOfTransformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +17,7 @@ from transformers import Mask2FormerForUniversalSegmentation as StockModel
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerModel
 from m2f_hf import modeling_mask2former as modeling
+from m2f_hf.padding import continue_edges, hidden_padding, image_sizes_from_mask, masked_group_norm
 from m2f_hf.point_sampling import SeededPoints
 
 
@@ -108,24 +109,6 @@ def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
     return folder
-
-
-class WarningsOfTransformers(logging.Handler):
-    """Collects records of level warning and above; the library's logger keeps them from pytest's own collector."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-    def __enter__(self):
-        logging.getLogger("transformers").addHandler(self)
-        return self.messages
-
-    def __exit__(self, *error):
-        logging.getLogger("transformers").removeHandler(self)
 
 
 # transformers' model with the same weights
@@ -295,17 +278,17 @@ def test_image_sizes_are_read_off_the_mask():
     mask = torch.zeros(3, 5, 7, dtype=torch.int64)
     mask[0, :5, :7] = mask[1, :2, :3] = mask[2, :1, :1] = 1
     for dtype in (torch.int64, torch.bool, torch.float32):
-        sizes = modeling.image_sizes_from_mask(mask.to(dtype))
+        sizes = image_sizes_from_mask(mask.to(dtype))
         assert sizes.dtype == torch.int64
         assert sizes.tolist() == [[5, 7], [2, 3], [1, 1]]
 
 
 def test_what_lies_beyond_an_image_s_own_multiple_of_32_is_hidden():
-    padding = modeling.hidden_padding(torch.tensor([[33, 32], [64, 1]]), 8, (8, 12))
+    padding = hidden_padding(torch.tensor([[33, 32], [64, 1]]), 8, (8, 12))
     expected = torch.ones(2, 8, 12, dtype=torch.bool)
     expected[0, :8, :4] = expected[1, :8, :4] = False  # 64 x 32 pixels each
     assert torch.equal(padding, expected)
-    assert not modeling.hidden_padding(torch.tensor([[64, 96]]), 32, (2, 3)).any()
+    assert not hidden_padding(torch.tensor([[64, 96]]), 32, (2, 3)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -317,7 +300,7 @@ def test_masked_group_norm_is_group_norm_of_the_image_alone(dtype):
     padding = torch.ones(2, 5, 6, dtype=torch.bool)
     padding[0, :3, :4] = padding[1, :5, :2] = False
     features = features.masked_fill(padding[:, None], 1e4)
-    output = modeling.masked_group_norm(features, norm, padding)
+    output = masked_group_norm(features, norm, padding)
     assert output.dtype == dtype
     assert not output.masked_fill(~padding[:, None], 0).any()
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
@@ -329,7 +312,7 @@ def test_continued_edges_interpolate_as_the_map_alone():
     features = torch.randn(2, 3, 4, 5)
     padding = torch.ones(2, 4, 5, dtype=torch.bool)
     padding[0, :2, :3] = padding[1, :4, :1] = False
-    continued = modeling.continue_edges(features, padding)
+    continued = continue_edges(features, padding)
     double = lambda maps: nn.functional.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
     torch.testing.assert_close(double(continued)[:1, :, :4, :6], double(features[:1, :, :2, :3]))
     torch.testing.assert_close(double(continued)[1:, :, :, :2], double(features[1:, :, :, :1]))
@@ -994,9 +977,9 @@ def test_group_norm_beside_padding_is_exact_under_autocast():
     features = torch.randn(2, 64, 12, 8) + 30  # a mean far from zero: rounded to half precision it would show
     padding = torch.zeros(2, 12, 8, dtype=torch.bool)
     padding[0, 8:] = True
-    expected = modeling.masked_group_norm(features, norm, padding)
+    expected = masked_group_norm(features, norm, padding)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(modeling.masked_group_norm(features, norm, padding), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(masked_group_norm(features, norm, padding), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(expected[:1, :, :8], norm(features[:1, :, :8]), atol=1e-4, rtol=0)
 
 

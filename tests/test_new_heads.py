@@ -1,12 +1,12 @@
 """Starting from a checkpoint with other classes or queries, and from a backbone alone."""
 
 import json
-import logging
 import time
 
 import pytest
 import torch
 import transformers
+from listening import WarningsOfTransformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
@@ -76,26 +76,10 @@ def original(folder):
     return Mask2FormerForUniversalSegmentation.from_pretrained(folder)
 
 
-class Complaints(logging.Handler):
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-    def __enter__(self):
-        logging.getLogger("transformers").addHandler(self)
-        return self.messages
-
-    def __exit__(self, *error):
-        logging.getLogger("transformers").removeHandler(self)
-
-
 def load(folder, **fields):
     """The model, the names of what was replaced, and what was said."""
     torch.manual_seed(1)
-    with Complaints() as messages:
+    with WarningsOfTransformers() as messages:
         model, info = Mask2FormerForUniversalSegmentation.from_pretrained(folder, output_loading_info=True, **fields)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info.get("error_msgs")
     return model, {entry[0] for entry in info["mismatched_keys"]}, messages

@@ -33,6 +33,10 @@ THING_SIZE = (0.08, 0.50)
 THING_TEXTURES = ("plain", "gradient", "striped", "dotted", "blotchy")
 """Textures of things, drawn alike for every class; the three of the stuff classes are among them."""
 
+VALIDATION_SEED = 1_000_001
+TEST_SEED = 2_000_003
+"""Seeds of the scenes that training never sees: to choose a checkpoint and its thresholds by, and to report."""
+
 _SUPERSAMPLING = 3
 _MIN_VISIBLE_SHARE = 0.4
 _PLACEMENT_TRIES = 12

@@ -1,0 +1,104 @@
+"""Keeps what a batch adds around an image out of the model's sight, so that the image gives what it gives alone."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+PADDING_DIVISOR = 32  # an image's own padding; what a batch adds beyond it is hidden
+
+
+def image_sizes_from_mask(pixel_mask: Tensor) -> Tensor:
+    """Height and width of each image: (B, H, W), nonzero = image, at the top left -> (B, 2) int64."""
+    image = pixel_mask.bool()
+    return torch.stack([image.any(dim=2).sum(dim=1), image.any(dim=1).sum(dim=1)], dim=1)
+
+
+def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+    """Where a map lies beyond an image's own multiple of 32: (B, 2) -> (B, height, width) bool, True = padding.
+
+    An image alone is padded to a multiple of 32 and the original attends there; what a batch adds beyond that must not
+    move the result.
+    """
+    valid = (image_sizes.clamp(min=1) + PADDING_DIVISOR - 1) // PADDING_DIVISOR * (PADDING_DIVISOR // stride)  # (B, 2)
+    rows, columns = (torch.arange(length, device=image_sizes.device) for length in size)
+    return (rows[:, None] >= valid[:, :1, None]) | (columns >= valid[:, 1:, None])
+
+
+class BackbonePaddingHider:
+    """Zeroes padding wherever a backbone would let it reach into an image; does nothing while `image_sizes` is None.
+
+    Alone, an image ends in the zeros with which convolutions and attention windows fill up their surroundings. Hence in
+    a batch the same zeros: before each convolution or pooling that looks at neighbours, and after the norm in front of
+    each window attention. So a convolutional backbone gives an image exactly what it gives it alone. A Swin nearly: its
+    shifted windows wrap around at the edge of the batch, not of the image.
+
+    Attributes:
+        image_sizes: (B, 2), set before each forward pass and kept for checkpointed layers to compute again.
+        input_size: height and width of the batch.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.image_sizes: Tensor | None = None
+        self.input_size = (0, 0)
+        for name, module in backbone.named_modules():
+            if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+                if max(module.kernel_size if isinstance(module.kernel_size, tuple) else (module.kernel_size,)) > 1:
+                    module.register_forward_pre_hook(self.zero_in_map)
+            elif name.endswith("layernorm_before"):
+                module.register_forward_hook(self.zero_in_tokens)
+
+    def zero_in_map(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Hook before a module that reads (B, C, h, w)."""
+        if self.image_sizes is None:
+            return None
+        features, *others = args
+        padding = self._padding((features.shape[2], features.shape[3]))
+        return (features.masked_fill(padding[:, None], 0.0), *others)
+
+    def zero_in_tokens(self, module: nn.Module, args: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
+        """Hook after a module that gives (B, h * w, C)."""
+        if self.image_sizes is None:
+            return None
+        height, width = self.input_size
+        shrinkage = math.isqrt(height * width // tokens.shape[1])
+        padding = self._padding((height // shrinkage, width // shrinkage))
+        return tokens.masked_fill(padding.flatten(1)[..., None], 0.0)
+
+    def _padding(self, size: tuple[int, int]) -> Tensor:
+        assert self.image_sizes is not None
+        return hidden_padding(self.image_sizes, self.input_size[0] // size[0], size)
+
+
+def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | None) -> Tensor:
+    """GroupNorm whose statistics leave padding out, and zeros there: (B, C, H, W), (B, H, W) -> (B, C, H, W)."""
+    if padding is None:
+        return norm(features)
+    image = ~padding.flatten(1)[:, None]  # (B, 1, N)
+    share = image / image.sum(2, keepdim=True)  # sums to one over each image
+
+    def group_mean(channels: Tensor) -> Tensor:
+        # (B, C, N) -> (B, C, 1), the same for all channels of a group. No matrix product: autocast would run it in half
+        # precision, where a mean that is large beside the deviation spoils both.
+        groups = (channels * share).sum(2, keepdim=True).unflatten(1, (norm.num_groups, -1))
+        return groups.mean(2, keepdim=True).expand_as(groups).flatten(1, 2)
+
+    channels = features.flatten(2).float()
+    centred = channels - group_mean(channels)
+    scale = torch.rsqrt(group_mean(centred.square()) + norm.eps) * norm.weight[:, None].float()
+    normalised = torch.addcmul(norm.bias[:, None].float(), centred, scale) * image
+    return normalised.view_as(features).to(features.dtype)
+
+
+def continue_edges(features: Tensor, padding: Tensor | None) -> Tensor:
+    """Repeat each image's last row and column into its padding, (B, C, H, W), (B, H, W) -> (B, C, H, W).
+
+    Interpolation then gives at an image's edge what it gives at the edge of a map.
+    """
+    if padding is None:
+        return features
+    rows, columns = padding[:, :, :1], padding[:, :1]  # (B, H, 1), (B, 1, W), True = beyond the image
+    last_row, last_column = ((~side).sum((1, 2)).sub(1).view(-1, 1, 1, 1) for side in (rows, columns))
+    features = torch.where(rows[:, None], features.take_along_dim(last_row, dim=2), features)
+    return torch.where(columns[:, None], features.take_along_dim(last_column, dim=3), features)
