@@ -1,23 +1,22 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equation 3): reference form and CPU form.
 
 Bilinear sampling times attention weight is a weighted sum of rows of the value table: levels x points x 4 corners rows
-for every query and head. On the CPU that sum is one `embedding_bag`, in chunks that stay in the cache. The readable
+for every query and head. On the CPU that sum is one `embedding_bag`, in pieces that stay in the cache. The readable
 `grid_sample` form says the same, serves every other device, and is what `torch.export` sees.
 """
+
+import warnings
 
 import torch
 from torch import Tensor, nn
 
+from .chunking import pieces
 
-# Heads of this width gather. Narrower ones do where their maps, positions x width, hold this many numbers or more: in
-# smaller maps `grid_sample` finds its reads in the cache, while the gather has a fixed cost for every row, and its
-# backward pass sorts them.
-_GATHER_FROM_WIDTH = 32
-_GATHER_FROM_SIZE = 1 << 14
-_GATHER_FROM_SIZE_WITH_GRADIENTS = 1 << 16
 
-# Rows of (index, weight) handled at once; at 8 bytes a row this stays inside a core's second-level cache.
-_ROWS_PER_CHUNK = 1 << 17
+# Heads of this width gather. With gradients, narrower ones do where their maps, positions x width, hold this many
+# numbers or more: in smaller maps `grid_sample` finds its reads in the cache, while a gathered row has a fixed cost.
+_GATHER_FROM_WIDTH = 16
+_GATHER_FROM_SIZE_WITH_GRADIENTS = 1 << 13
 
 
 def _free_name(name: str) -> str:
@@ -71,8 +70,7 @@ def _gathers(value: Tensor) -> bool:
         return False
     _, positions, _, width = value.shape
     has_gradients = torch.is_grad_enabled() and value.requires_grad
-    least = _GATHER_FROM_SIZE_WITH_GRADIENTS if has_gradients else _GATHER_FROM_SIZE
-    return width >= _GATHER_FROM_WIDTH or positions * width >= least
+    return not has_gradients or width >= _GATHER_FROM_WIDTH or positions * width >= _GATHER_FROM_SIZE_WITH_GRADIENTS
 
 
 def grid_sample_deformable_attention(
@@ -106,93 +104,160 @@ def grid_sample_deformable_attention(
     return output.view(batch, heads * width_of_head, queries).transpose(1, 2)
 
 
-def _row_tables(value: Tensor, sizes: list[int]) -> Tensor:
-    """Each head's levels as rows, every map inside a border of zeros: (S, M, D) -> (M, R, D).
+class GatherTable:
+    """One image's value maps as rows of one table, each map inside a border of zeros one position wide.
 
-    The border makes a bounds test needless: a corner outside a map is a row of zeros.
-    """
-    heads, width_of_head = value.shape[1:]
-    tables = []
-    start = 0
-    for height, width in zip(sizes[::2], sizes[1::2], strict=True):
-        level = value[start : start + height * width].view(height, width, heads, width_of_head)
-        tables.append(nn.functional.pad(level, (0, 0, 0, 0, 1, 1, 1, 1)).flatten(0, 1))
-        start += height * width
-    return torch.cat(tables).transpose(0, 1).contiguous()
+    The border makes a bounds test needless: a corner outside a map is a row of zeros. A position's heads are
+    neighbouring rows, as in the maps.
 
-
-def _values_of_row_tables(tables: Tensor, sizes: list[int]) -> Tensor:
-    """Inverse of [`_row_tables`], the borders dropped: (M, R, D) -> (S, M, D)."""
-    levels = []
-    start = 0
-    for height, width in zip(sizes[::2], sizes[1::2], strict=True):
-        rows = (height + 2) * (width + 2)
-        level = tables[:, start : start + rows].unflatten(1, (height + 2, width + 2))[:, 1:-1, 1:-1]
-        levels.append(level.flatten(1, 2))
-        start += rows
-    return torch.cat(levels, dim=1).transpose(0, 1)
-
-
-class _Corners:
-    """Rows of the table and bilinear shares of the four corners of every sampling location of one head.
-
-    Coordinates are clamped to the zero border, and the rows once more after rounding, so that a location which is not a
-    number gives an output that is not a number and no stray read.
+    Coordinates are in positions of the bordered map, (x, y): the middle of a map's first position is (1, 1). They are
+    clamped to the border, and once more after rounding, so that a coordinate which is not a number gives an output that
+    is not a number and no stray read.
 
     Args:
-        locations: (N, L, P, 2) as (x, y) in [0, 1].
-        sizes: height and width of each level, in turn.
+        value: (S, M, D), the levels' maps flattened row by row and concatenated, in the dtype to compute in.
+        spatial_shapes: (height, width) of each level.
+        num_points: samples that a head takes of each level.
     """
 
-    def __init__(self, locations: Tensor, sizes: list[int]) -> None:
-        queries, _, points, _ = locations.shape
-        heights, widths = torch.tensor(sizes, dtype=torch.int32).view(-1, 2).unbind(-1)  # (L,) each
-        rows = (heights + 2) * (widths + 2)
-        # Written out for each sample: elementwise kernels are several times slower where they must broadcast.
-        spread = [
-            constant.repeat_interleave(points).repeat(queries, 1)  # (N, L*P)
-            for constant in (widths, heights, widths + 2, rows.cumsum(0, dtype=torch.int32) - rows)
-        ]
-        self.width, self.height, stride, start = spread
-        self.x, column, self.x_share = self._neighbours(locations[..., 0], self.width)
-        self.y, line, self.y_share = self._neighbours(locations[..., 1], self.height)
-        top = line.mul_(stride).add_(column).add_(start)
-        bottom = top + stride
-        self.rows = torch.stack([top, top + 1, bottom, bottom + 1], dim=-1).flatten(1)  # (N, L*P*4)
+    def __init__(self, value: Tensor, spatial_shapes: list[tuple[int, int]], num_points: int) -> None:
+        _, heads, self.head_width = value.shape
+        self.spatial_shapes, self.num_heads = spatial_shapes, heads
+        areas = [(height + 2) * (width + 2) for height, width in spatial_shapes]
+        table = value.new_empty(sum(areas), heads * self.head_width)
+        for (height, width), bordered, level in zip(
+            spatial_shapes, table.split(areas), self._levels(value.flatten(1)), strict=True
+        ):
+            bordered = bordered.view(height + 2, width + 2, -1)
+            bordered[1:-1, 1:-1] = level
+            bordered[:: height + 1] = 0
+            bordered[:, :: width + 1] = 0
+        self.rows = table.view(-1, self.head_width)  # (R * M, D)
+
+        # For each sample of a query, (M * L * P,) and twice as many: elementwise kernels are several times slower where
+        # they must broadcast short rows.
+        sizes = torch.tensor(spatial_shapes, dtype=torch.int32)  # (L, 2)
+        strides = (sizes[:, 1] + 2) * heads
+        starts = (torch.tensor(areas).cumsum(0).int() - torch.tensor(areas, dtype=torch.int32)) * heads
+        spread = lambda of_level: of_level.repeat_interleave(num_points, 0).repeat(heads, *(1,) * (of_level.dim() - 1))
+        self.limits = spread(sizes.flip(1)).flatten()  # of the lower neighbour, as x and y in turn
+        self.ends = (self.limits + 1).to(value.dtype)  # of the coordinate itself
+        self.strides = spread(strides)
+        self.firsts = spread(starts) + torch.arange(heads, dtype=torch.int32).repeat_interleave(len(sizes) * num_points)
+        nothing = torch.zeros_like(self.strides)
+        corners = torch.stack([nothing, nothing + heads, self.strides, self.strides + heads])
+        self.corners = corners.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()  # (M, 4, L * P)
+
+    def _levels(self, maps: Tensor) -> list[Tensor]:
+        """(S, C) -> each level's (height, width, C)."""
+        areas = [height * width for height, width in self.spatial_shapes]
+        return [level.unflatten(0, shape) for level, shape in zip(maps.split(areas), self.spatial_shapes, strict=True)]
+
+    def coordinates(self, locations: Tensor) -> Tensor:
+        """Locations in [0, 1] of a level from edge to edge, (n, M, L, P, 2) -> (n, M * L * P * 2)."""
+        return (locations.flatten(1).to(self.ends.dtype) * (self.ends - 1)).add_(0.5)
+
+    def locate(self, coordinates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, M * L * P * 2) -> the row of the neighbour at the top left, int32, and the shares of the ones at the
+        right and below: (n, M, L * P) each."""
+        clamped = coordinates.clamp(torch.zeros_like(self.ends), self.ends)
+        lower = clamped.to(torch.int32).clamp_(torch.zeros_like(self.limits), self.limits)
+        x_share, y_share = clamped.sub_(lower).view(len(coordinates), self.num_heads, -1, 2).unbind(-1)
+        column, line = lower.unflatten(1, (-1, 2)).unbind(-1)
+        top = (line * self.strides).add_(column, alpha=self.num_heads).add_(self.firsts)
+        return top.view(x_share.shape), x_share, y_share
+
+    def corner_rows(self, top: Tensor) -> Tensor:
+        """(n, M, L * P) -> (n * M, 4 * L * P): rows of the corners at the top left and right, bottom left and right."""
+        return (top[:, :, None] + self.corners).flatten(2).flatten(0, 1)
 
     @staticmethod
-    def _neighbours(location: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coordinate in the bordered map, index of the lower neighbour there, share of the upper: (N, L*P) each."""
-        coordinate = location.flatten(1).mul(length).add_(0.5)
-        clamped = coordinate.clamp(min=0).minimum(length + 1)
-        lower = clamped.to(torch.int32).clamp_(min=0).minimum(length)
-        return coordinate, lower, clamped.sub_(lower)
+    def corner_weights(weights: Tensor, x_share: Tensor, y_share: Tensor) -> Tensor:
+        """Weight times bilinear share, in the order of `corner_rows`: (n, M, L * P) each -> (n, M, 4, L * P)."""
+        output = weights.new_empty(*weights.shape[:2], 4, weights.shape[2])
+        top_left, top_right, bottom_left, bottom_right = output.unbind(2)
+        torch.mul(weights, y_share, out=bottom_left)
+        torch.sub(weights, bottom_left, out=top_left)
+        torch.mul(top_left, x_share, out=top_right)
+        top_left.sub_(top_right)
+        torch.mul(bottom_left, x_share, out=bottom_right)
+        bottom_left.sub_(bottom_right)
+        return output
 
-    def weights(self, attention_weights: Tensor) -> Tensor:
-        """Attention weight times bilinear share: (N, L, P) -> (N, L*P*4), in the order of `rows`."""
-        attention_weights = attention_weights.flatten(1)
-        bottom = attention_weights * self.y_share
-        top = attention_weights - bottom
-        top_right, bottom_right = top * self.x_share, bottom * self.x_share
-        return torch.stack([top.sub_(top_right), top_right, bottom.sub_(bottom_right), bottom_right], -1).flatten(1)
-
-    def gradients(self, corner_grad: Tensor, attention_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `weights`: (N, L*P*4), (N, L, P) -> gradients of the locations (N, L, P, 2) and weights (N, L, P)."""
-        top_left, top_right, bottom_left, bottom_right = corner_grad.unflatten(1, (-1, 4)).unbind(-1)  # (N, L*P) each
-        top_slope, bottom_slope = top_right - top_left, bottom_right - bottom_left
-        top = torch.addcmul(top_left, self.x_share, top_slope)
-        y_slope = torch.addcmul(bottom_left, self.x_share, bottom_slope).sub_(top)
-        x_slope = torch.addcmul(top_slope, self.y_share, bottom_slope - top_slope)
-        location_grad = torch.stack(
-            [
-                x_slope * self.width * ((self.x > 0) & (self.x < self.width + 1)),
-                y_slope * self.height * ((self.y > 0) & (self.y < self.height + 1)),
-            ],
-            dim=-1,
+    def attend(self, coordinates: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sums of bilinear samples: (n, M * L * P * 2), (n, M, L * P) -> (n, M * D)."""
+        top, x_share, y_share = self.locate(coordinates)
+        bags = nn.functional.embedding_bag(
+            self.corner_rows(top),
+            self.rows,
+            mode="sum",
+            per_sample_weights=self.corner_weights(weights, x_share, y_share).flatten(2).flatten(0, 1),
         )
-        shape = attention_weights.shape
-        location_grad = location_grad.view(*shape, 2) * attention_weights[..., None]
-        return location_grad, torch.addcmul(top, self.y_share, y_slope).view(shape)
+        return bags.view(len(weights), -1)
+
+    def sample_gradients(self, grad: Tensor, coordinates: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `attend`: (n, M, D), its arguments -> gradients of the coordinates and of the weights."""
+        top, x_share, y_share = self.locate(coordinates)
+        # What a sample would add to the loss at each of its corners, (n, M, 4, L * P).
+        of_corners = sampled_products(grad.reshape(-1, self.head_width), self.rows, self.corner_rows(top))
+        of_corners = of_corners.view(*weights.shape[:2], 4, -1)
+        top_left, top_right, bottom_left, bottom_right = of_corners.unbind(2)  # (n, M, L * P) each
+        top_slope, bottom_slope = top_right - top_left, bottom_right - bottom_left
+        upper = torch.addcmul(top_left, x_share, top_slope)
+        y_slope = torch.addcmul(bottom_left, x_share, bottom_slope).sub_(upper)
+        x_slope = torch.addcmul(top_slope, y_share, bottom_slope - top_slope)
+        weight_grad = torch.addcmul(upper, y_share, y_slope)
+        # Beyond the border nothing changes with the coordinate.
+        moves = (coordinates > 0) & (coordinates < self.ends)
+        slopes = torch.stack([x_slope * weights, y_slope * weights], dim=-1)
+        return slopes.view(coordinates.shape).mul_(moves), weight_grad
+
+    def value_gradient(self, grad: Tensor, coordinates: Tensor, weights: Tensor) -> Tensor:
+        """Of `attend`: (Q, M, D), the arguments for all queries -> (S, M, D).
+
+        It is the transposed gather: the same pairs of query and row, sorted by row instead of by query, with the
+        output's gradient as the table. That is several times faster than scattering. A sample's four corners lie at
+        fixed distances, so they are sorted once, and what they get is moved to its place afterwards.
+        """
+        top, x_share, y_share = self.locate(coordinates)
+        sorted_rows, order = top.flatten().sort()
+        every_row = torch.arange(len(self.rows), dtype=torch.int32)
+        starts = torch.searchsorted(sorted_rows, every_row, out_int32=True)
+        queries = order.div(top.shape[2], rounding_mode="floor").int()  # and their heads: rows of the gradient
+        corner_weights = self.corner_weights(weights, x_share, y_share)
+        areas = [(height + 2) * (width + 2) for height, width in self.spatial_shapes]
+        value_grad = grad.new_zeros(sum(height * width for height, width in self.spatial_shapes), grad[0].numel())
+        for corner, (down, right) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            table_grad = nn.functional.embedding_bag(
+                queries,
+                grad.reshape(-1, self.head_width),
+                starts,
+                mode="sum",
+                per_sample_weights=corner_weights[:, :, corner].flatten().index_select(0, order),
+            )
+            bordered = table_grad.view(sum(areas), -1).split(areas)
+            for level, source, (height, width) in zip(
+                self._levels(value_grad), bordered, self.spatial_shapes, strict=True
+            ):
+                source = source.view(height + 2, width + 2, -1)
+                level += source[1 - down : height + 1 - down, 1 - right : width + 1 - right]
+        return value_grad.view(-1, *grad.shape[1:])
+
+
+def sampled_products(vectors: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """Each vector's products with the rows of a table that it names: (N, D), (R, D), (N, K) int32 -> (N, K)."""
+    starts = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=rows.dtype)
+    with warnings.catch_warnings():
+        # That sparse layouts are young; of all ways to say this, it is three times the fastest.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        wanted = torch.sparse_csr_tensor(
+            starts, rows.flatten(), vectors.new_zeros(rows.numel()), (len(vectors), len(table)), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(wanted, vectors, table.t(), beta=0.0).values().view(rows.shape)
+
+
+def _spatial_shapes(sizes: list[int]) -> list[tuple[int, int]]:
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
 
 
 def _working_dtype(value: Tensor) -> torch.dtype:
@@ -207,19 +272,13 @@ def _gather_deformable_attention(
 ) -> Tensor:
     dtype = _working_dtype(value)
     batch, queries, heads, levels, points = attention_weights.shape
-    output = value.new_empty(batch, queries, heads, value.shape[-1])
-    chunk = max(1, _ROWS_PER_CHUNK // (4 * levels * points))
+    output = value.new_empty(batch, queries, heads * value.shape[-1])
     for image in range(batch):
-        tables = _row_tables(value[image].to(dtype), sizes)
-        for head in range(heads):
-            for start in range(0, queries, chunk):
-                part = (image, slice(start, start + chunk), head)
-                corners = _Corners(sampling_locations[part].to(dtype), sizes)
-                weights = corners.weights(attention_weights[part].to(dtype))
-                output[part] = nn.functional.embedding_bag(
-                    corners.rows, tables[head], mode="sum", per_sample_weights=weights
-                )
-    return output.flatten(2)
+        table = GatherTable(value[image].to(dtype), _spatial_shapes(sizes), points)
+        for piece in pieces(queries, heads * levels * points * 4):
+            weights = attention_weights[image, piece].to(dtype).flatten(2)
+            output[image, piece] = table.attend(table.coordinates(sampling_locations[image, piece]), weights)
+    return output
 
 
 @_gather_deformable_attention.register_fake
@@ -231,40 +290,22 @@ def _(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_wei
 def _gather_deformable_attention_backward(
     grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and weights are computed again, so nothing of size queries x 48 is kept between the passes.
-
-    The table's gradient is the transposed gather: the same pairs sorted by row instead of by query, with the output's
-    gradient as the table. That is several times faster than scattering.
-    """
+    """Rows and weights are computed again, so nothing of size queries x samples x 4 is kept between the passes."""
     dtype = _working_dtype(value)
     value_grad, location_grad = torch.empty_like(value), torch.empty_like(sampling_locations)
     weight_grad = torch.empty_like(attention_weights)
-    heads = attention_weights.shape[2]
+    _, queries, heads, levels, points = attention_weights.shape
     grad = grad.unflatten(2, (heads, -1)).to(dtype)
     for image in range(len(value)):
-        tables = _row_tables(value[image].to(dtype), sizes)
-        table_grads = torch.empty_like(tables)
-        every_row = torch.arange(tables.shape[1], dtype=torch.int32, device=value.device)
-        for head in range(heads):
-            part = (image, slice(None), head)
-            part_weights, part_grad = attention_weights[part].to(dtype), grad[part].contiguous()
-            corners = _Corners(sampling_locations[part].to(dtype), sizes)
-            pairs = corners.rows.shape[1]  # rows for each query
-
-            sorted_rows, order = corners.rows.flatten().sort()
-            table_grads[head] = nn.functional.embedding_bag(
-                (order // pairs).to(torch.int32),
-                part_grad,
-                torch.bucketize(every_row, sorted_rows, out_int32=True),
-                mode="sum",
-                per_sample_weights=corners.weights(part_weights).flatten()[order],
-            )
-            queries = torch.arange(len(part_grad), dtype=torch.int32, device=value.device)
-            corner_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                part_grad, tables[head], corners.rows.flatten(), queries * pairs, queries.repeat_interleave(pairs), 0
-            )
-            location_grad[part], weight_grad[part] = corners.gradients(corner_grad.view(-1, pairs), part_weights)
-        value_grad[image] = _values_of_row_tables(table_grads, sizes)
+        table = GatherTable(value[image].to(dtype), _spatial_shapes(sizes), points)
+        coordinates = table.coordinates(sampling_locations[image])
+        weights = attention_weights[image].to(dtype).flatten(2)
+        value_grad[image] = table.value_gradient(grad[image], coordinates, weights)
+        for piece in pieces(queries, heads * levels * points * 4):
+            of_coordinates, of_weights = table.sample_gradients(grad[image, piece], coordinates[piece], weights[piece])
+            of_locations = of_coordinates.mul_(table.ends - 1)
+            location_grad[image, piece] = of_locations.view(location_grad[image, piece].shape)
+            weight_grad[image, piece] = of_weights.view(weight_grad[image, piece].shape)
     return value_grad, location_grad, weight_grad
 
 

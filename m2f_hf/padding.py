@@ -46,7 +46,9 @@ class BackbonePaddingHider:
             if isinstance(module, nn.Conv2d | nn.MaxPool2d):
                 if max(module.kernel_size if isinstance(module.kernel_size, tuple) else (module.kernel_size,)) > 1:
                     module.register_forward_pre_hook(self.zero_in_map)
-            elif name.endswith("layernorm_before"):
+            elif hasattr(module, "padding_hider"):
+                module.padding_hider = self
+            elif name.endswith("layernorm_before") and not hasattr(backbone.get_submodule(name[:-17]), "padding_hider"):
                 module.register_forward_hook(self.zero_in_tokens)
 
     def zero_in_map(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -65,6 +67,10 @@ class BackbonePaddingHider:
         shrinkage = math.isqrt(height * width // tokens.shape[1])
         padding = self._padding((height // shrinkage, width // shrinkage))
         return tokens.masked_fill(padding.flatten(1)[..., None], 0.0)
+
+    def hidden_tokens(self, size: tuple[int, int]) -> Tensor | None:
+        """For a layer that asks: (B, height * width) bool, True = to be zeroed; None where nothing is hidden."""
+        return None if self.image_sizes is None else self._padding(size).flatten(1)
 
     def _padding(self, size: tuple[int, int]) -> Tensor:
         assert self.image_sizes is not None
