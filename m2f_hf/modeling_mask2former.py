@@ -27,6 +27,7 @@ from .padding import (
     hidden_padding,
     image_sizes_from_mask,
     masked_group_norm,
+    may_hide_padding,
 )
 from .swin import use_windowed_layers
 
@@ -1128,7 +1129,7 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
         image_sizes = self._image_sizes(pixel_values, pixel_mask)
         # Processors give float32; a model in half precision takes it.
         pixel_values = pixel_values.to(self.dtype)
-        hidden_sizes = None if pixel_mask is None else image_sizes
+        hidden_sizes = image_sizes if may_hide_padding(pixel_values, pixel_mask, image_sizes) else None
         pixel_level = self.pixel_level_module(pixel_values, hidden_sizes)
         mask_features = pixel_level.decoder_last_hidden_state
         decoded = self.transformer_module(

@@ -15,6 +15,19 @@ def image_sizes_from_mask(pixel_mask: Tensor) -> Tensor:
     return torch.stack([image.any(dim=2).sum(dim=1), image.any(dim=1).sum(dim=1)], dim=1)
 
 
+def may_hide_padding(pixel_values: Tensor, pixel_mask: Tensor | None, image_sizes: Tensor) -> bool:
+    """Whether there is padding to hide, as far as the host knows without waiting for a device.
+
+    A processor gives a mask with every image, and most often each fills its own multiple of 32.
+    """
+    if pixel_mask is None:
+        return False
+    if image_sizes.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return True
+    own = (image_sizes + PADDING_DIVISOR - 1) // PADDING_DIVISOR * PADDING_DIVISOR  # (B, 2)
+    return bool((own < torch.tensor(pixel_values.shape[2:])).any())
+
+
 def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
     """Where a map lies beyond an image's own multiple of 32: (B, 2) -> (B, height, width) bool, True = padding.
 
