@@ -363,7 +363,7 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
         position_embeddings = position_embeddings.expand_as(hidden_states)
         outputs = hidden_states.new_empty(hidden_states.shape)
         for states, positions, value, output in zip(hidden_states, position_embeddings, values, outputs, strict=True):
-            table = GatherTable(value.to(reference_points.dtype), spatial_shapes, NUM_SAMPLING_POINTS)
+            table = GatherTable(value[None].to(reference_points.dtype), spatial_shapes, NUM_SAMPLING_POINTS)
             for piece in pieces(len(states), self.fc1.out_features):
                 # (n, 1, 2) x (L, 2) -> (n, L, 2), one position further in than in the map, and a pixel's middle
                 points = reference_points[piece, None] * map_sizes + 0.5

@@ -105,7 +105,7 @@ def grid_sample_deformable_attention(
 
 
 class GatherTable:
-    """One image's value maps as rows of one table, each map inside a border of zeros one position wide.
+    """The value maps of some images as rows of one table, each map inside a border of zeros one position wide.
 
     The border makes a bounds test needless: a corner outside a map is a row of zeros. A position's heads are
     neighbouring rows, as in the maps.
@@ -115,24 +115,25 @@ class GatherTable:
     is not a number and no stray read.
 
     Args:
-        value: (S, M, D), the levels' maps flattened row by row and concatenated, in the dtype to compute in.
+        value: (B, S, M, D), the levels' maps flattened row by row and concatenated, in the dtype to compute in.
         spatial_shapes: (height, width) of each level.
         num_points: samples that a head takes of each level.
     """
 
     def __init__(self, value: Tensor, spatial_shapes: list[tuple[int, int]], num_points: int) -> None:
-        _, heads, self.head_width = value.shape
+        batch, _, heads, self.head_width = value.shape
         self.spatial_shapes, self.num_heads = spatial_shapes, heads
         areas = [(height + 2) * (width + 2) for height, width in spatial_shapes]
-        table = value.new_empty(sum(areas), heads * self.head_width)
+        table = value.new_empty(batch, sum(areas), heads * self.head_width)
         for (height, width), bordered, level in zip(
-            spatial_shapes, table.split(areas), self._levels(value.flatten(1)), strict=True
+            spatial_shapes, table.split(areas, dim=1), self._levels(value.flatten(2)), strict=True
         ):
-            bordered = bordered.view(height + 2, width + 2, -1)
-            bordered[1:-1, 1:-1] = level
-            bordered[:: height + 1] = 0
-            bordered[:, :: width + 1] = 0
-        self.rows = table.view(-1, self.head_width)  # (R * M, D)
+            bordered = bordered.unflatten(1, (height + 2, width + 2))
+            bordered[:, 1:-1, 1:-1] = level
+            bordered[:, :: height + 1] = 0
+            bordered[:, :, :: width + 1] = 0
+        self.rows = table.view(-1, self.head_width)  # (B * R * M, D)
+        self.rows_of_image = sum(areas) * heads
 
         # For each sample of a query, (M * L * P,) and twice as many: elementwise kernels are several times slower where
         # they must broadcast short rows.
@@ -149,22 +150,25 @@ class GatherTable:
         self.corners = corners.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()  # (M, 4, L * P)
 
     def _levels(self, maps: Tensor) -> list[Tensor]:
-        """(S, C) -> each level's (height, width, C)."""
+        """(B, S, C) -> each level's (B, height, width, C)."""
         areas = [height * width for height, width in self.spatial_shapes]
-        return [level.unflatten(0, shape) for level, shape in zip(maps.split(areas), self.spatial_shapes, strict=True)]
+        levels = maps.split(areas, dim=1)
+        return [level.unflatten(1, shape) for level, shape in zip(levels, self.spatial_shapes, strict=True)]
 
     def coordinates(self, locations: Tensor) -> Tensor:
         """Locations in [0, 1] of a level from edge to edge, (n, M, L, P, 2) -> (n, M * L * P * 2)."""
         return (locations.flatten(1).to(self.ends.dtype) * (self.ends - 1)).add_(0.5)
 
-    def locate(self, coordinates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, M * L * P * 2) -> the row of the neighbour at the top left, int32, and the shares of the ones at the
-        right and below: (n, M, L * P) each."""
+    def locate(self, coordinates: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates (n, M * L * P * 2), each query's image (n,) int32, None for the only one -> the row of the
+        neighbour at the top left, int32, and the shares of the ones at the right and below: (n, M, L * P) each."""
         clamped = coordinates.clamp(torch.zeros_like(self.ends), self.ends)
         lower = clamped.to(torch.int32).clamp_(torch.zeros_like(self.limits), self.limits)
         x_share, y_share = clamped.sub_(lower).view(len(coordinates), self.num_heads, -1, 2).unbind(-1)
         column, line = lower.unflatten(1, (-1, 2)).unbind(-1)
         top = (line * self.strides).add_(column, alpha=self.num_heads).add_(self.firsts)
+        if images is not None:
+            top.add_(images[:, None], alpha=self.rows_of_image)
         return top.view(x_share.shape), x_share, y_share
 
     def corner_rows(self, top: Tensor) -> Tensor:
@@ -184,9 +188,9 @@ class GatherTable:
         bottom_left.sub_(bottom_right)
         return output
 
-    def attend(self, coordinates: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sums of bilinear samples: (n, M * L * P * 2), (n, M, L * P) -> (n, M * D)."""
-        top, x_share, y_share = self.locate(coordinates)
+    def attend(self, coordinates: Tensor, weights: Tensor, images: Tensor | None = None) -> Tensor:
+        """Weighted sums of bilinear samples: (n, M * L * P * 2), (n, M, L * P), (n,) as in `locate` -> (n, M * D)."""
+        top, x_share, y_share = self.locate(coordinates, images)
         bags = nn.functional.embedding_bag(
             self.corner_rows(top),
             self.rows,
@@ -195,9 +199,11 @@ class GatherTable:
         )
         return bags.view(len(weights), -1)
 
-    def sample_gradients(self, grad: Tensor, coordinates: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def sample_gradients(
+        self, grad: Tensor, coordinates: Tensor, weights: Tensor, images: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Of `attend`: (n, M, D), its arguments -> gradients of the coordinates and of the weights."""
-        top, x_share, y_share = self.locate(coordinates)
+        top, x_share, y_share = self.locate(coordinates, images)
         # What a sample would add to the loss at each of its corners, (n, M, 4, L * P).
         of_corners = sampled_products(grad.reshape(-1, self.head_width), self.rows, self.corner_rows(top))
         of_corners = of_corners.view(*weights.shape[:2], 4, -1)
@@ -212,21 +218,22 @@ class GatherTable:
         slopes = torch.stack([x_slope * weights, y_slope * weights], dim=-1)
         return slopes.view(coordinates.shape).mul_(moves), weight_grad
 
-    def value_gradient(self, grad: Tensor, coordinates: Tensor, weights: Tensor) -> Tensor:
-        """Of `attend`: (Q, M, D), the arguments for all queries -> (S, M, D).
+    def value_gradient(self, grad: Tensor, coordinates: Tensor, weights: Tensor, images: Tensor | None) -> Tensor:
+        """Of `attend`: (n, M, D), the arguments for all queries of all images -> (B, S, M * D).
 
         It is the transposed gather: the same pairs of query and row, sorted by row instead of by query, with the
         output's gradient as the table. That is several times faster than scattering. A sample's four corners lie at
         fixed distances, so they are sorted once, and what they get is moved to its place afterwards.
         """
-        top, x_share, y_share = self.locate(coordinates)
+        top, x_share, y_share = self.locate(coordinates, images)
         sorted_rows, order = top.flatten().sort()
         every_row = torch.arange(len(self.rows), dtype=torch.int32)
         starts = torch.searchsorted(sorted_rows, every_row, out_int32=True)
         queries = order.div(top.shape[2], rounding_mode="floor").int()  # and their heads: rows of the gradient
         corner_weights = self.corner_weights(weights, x_share, y_share)
         areas = [(height + 2) * (width + 2) for height, width in self.spatial_shapes]
-        value_grad = grad.new_zeros(sum(height * width for height, width in self.spatial_shapes), grad[0].numel())
+        positions = sum(height * width for height, width in self.spatial_shapes)
+        value_grad = grad.new_zeros(len(self.rows) // self.rows_of_image, positions, grad[0].numel())
         for corner, (down, right) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
             table_grad = nn.functional.embedding_bag(
                 queries,
@@ -235,13 +242,13 @@ class GatherTable:
                 mode="sum",
                 per_sample_weights=corner_weights[:, :, corner].flatten().index_select(0, order),
             )
-            bordered = table_grad.view(sum(areas), -1).split(areas)
+            bordered = table_grad.view(len(value_grad), sum(areas), -1).split(areas, dim=1)
             for level, source, (height, width) in zip(
                 self._levels(value_grad), bordered, self.spatial_shapes, strict=True
             ):
-                source = source.view(height + 2, width + 2, -1)
-                level += source[1 - down : height + 1 - down, 1 - right : width + 1 - right]
-        return value_grad.view(-1, *grad.shape[1:])
+                source = source.unflatten(1, (height + 2, width + 2))
+                level += source[:, 1 - down : height + 1 - down, 1 - right : width + 1 - right]
+        return value_grad
 
 
 def sampled_products(vectors: Tensor, table: Tensor, rows: Tensor) -> Tensor:
@@ -254,6 +261,12 @@ def sampled_products(vectors: Tensor, table: Tensor, rows: Tensor) -> Tensor:
             starts, rows.flatten(), vectors.new_zeros(rows.numel()), (len(vectors), len(table)), check_invariants=False
         )
         return torch.sparse.sampled_addmm(wanted, vectors, table.t(), beta=0.0).values().view(rows.shape)
+
+
+def _images_of_queries(part: slice, queries: int) -> Tensor | None:
+    """Each query's image among those of a part of the batch, (n,) int32; None where there is but one."""
+    images = part.stop - part.start
+    return None if images == 1 else torch.arange(images, dtype=torch.int32).repeat_interleave(queries)
 
 
 def _spatial_shapes(sizes: list[int]) -> list[tuple[int, int]]:
@@ -273,11 +286,17 @@ def _gather_deformable_attention(
     dtype = _working_dtype(value)
     batch, queries, heads, levels, points = attention_weights.shape
     output = value.new_empty(batch, queries, heads * value.shape[-1])
-    for image in range(batch):
-        table = GatherTable(value[image].to(dtype), _spatial_shapes(sizes), points)
-        for piece in pieces(queries, heads * levels * points * 4):
-            weights = attention_weights[image, piece].to(dtype).flatten(2)
-            output[image, piece] = table.attend(table.coordinates(sampling_locations[image, piece]), weights)
+    for part in pieces(batch, max(value[0].numel(), 4 * attention_weights[0].numel())):
+        table = GatherTable(value[part].to(dtype), _spatial_shapes(sizes), points)
+        images = _images_of_queries(part, queries)
+        locations, weights = sampling_locations[part].flatten(0, 1), attention_weights[part].flatten(0, 1)
+        rows = output[part].view(len(locations), -1)
+        for piece in pieces(len(locations), heads * levels * points * 4):
+            rows[piece] = table.attend(
+                table.coordinates(locations[piece]),
+                weights[piece].to(dtype).flatten(2),
+                None if images is None else images[piece],
+            )
     return output
 
 
@@ -292,20 +311,24 @@ def _gather_deformable_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and weights are computed again, so nothing of size queries x samples x 4 is kept between the passes."""
     dtype = _working_dtype(value)
-    value_grad, location_grad = torch.empty_like(value), torch.empty_like(sampling_locations)
-    weight_grad = torch.empty_like(attention_weights)
-    _, queries, heads, levels, points = attention_weights.shape
+    value_grad, location_grad = torch.empty_like(value), sampling_locations.new_empty(sampling_locations.shape)
+    weight_grad = attention_weights.new_empty(attention_weights.shape)
+    batch, queries, heads, levels, points = attention_weights.shape
     grad = grad.unflatten(2, (heads, -1)).to(dtype)
-    for image in range(len(value)):
-        table = GatherTable(value[image].to(dtype), _spatial_shapes(sizes), points)
-        coordinates = table.coordinates(sampling_locations[image])
-        weights = attention_weights[image].to(dtype).flatten(2)
-        value_grad[image] = table.value_gradient(grad[image], coordinates, weights)
-        for piece in pieces(queries, heads * levels * points * 4):
-            of_coordinates, of_weights = table.sample_gradients(grad[image, piece], coordinates[piece], weights[piece])
-            of_locations = of_coordinates.mul_(table.ends - 1)
-            location_grad[image, piece] = of_locations.view(location_grad[image, piece].shape)
-            weight_grad[image, piece] = of_weights.view(weight_grad[image, piece].shape)
+    for part in pieces(batch, max(value[0].numel(), 4 * attention_weights[0].numel())):
+        table = GatherTable(value[part].to(dtype), _spatial_shapes(sizes), points)
+        images = _images_of_queries(part, queries)
+        coordinates = table.coordinates(sampling_locations[part].flatten(0, 1))
+        weights = attention_weights[part].to(dtype).flatten(0, 1).flatten(2)
+        of_output = grad[part].flatten(0, 1)
+        of_value = table.value_gradient(of_output, coordinates, weights, images)
+        value_grad[part] = of_value.view(value_grad[part].shape)
+        of_locations, of_weights = location_grad[part].view(coordinates.shape), weight_grad[part].view(weights.shape)
+        for piece in pieces(len(coordinates), heads * levels * points * 4):
+            slopes, of_weights[piece] = table.sample_gradients(
+                of_output[piece], coordinates[piece], weights[piece], None if images is None else images[piece]
+            )
+            of_locations[piece] = slopes.mul_(table.ends - 1)
     return value_grad, location_grad, weight_grad
 
 
