@@ -28,6 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from huggingface_hub import EvalResult, ModelCard
+from stock_processor import StockProcessor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -38,7 +39,6 @@ from m2f_hf.data.shapes import TEST_SEED
 from m2f_hf.hub import Figure, model_card
 from m2f_hf.metrics import MAIN_FIGURE, MEASURES, Evaluation, Prediction
 from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison
-from m2f_hf.post_processing import encode_rle
 from m2f_hf.test_time_augmentation import semantic_scores_with_augmentation
 
 
@@ -119,66 +119,6 @@ def label_categories(
             isthing = label not in stuff
         result.append({"id": label, "name": name, "isthing": isthing})
     return result
-
-
-# --- transformers' own processing of the same weights ---
-
-
-class StockProcessor:
-    """transformers' image processor with a checkpoint's settings; its results in the form that `Evaluation` reads.
-
-    It stretches an image to a multiple of 32 and its post-processing knows nothing of padding, so images must come one
-    by one. Segments without a pixel are left out, and of entries with one id the first stands (a fused class is listed
-    once for each of its queries; and the id after a fused segment may be one that was given before).
-
-    Raises:
-        ValueError: for a checkpoint trained on BGR, which transformers cannot feed.
-    """
-
-    def __init__(self, processor: M2FImageProcessor) -> None:
-        from transformers import Mask2FormerImageProcessorPil
-
-        if processor.channel_order != "RGB":
-            raise ValueError("transformers' image processor has no BGR: this checkpoint can be measured with ours only")
-        self.ours, self.instance_threshold = processor, processor.instance_threshold
-        names = ("size", "image_mean", "image_std", "rescale_factor", "resample", "size_divisor")
-        self.stock = Mask2FormerImageProcessorPil(**{name: getattr(processor, name) for name in names})
-
-    def __call__(self, images: list[Any], return_tensors: str) -> Any:
-        if len(images) != 1:
-            raise ValueError("transformers' processing does not undo padding: take a batch size of 1")
-        return self.stock(images, return_tensors=return_tensors)
-
-    def post_process_panoptic_segmentation(self, outputs: Any, target_sizes: Any) -> list[dict[str, Any]]:
-        results = self.stock.post_process_panoptic_segmentation(
-            outputs,
-            threshold=self.ours.threshold,
-            mask_threshold=self.ours.mask_threshold,
-            overlap_mask_area_threshold=self.ours.overlap_mask_area_threshold,
-            label_ids_to_fuse=set(self.ours.label_ids_to_fuse or ()),
-            target_sizes=target_sizes,
-        )
-        for result in results:
-            result["segmentation"] = result["segmentation"].int().clamp(min=0)  # -1 where nothing was found
-            present = set(result["segmentation"].unique().tolist())
-            first = {info["id"]: info for info in reversed(result["segments_info"])}
-            result["segments_info"] = [info for segment_id, info in sorted(first.items()) if segment_id in present]
-        return results
-
-    def post_process_instance_segmentation(
-        self, outputs: Any, threshold: float, target_sizes: Any, return_coco_annotation: bool
-    ) -> list[dict[str, Any]]:
-        assert return_coco_annotation
-        results = self.stock.post_process_instance_segmentation(
-            outputs, threshold, self.ours.mask_threshold, target_sizes=target_sizes, return_binary_maps=True
-        )
-        for result in results:  # with nothing found `segmentation` is a map
-            masks = result["segmentation"] if result["segments_info"] else []
-            result["segmentation"] = [encode_rle(mask > 0) for mask in masks]
-        return results
-
-    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any) -> list[torch.Tensor]:
-        return self.stock.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
 
 
 # --- measuring ---

@@ -596,7 +596,7 @@ def run_training(
     repo_id = claim_repository(args) if args.push_to_hub and is_main else args.output.resolve().name
     with ending_with_the_message():
         plan = make_plan(args, data, processor, accelerator.num_processes)
-    lines = [*lines, *plan.lines, *prepare_for_training(model, args)]
+    lines = [*lines, *plan.lines, *prepare_for_training(model, args, data.most_segments)]
     if is_main:
         tidy(args.output)
         say("\n".join(lines))

@@ -52,9 +52,10 @@ def parse_arguments(arguments: list[str] | None, description: str | None) -> arg
     start.add_argument("--model", help="folder or Hub id of the model to start from")
     start.add_argument("--backbone", help="folder or Hub id of a backbone to start from, the rest being new")
     start.add_argument("--config", type=Path, help="JSON of `Mask2FormerConfig`, to start from scratch")
+    start.add_argument("--num_queries", type=int, help="most segments found in an image; another number starts anew")
     start.add_argument("--freeze_backbone", action="store_true")
     samples = parser.add_argument_group("samples")
-    samples.add_argument("--recipe", choices=["default", "plain", *RECIPES], help="default: by the data set")
+    samples.add_argument("--recipe", choices=["default", "plain", "whole", *RECIPES], help="default: by the data set")
     samples.add_argument("--input_size", type=int, help="shortest side that images are resized to (default: --model's)")
     samples.add_argument("--sizes", help='growing sizes of samples over training, such as "0:256,0.5:384,0.8:512"')
     samples.add_argument("--inspect", type=int, default=0, metavar="N", help="draw samples of N images to samples.jpg")
@@ -123,7 +124,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 class Data(NamedTuple):
-    """What is trained and validated on; `name` and `hub_id` for the card, `report` for people."""
+    """What is trained and validated on; `name` and `hub_id` for the card, `report` for people; `most_segments` in one
+    training image, as far as they were counted."""
 
     train: Any
     validation: Any
@@ -132,6 +134,7 @@ class Data(NamedTuple):
     name: str
     report: str
     hub_id: str | None = None
+    most_segments: int = 0
 
 
 def open_data(args: argparse.Namespace, is_main_process: bool) -> Data:
@@ -160,7 +163,8 @@ def open_data(args: argparse.Namespace, is_main_process: bool) -> Data:
         validation = list(itertools.islice(validation, NUM_STREAMED))
     hub_id = None if Path(args.dataset).exists() else args.dataset
     name = hub_id or Path(args.dataset).resolve().name
-    return Data(found.train, validation, found.categories, found.task, name, str(found.report), hub_id)
+    most_segments = found.report.splits[0].most_segments
+    return Data(found.train, validation, found.categories, found.task, name, str(found.report), hub_id, most_segments)
 
 
 def num_images(data: Data) -> int | None:
@@ -178,7 +182,8 @@ def build(args: argparse.Namespace, data: Data) -> tuple[Any, Any, str]:
         ValueError, OSError: there is no such model, or it does not do.
     """
     if args.model is not None:
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, dtype=torch.float32)
+        sizes = {} if args.num_queries is None else {"num_queries": args.num_queries}
+        model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, dtype=torch.float32, **sizes)
         own = [name for _, name in sorted((int(label), name) for label, name in model.config.id2label.items())]
         if args.eval_only and own != [category["name"] for category in data.categories]:
             raise ValueError(
@@ -211,14 +216,16 @@ def to_size(shortest: int, longest: int | None = None) -> dict[str, int]:
 def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]]) -> tuple[Any, str]:
     """A model whose decoders have learnt nothing yet."""
     labels = {category["id"]: category["name"] for category in categories}
-    names = {"id2label": labels, "label2id": {name: label for label, name in labels.items()}}
+    names: dict[str, Any] = {"id2label": labels, "label2id": {name: label for label, name in labels.items()}}
     colors = [category.get("color") for category in categories]
     if all(colors):
         names["label_colors"] = [list(color) for color in colors]
+    if args.num_queries is not None:
+        names["num_queries"] = args.num_queries
     if args.config is None:
         return Mask2FormerForUniversalSegmentation.from_backbone(args.backbone, **names), f"backbone {args.backbone}"
-    settings = json.loads(args.config.read_text(encoding="utf-8"))
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**settings, **names))
+    settings = json.loads(args.config.read_text(encoding="utf-8")) | names
+    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**settings))
     if args.backbone is None:
         return model, f"from scratch, {args.config}"
     backbone = model.model.pixel_level_module.encoder
@@ -228,10 +235,19 @@ def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]])
     return model, f"{args.config}, backbone {args.backbone}"
 
 
-def prepare_for_training(model: Any, args: argparse.Namespace) -> list[str]:
-    """Freeze and wrap what is to be; what was done beyond what was asked for."""
+def prepare_for_training(model: Any, args: argparse.Namespace, most_segments: int = 0) -> list[str]:
+    """Freeze and wrap what is to be; what was done beyond what was asked for, and what may go wrong.
+
+    Args:
+        most_segments: most in one training image.
+    """
     encoder = model.model.pixel_level_module.encoder
     notes = []
+    if most_segments > model.config.num_queries:
+        notes.append(
+            f"warning: there are images with {most_segments} segments, but only {model.config.num_queries} queries to "
+            f"find them with: --num_queries {2 * most_segments} gives the model more, which start anew"
+        )
     is_pretrained = args.model is not None or args.backbone is not None
     if has_batch_norm(encoder) and not model.config.freeze_backbone_norm:
         few = f"{args.batch_size} images per process are too few for the statistics of the backbone's batch norms"
@@ -307,6 +323,10 @@ def choose_recipe(args: argparse.Namespace, data: Data, size: Mapping[str, Any] 
         recipe, reason = get_recipe(name), f"{name}, the original's for these classes"
     elif args.recipe == "plain" or (args.recipe is None and args.dataset == "shapes"):
         recipe, reason = plain_recipe(size), "plain: images at one size, mirrored or not"
+    elif args.recipe == "whole":
+        if args.sizes is not None:
+            raise ValueError("--sizes are sizes of crops, and --recipe whole cuts none: leave out one of them.")
+        recipe, reason = whole_recipe(size), "whole: images as at evaluation, neither cut nor mirrored"
     else:
         recipe, reason = (
             default_recipe(size),
@@ -325,11 +345,19 @@ def plain_recipe(size: Mapping[str, Any]) -> Recipe:
     return replace(recipe, shortest_edges=(shortest,), color_jitter=False, is_padded=False)
 
 
+def whole_recipe(size: Mapping[str, Any]) -> Recipe:
+    """Images exactly as at evaluation: to see whether a model can learn some images by heart."""
+    recipe = plain_recipe(size)
+    longest = recipe.evaluation_size[1]
+    return replace(recipe, crop_size=(longest, longest), longest_edge=longest, flip_probability=0.0)
+
+
 def make_plan(args: argparse.Namespace, data: Data, processor: Any, num_processes: int) -> Plan:
     """Everything that a run needs to know."""
     recipe, why = choose_recipe(args, data, None if args.model is None else processor.size)
     per_step = args.batch_size * args.gradient_accumulation_steps * num_processes
-    lines = [f"recipe {why}; samples of {recipe.crop_size[0]}x{recipe.crop_size[1]}"]
+    cut = "" if args.recipe == "whole" else f"; samples of {recipe.crop_size[0]}x{recipe.crop_size[1]}"
+    lines = [f"recipe {why}{cut}"]
     if args.sizes is not None:
         lines.append(f"sizes of samples over training: {args.sizes}")
     scaled = scale_learning_rate(per_step, recipe.learning_rate)

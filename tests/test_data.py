@@ -805,7 +805,8 @@ def test_the_report_says_what_is_there(tmp_path):
     assert "COCO instance annotations in" in text and "form='coco-panoptic'" in text
     assert "classes:   2 (2 things, 0 stuff)" in text
     assert "train images: 3 (1 without a segment)" in text
-    assert "segments: 3; crowds, which are ignored in training: 1" in text and "16..16 x 12..12" in text
+    assert "segments: 3, at most 2 in an image; crowds, which are ignored in training: 1" in text
+    assert "16..16 x 12..12" in text
 
 
 # --- bad input ---

@@ -469,6 +469,28 @@ def test_two_processes_equal_one(tmp_path, config):
         assert single == pytest.approx(double, rel=1e-4, abs=1e-5)
 
 
+# --- queries ---
+
+
+def test_more_queries_than_the_checkpoint_has(tmp_path, small_model, config, capsys):
+    """Too few for the segments of an image are warned of. New ones are learnt; everything else is the checkpoint's."""
+    folder = write_panoptic(tmp_path / "data")
+    most = max(len(open_dataset(folder).train.annotation(index)["segments_info"]) for index in range(3))
+    common = ["--dataset", folder, "--steps", 1]
+    for name, start in (("model", small_model), ("config", config)):
+        run(tmp_path / name, *common, f"--{name}", start, "--num_queries", most - 1)
+        told = capsys.readouterr().err
+        assert f"{most} segments" in told and f"--num_queries {2 * most}" in told
+        run(tmp_path / f"{name}-more", *common, f"--{name}", start, "--num_queries", 2 * most + 1)
+        assert "--num_queries" not in capsys.readouterr().err
+        saved = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / f"{name}-more" / "best")
+        assert saved.config.num_queries == 2 * most + 1
+    learnt, start = weights_of(tmp_path / "model-more"), load_file(small_model / "model.safetensors")
+    assert learnt.keys() == start.keys()
+    changed = {name for name in start if learnt[name].shape != start[name].shape}
+    assert {name.split(".")[-2] for name in changed} == {"queries_features", "queries_embedder"}
+
+
 # --- tasks ---
 
 
@@ -679,6 +701,7 @@ def test_data_and_models_that_do_not_do_are_refused_before_training(tmp_path, sm
         (other, ["--model", tmp_path / "no-model"], "no-model"),
         (instances, ["--model", small_model, "--eval_only"], "examples/evaluate.py finds them by name"),
         ("shapes", ["--config", config], "Give --steps"),
+        (other, ["--model", small_model, "--recipe", "whole", "--sizes", "0:32,0.5:64"], "--recipe whole"),
     ):
         arguments = ["--dataset", dataset, *more, "--output", tmp_path / "run"]
         assert message in refusal(capsys, *arguments), arguments
@@ -876,6 +899,29 @@ def test_plain_samples_are_what_the_processor_makes_of_an_image_mirrored_or_not(
         assert torch.equal(found["class_labels"][place], expected["class_labels"][int(is_mirrored)])
         mirrored.add(is_mirrored)
     assert mirrored == {True, False}
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 60)])
+def test_whole_samples_are_what_evaluation_sees(size):
+    """Images of either format, at the processor's size; nothing is random in them."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 3, (size[0] // 10, size[1] // 10)).repeat(10, axis=0).repeat(10, axis=1).astype(np.int32)
+    item = {
+        "image": Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)),
+        "segmentation_map": ids,
+        "segments_info": [{"id": 1, "category_id": 4, "iscrowd": 0}, {"id": 2, "category_id": 2, "iscrowd": 0}],
+        "image_id": 0,
+    }
+    processor = M2FImageProcessor(size={"shortest_edge": 96, "longest_edge": 128})
+    samples = TrainingStream([item], TrainingTransform(finetune_setup.whole_recipe(processor.size)), seed=1)
+    expected = processor(
+        item["image"], segmentation_maps=ids, segments_info=[item["segments_info"]], return_tensors="pt"
+    )
+    for position in range(6):
+        found = to_model_inputs(CollateSamples(processor)([samples[position]]))
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+        assert torch.equal(found["mask_labels"][0], expected["mask_labels"][0])
+        assert torch.equal(found["class_labels"][0], expected["class_labels"][0])
 
 
 def test_batches_are_the_samples_as_the_model_takes_them():

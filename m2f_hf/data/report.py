@@ -26,6 +26,7 @@ class SplitReport:
         sizes: (N, 2) int64, height and width in pixels of those.
         counts: (classes,) int64, segments of each class without crowds (instances of things); of all images if
             `counts_all`, else of those that were opened.
+        most_segments: most segments in one image, counted like those.
         num_crowds: segments that are crowds.
         num_empty: images without a segment.
     """
@@ -36,6 +37,7 @@ class SplitReport:
     sizes: np.ndarray
     counts: np.ndarray
     counts_all: bool
+    most_segments: int
     num_crowds: int
     num_empty: int
 
@@ -96,7 +98,8 @@ def _split_lines(split: SplitReport) -> list[str]:
         return lines
     scope = "" if split.counts_all else f" in the {split.num_opened} images opened"
     crowds = f"; crowds, which are ignored in training: {split.num_crowds}" if split.num_crowds else ""
-    lines.append(f"  segments{scope}: {int(split.counts.sum())}{crowds}")
+    most = f", at most {split.most_segments} in an image"
+    lines.append(f"  segments{scope}: {int(split.counts.sum())}{most}{crowds}")
     if split.num_opened < split.num_images:
         lines.append(f"  images and annotations opened to check them: {split.num_opened} (max_opened=None: all)")
     return lines
@@ -167,6 +170,7 @@ def inspect_split(
         sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
         counts=np.bincount(counted[:, 1], minlength=len(dataset.categories)),
         counts_all=counts_all,
+        most_segments=int(np.bincount(counted[:, 0]).max(initial=0)),
         num_crowds=int((segments[:, 2] == 1).sum()),
         num_empty=num_seen - len(np.unique(segments[:, 0])),
     )
@@ -216,6 +220,7 @@ def stream_report(dataset: StreamingDataset, name: str) -> SplitReport:
         sizes=np.zeros((0, 2), dtype=np.int64),
         counts=np.zeros(len(dataset.categories), dtype=np.int64),
         counts_all=False,
+        most_segments=0,
         num_crowds=0,
         num_empty=0,
     )
