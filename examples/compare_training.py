@@ -136,7 +136,7 @@ class Run:
         start = initial_weights(args.output, args.config, args.seed)
         self.model = IMPLEMENTATIONS[args.implementation].from_pretrained(start, dtype=torch.float32).train()
         groups = get_parameter_groups(self.model, args.learning_rate, args.weight_decay, args.backbone_multiplier)
-        self.optimizer = torch.optim.AdamW(groups)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.schedule = get_schedule(self.optimizer, "cosine", args.steps, args.warmup_steps)
         self.progress = Progress()
         self.parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}

@@ -211,7 +211,8 @@ def pairwise_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     With s the softplus, the cross-entropy is s(x) - x y: one product gives all pairs.
     """
-    return (sum_of_softplus(logits)[..., None] - logits @ labels.mT) / logits.shape[-1]
+    # The few labels first: several times faster than the same product the other way round.
+    return (sum_of_softplus(logits)[..., None] - (labels @ logits.mT).mT) / logits.shape[-1]
 
 
 def sum_of_softplus(values: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ def pairwise_dice(logits: Tensor, labels: Tensor) -> Tensor:
     """Dice loss over P points of each pair: (B, Q, P) logits, (B, N, P) labels in [0, 1] -> (B, Q, N)."""
     probabilities = logits.sigmoid()
     total = probabilities.sum(-1)[:, :, None] + labels.sum(-1)[:, None]
-    return 1 - (2 * (probabilities @ labels.mT) + 1) / (total + 1)
+    return 1 - (2 * (labels @ probabilities.mT).mT + 1) / (total + 1)
 
 
 def check_ranges(ranges: np.ndarray, num_labels: int) -> None:

@@ -19,7 +19,7 @@ from .backbone import load_backbone_weights, read_backbone_config
 from .chunking import pieces, works_in_pieces
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
 from .criterion import Mask2FormerLoss
-from .multi_scale_deformable_attention import GatherTable, multi_scale_deformable_attention
+from .multi_scale_deformable_attention import GatherTable, deformable_attention_at_offsets, points_in_maps
 from .padding import (
     PADDING_DIVISOR,
     BackbonePaddingHider,
@@ -296,8 +296,9 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
         samples = (self.num_heads, NUM_FEATURE_LEVELS, NUM_SAMPLING_POINTS)
         offsets = self.sampling_offsets(queries).unflatten(-1, (*samples, 2))  # in pixels of the level they read
         weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
-        locations = reference_points[:, None, None, None] + offsets / map_sizes[:, None]
-        output = multi_scale_deformable_attention(value, spatial_shapes, locations, weights.unflatten(-1, samples[1:]))
+        output = deformable_attention_at_offsets(
+            value, spatial_shapes, map_sizes, reference_points, offsets, weights.unflatten(-1, samples[1:])
+        )
         return self.output_proj(output)
 
     def project_values(self, hidden_states: Tensor, padding: Tensor | None) -> Tensor:
@@ -365,9 +366,7 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
         for states, positions, value, output in zip(hidden_states, position_embeddings, values, outputs, strict=True):
             table = GatherTable(value[None].to(reference_points.dtype), spatial_shapes, NUM_SAMPLING_POINTS)
             for piece in pieces(len(states), self.fc1.out_features):
-                # (n, 1, 2) x (L, 2) -> (n, L, 2), one position further in than in the map, and a pixel's middle
-                points = reference_points[piece, None] * map_sizes + 0.5
-                points = points[:, :, None].expand(-1, -1, NUM_SAMPLING_POINTS, -1).flatten(1)
+                points = points_in_maps(reference_points[piece], map_sizes, NUM_SAMPLING_POINTS)
                 rows = states[piece]
                 output[piece] = self._finish(rows + self.self_attn.read(rows + positions[piece], points, table))
         return outputs

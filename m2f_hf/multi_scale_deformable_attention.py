@@ -61,7 +61,43 @@ def multi_scale_deformable_attention(
     if not _gathers(value) or torch.compiler.is_exporting():
         return grid_sample_deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
     sizes = [side for shape in spatial_shapes for side in shape]
-    return _gather_deformable_attention(value, sizes, sampling_locations, attention_weights)
+    map_sizes = torch.tensor([shape[::-1] for shape in spatial_shapes], dtype=torch.float32)  # (L, 2), x first
+    coordinates = sampling_locations * map_sizes[:, None] + 0.5
+    return _gather_deformable_attention(value, sizes, coordinates, attention_weights)
+
+
+def deformable_attention_at_offsets(
+    value: Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    map_sizes: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """[`multi_scale_deformable_attention`] at offsets from each query's reference point, in pixels of their level.
+
+    Args:
+        value, spatial_shapes, attention_weights: as there.
+        map_sizes: (L, 2) float32, width and height of each level, on the device.
+        reference_points: (Q, 2), (x, y) in [0, 1] of any level.
+        offsets: (B, Q, M, L, P, 2).
+    """
+    if not _gathers(value) or torch.compiler.is_exporting():
+        locations = reference_points[:, None, None, None] + offsets / map_sizes[:, None]
+        return multi_scale_deformable_attention(value, spatial_shapes, locations, attention_weights)
+    sizes = [side for shape in spatial_shapes for side in shape]
+    points = points_in_maps(reference_points, map_sizes, num_points=offsets.shape[4])
+    coordinates = (offsets.flatten(3) + points[:, None]).view(offsets.shape)
+    return _gather_deformable_attention(value, sizes, coordinates, attention_weights)
+
+
+def points_in_maps(reference_points: Tensor, map_sizes: Tensor, num_points: int) -> Tensor:
+    """Where points lie in every level's map, as coordinates of [`GatherTable`], repeated for each sampling point.
+
+    (Q, 2) in [0, 1], (L, 2) -> (Q, L * P * 2).
+    """
+    points = reference_points[:, None] * map_sizes + 0.5  # (Q, L, 2)
+    return points[:, :, None].expand(-1, -1, num_points, -1).flatten(1)
 
 
 def _gathers(value: Tensor) -> bool:
@@ -154,10 +190,6 @@ class GatherTable:
         areas = [height * width for height, width in self.spatial_shapes]
         levels = maps.split(areas, dim=1)
         return [level.unflatten(1, shape) for level, shape in zip(levels, self.spatial_shapes, strict=True)]
-
-    def coordinates(self, locations: Tensor) -> Tensor:
-        """Locations in [0, 1] of a level from edge to edge, (n, M, L, P, 2) -> (n, M * L * P * 2)."""
-        return (locations.flatten(1).to(self.ends.dtype) * (self.ends - 1)).add_(0.5)
 
     def locate(self, coordinates: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates (n, M * L * P * 2), each query's image (n,) int32, None for the only one -> the row of the
@@ -281,75 +313,80 @@ def _working_dtype(value: Tensor) -> torch.dtype:
 
 @torch.library.custom_op(_free_name("gather_deformable_attention"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention(
-    value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+    value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
 ) -> Tensor:
+    """(B, S, M, D), (B, Q, M, L, P, 2) as in `GatherTable`, (B, Q, M, L, P) -> (B, Q, M * D)."""
     dtype = _working_dtype(value)
     batch, queries, heads, levels, points = attention_weights.shape
     output = value.new_empty(batch, queries, heads * value.shape[-1])
     for part in pieces(batch, max(value[0].numel(), 4 * attention_weights[0].numel())):
         table = GatherTable(value[part].to(dtype), _spatial_shapes(sizes), points)
         images = _images_of_queries(part, queries)
-        locations, weights = sampling_locations[part].flatten(0, 1), attention_weights[part].flatten(0, 1)
-        rows = output[part].view(len(locations), -1)
-        for piece in pieces(len(locations), heads * levels * points * 4):
-            rows[piece] = table.attend(
-                table.coordinates(locations[piece]),
-                weights[piece].to(dtype).flatten(2),
-                None if images is None else images[piece],
-            )
+        rows = output[part].flatten(0, 1)
+        places, weights = (
+            coordinates[part].reshape(len(rows), -1),
+            attention_weights[part].reshape(len(rows), heads, -1),
+        )
+        for piece in pieces(len(rows), heads * levels * points * 4):
+            of_piece = None if images is None else images[piece]
+            rows[piece] = table.attend(places[piece].to(dtype), weights[piece].to(dtype), of_piece)
     return output
 
 
 @_gather_deformable_attention.register_fake
-def _(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
+def _(value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor) -> Tensor:
+    return value.new_empty(value.shape[0], coordinates.shape[1], value.shape[2] * value.shape[3])
 
 
 @torch.library.custom_op(_free_name("gather_deformable_attention_backward"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention_backward(
-    grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+    grad: Tensor, value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and weights are computed again, so nothing of size queries x samples x 4 is kept between the passes."""
     dtype = _working_dtype(value)
-    value_grad, location_grad = torch.empty_like(value), sampling_locations.new_empty(sampling_locations.shape)
+    value_grad, place_grad = torch.empty_like(value), coordinates.new_empty(coordinates.shape)
     weight_grad = attention_weights.new_empty(attention_weights.shape)
     batch, queries, heads, levels, points = attention_weights.shape
     grad = grad.unflatten(2, (heads, -1)).to(dtype)
     for part in pieces(batch, max(value[0].numel(), 4 * attention_weights[0].numel())):
         table = GatherTable(value[part].to(dtype), _spatial_shapes(sizes), points)
         images = _images_of_queries(part, queries)
-        coordinates = table.coordinates(sampling_locations[part].flatten(0, 1))
-        weights = attention_weights[part].to(dtype).flatten(0, 1).flatten(2)
         of_output = grad[part].flatten(0, 1)
-        of_value = table.value_gradient(of_output, coordinates, weights, images)
+        places = coordinates[part].reshape(len(of_output), -1).to(dtype)
+        weights = attention_weights[part].reshape(len(of_output), heads, -1).to(dtype)
+        of_value = table.value_gradient(of_output, places, weights, images)
         value_grad[part] = of_value.view(value_grad[part].shape)
-        of_locations, of_weights = location_grad[part].view(coordinates.shape), weight_grad[part].view(weights.shape)
-        for piece in pieces(len(coordinates), heads * levels * points * 4):
-            slopes, of_weights[piece] = table.sample_gradients(
-                of_output[piece], coordinates[piece], weights[piece], None if images is None else images[piece]
+        of_places, of_weights = place_grad[part].view(places.shape), weight_grad[part].view(weights.shape)
+        for piece in pieces(len(places), heads * levels * points * 4):
+            of_piece = None if images is None else images[piece]
+            of_places[piece], of_weights[piece] = table.sample_gradients(
+                of_output[piece], places[piece], weights[piece], of_piece
             )
-            of_locations[piece] = slopes.mul_(table.ends - 1)
-    return value_grad, location_grad, weight_grad
+    return value_grad, place_grad, weight_grad
 
 
 @_gather_deformable_attention_backward.register_fake
 def _(
-    grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+    grad: Tensor, value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(value), torch.empty_like(sampling_locations), torch.empty_like(attention_weights)
+    return (
+        torch.empty_like(value),
+        coordinates.new_empty(coordinates.shape),
+        attention_weights.new_empty(attention_weights.shape),
+    )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    value, ctx.sizes, sampling_locations, attention_weights = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
+    value, ctx.sizes, coordinates, attention_weights = inputs
+    ctx.save_for_backward(value, coordinates, attention_weights)
 
 
 def _backward(ctx, grad):
-    value, sampling_locations, attention_weights = ctx.saved_tensors
-    value_grad, location_grad, weight_grad = _gather_deformable_attention_backward(
-        grad, value, ctx.sizes, sampling_locations, attention_weights
+    value, coordinates, attention_weights = ctx.saved_tensors
+    value_grad, place_grad, weight_grad = _gather_deformable_attention_backward(
+        grad, value, ctx.sizes, coordinates, attention_weights
     )
-    return value_grad, None, location_grad, weight_grad
+    return value_grad, None, place_grad, weight_grad
 
 
 _gather_deformable_attention.register_autograd(_backward, setup_context=_save_for_backward)
