@@ -1,13 +1,26 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equation 3): reference form and CPU form.
 
 Bilinear sampling times attention weight is a weighted sum of rows of the value table: levels x points x 4 corners rows
-for every query and head. On the CPU that sum is one `embedding_bag`, in chunks that stay in the cache. The readable
-`grid_sample` form says the same, serves every other device, and is what `torch.export` sees.
+for every query and head. On the CPU that sum is one `embedding_bag`, in chunks that stay in the cache; on GPUs it is a
+Triton kernel, in a file of its own. The readable `grid_sample` form says the same, serves where neither does, and is
+what `torch.export` sees. The environment variable `M2F_HF_DEFORMABLE_ATTENTION`, read on import, makes a form serve
+everywhere else.
 """
+
+import os
 
 import torch
 from torch import Tensor, nn
 
+from .operator_registration import empty_gradients, free_name, register_deformable_attention
+from .triton_deformable_attention import IS_AVAILABLE, serves, triton_deformable_attention, works_on_gpu
+
+
+_VARIABLE = "M2F_HF_DEFORMABLE_ATTENTION"
+_FORMS = ("auto", "triton", "gather", "grid_sample")
+_FORM = os.environ.get(_VARIABLE) or "auto"
+if _FORM not in _FORMS:
+    raise ValueError(f"The environment variable {_VARIABLE}={_FORM!r} must be one of {', '.join(_FORMS)}.")
 
 # Heads of this width gather. Narrower ones do where their maps, positions x width, hold this many numbers or more: in
 # smaller maps `grid_sample` finds its reads in the cache, while the gather has a fixed cost for every row, and its
@@ -18,20 +31,6 @@ _GATHER_FROM_SIZE_WITH_GRADIENTS = 1 << 16
 
 # Rows of (index, weight) handled at once; at 8 bytes a row this stays inside a core's second-level cache.
 _ROWS_PER_CHUNK = 1 << 17
-
-
-def _free_name(name: str) -> str:
-    """The name of an operator, with a number behind it where there is one of this name.
-
-    Operators are known to the whole process, and a copy of this file that travels with a checkpoint may be loaded
-    beside the package, or one file twice. Registered under one name, the operator loaded last would compute for all,
-    and the earlier ones would read memory that is no longer theirs.
-    """
-    candidate, number = name, 1
-    while hasattr(torch.ops.m2f_hf, candidate):
-        number += 1
-        candidate = f"{name}_{number}"
-    return f"m2f_hf::{candidate}"
 
 
 def multi_scale_deformable_attention(
@@ -52,17 +51,36 @@ def multi_scale_deformable_attention(
         (B, Q, M * D) in the dtype of `value`.
 
     Raises:
-        ValueError: the shapes do not agree.
+        ValueError: the shapes do not agree, or the form that `M2F_HF_DEFORMABLE_ATTENTION` asks for doesn't serve the
+            device of `value`.
     """
     if sum(height * width for height, width in spatial_shapes) != value.shape[1]:
         raise ValueError(
             f"`spatial_shapes` {list(spatial_shapes)} have {sum(h * w for h, w in spatial_shapes)} positions together, "
             f"but `value` has {value.shape[1]}."
         )
-    if not _gathers(value) or torch.compiler.is_exporting():
+    form = _form_for(value)
+    if form == "grid_sample":
         return grid_sample_deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
     sizes = [side for shape in spatial_shapes for side in shape]
-    return _gather_deformable_attention(value, sizes, sampling_locations, attention_weights)
+    operator = triton_deformable_attention if form == "triton" else _gather_deformable_attention
+    return operator(value, sizes, sampling_locations, attention_weights)
+
+
+def _form_for(value: Tensor) -> str:
+    """The form that the environment asks for, or else the fastest: the names of `_FORMS`."""
+    if torch.compiler.is_exporting():
+        return "grid_sample"
+    if _FORM == "auto":
+        if value.device.type == "cuda" and works_on_gpu(value.device.index):
+            return "triton"
+        return "gather" if _gathers(value) else "grid_sample"
+    if _FORM == "triton" and not serves(value.device):
+        needs = "a GPU" if IS_AVAILABLE else "Triton, which is not installed"
+        raise ValueError(f"{_VARIABLE}=triton needs {needs}, but `value` is on {value.device.type!r}.")
+    if _FORM == "gather" and value.device.type != "cpu":
+        raise ValueError(f"{_VARIABLE}=gather needs a CPU, but `value` is on {value.device.type!r}.")
+    return _FORM
 
 
 def _gathers(value: Tensor) -> bool:
@@ -201,7 +219,7 @@ def _working_dtype(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
 
 
-@torch.library.custom_op(_free_name("gather_deformable_attention"), mutates_args=(), device_types="cpu")
+@torch.library.custom_op(free_name("gather_deformable_attention"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention(
     value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -222,12 +240,7 @@ def _gather_deformable_attention(
     return output.flatten(2)
 
 
-@_gather_deformable_attention.register_fake
-def _(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
-
-
-@torch.library.custom_op(_free_name("gather_deformable_attention_backward"), mutates_args=(), device_types="cpu")
+@torch.library.custom_op(free_name("gather_deformable_attention_backward"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention_backward(
     grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,8 +250,7 @@ def _gather_deformable_attention_backward(
     gradient as the table. That is several times faster than scattering.
     """
     dtype = _working_dtype(value)
-    value_grad, location_grad = torch.empty_like(value), torch.empty_like(sampling_locations)
-    weight_grad = torch.empty_like(attention_weights)
+    value_grad, location_grad, weight_grad = empty_gradients(value, sampling_locations, attention_weights)
     heads = attention_weights.shape[2]
     grad = grad.unflatten(2, (heads, -1)).to(dtype)
     for image in range(len(value)):
@@ -268,24 +280,4 @@ def _gather_deformable_attention_backward(
     return value_grad, location_grad, weight_grad
 
 
-@_gather_deformable_attention_backward.register_fake
-def _(
-    grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(value), torch.empty_like(sampling_locations), torch.empty_like(attention_weights)
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    value, ctx.sizes, sampling_locations, attention_weights = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
-
-
-def _backward(ctx, grad):
-    value, sampling_locations, attention_weights = ctx.saved_tensors
-    value_grad, location_grad, weight_grad = _gather_deformable_attention_backward(
-        grad, value, ctx.sizes, sampling_locations, attention_weights
-    )
-    return value_grad, None, location_grad, weight_grad
-
-
-_gather_deformable_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_deformable_attention(_gather_deformable_attention, _gather_deformable_attention_backward)
