@@ -19,7 +19,12 @@ from .backbone import load_backbone_weights, read_backbone_config
 from .chunking import pieces, works_in_pieces
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
 from .criterion import Mask2FormerLoss
-from .multi_scale_deformable_attention import GatherTable, deformable_attention_at_offsets, points_in_maps
+from .multi_scale_deformable_attention import (
+    GatherTable,
+    deformable_attention_at_offsets,
+    form_for,
+    points_in_maps,
+)
 from .padding import (
     PADDING_DIVISOR,
     BackbonePaddingHider,
@@ -336,7 +341,7 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
         spatial_shapes: list[tuple[int, int]],
         padding: Tensor | None,
     ) -> Tensor:
-        if works_in_pieces(hidden_states) and not self.training:
+        if works_in_pieces(hidden_states) and not self.training and form_for(hidden_states) == "gather":
             return self._forward_in_pieces(
                 hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
             )
@@ -919,7 +924,7 @@ class Mask2FormerTransformerModule(nn.Module):
             level_features.append(shrink(mask_features.detach(), size).flatten(2))
             paddings.append(None if padding is None else padding.flatten(1))
         return self.decoder(
-            self.queries_features.weight.expand(len(mask_features), -1, -1),
+            self.queries_features.weight.expand(mask_features.shape[0], -1, -1),
             self.queries_embedder.weight,
             sources,
             encodings,

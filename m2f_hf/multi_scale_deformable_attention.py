@@ -1,36 +1,34 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equation 3): reference form and CPU form.
 
 Bilinear sampling times attention weight is a weighted sum of rows of the value table: levels x points x 4 corners rows
-for every query and head. On the CPU that sum is one `embedding_bag`, in pieces that stay in the cache. The readable
-`grid_sample` form says the same, serves every other device, and is what `torch.export` sees.
+for every query and head. On the CPU that sum is one `embedding_bag`, in pieces that stay in the cache; on GPUs it is a
+Triton kernel, in a file of its own. The readable `grid_sample` form says the same, serves where neither does, and is
+what `torch.export` sees. The environment variable `M2F_HF_DEFORMABLE_ATTENTION`, read on import, makes a form serve
+everywhere else.
 """
 
+import os
 import warnings
 
 import torch
 from torch import Tensor, nn
 
 from .chunking import pieces
+from .operator_registration import empty_gradients, free_name, register_deformable_attention
+from .triton_deformable_attention import IS_AVAILABLE, serves, triton_deformable_attention, works_on_gpu
+
+
+_VARIABLE = "M2F_HF_DEFORMABLE_ATTENTION"
+_FORMS = ("auto", "triton", "gather", "grid_sample")
+_FORM = os.environ.get(_VARIABLE) or "auto"
+if _FORM not in _FORMS:
+    raise ValueError(f"The environment variable {_VARIABLE}={_FORM!r} must be one of {', '.join(_FORMS)}.")
 
 
 # Heads of this width gather. With gradients, narrower ones do where their maps, positions x width, hold this many
 # numbers or more: in smaller maps `grid_sample` finds its reads in the cache, while a gathered row has a fixed cost.
 _GATHER_FROM_WIDTH = 16
 _GATHER_FROM_SIZE_WITH_GRADIENTS = 1 << 13
-
-
-def _free_name(name: str) -> str:
-    """The name of an operator, with a number behind it where there is one of this name.
-
-    Operators are known to the whole process, and a copy of this file that travels with a checkpoint may be loaded
-    beside the package, or one file twice. Registered under one name, the operator loaded last would compute for all,
-    and the earlier ones would read memory that is no longer theirs.
-    """
-    candidate, number = name, 1
-    while hasattr(torch.ops.m2f_hf, candidate):
-        number += 1
-        candidate = f"{name}_{number}"
-    return f"m2f_hf::{candidate}"
 
 
 def multi_scale_deformable_attention(
@@ -51,16 +49,20 @@ def multi_scale_deformable_attention(
         (B, Q, M * D) in the dtype of `value`.
 
     Raises:
-        ValueError: the shapes do not agree.
+        ValueError: the shapes do not agree, or the form that `M2F_HF_DEFORMABLE_ATTENTION` asks for doesn't serve the
+            device of `value`.
     """
     if sum(height * width for height, width in spatial_shapes) != value.shape[1]:
         raise ValueError(
             f"`spatial_shapes` {list(spatial_shapes)} have {sum(h * w for h, w in spatial_shapes)} positions together, "
             f"but `value` has {value.shape[1]}."
         )
-    if not _gathers(value) or torch.compiler.is_exporting():
+    form = form_for(value)
+    if form == "grid_sample":
         return grid_sample_deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
     sizes = [side for shape in spatial_shapes for side in shape]
+    if form == "triton":
+        return triton_deformable_attention(value, sizes, sampling_locations, attention_weights)
     map_sizes = torch.tensor([shape[::-1] for shape in spatial_shapes], dtype=torch.float32)  # (L, 2), x first
     coordinates = sampling_locations * map_sizes[:, None] + 0.5
     return _gather_deformable_attention(value, sizes, coordinates, attention_weights)
@@ -82,7 +84,7 @@ def deformable_attention_at_offsets(
         reference_points: (Q, 2), (x, y) in [0, 1] of any level.
         offsets: (B, Q, M, L, P, 2).
     """
-    if not _gathers(value) or torch.compiler.is_exporting():
+    if form_for(value) != "gather":
         locations = reference_points[:, None, None, None] + offsets / map_sizes[:, None]
         return multi_scale_deformable_attention(value, spatial_shapes, locations, attention_weights)
     sizes = [side for shape in spatial_shapes for side in shape]
@@ -100,13 +102,30 @@ def points_in_maps(reference_points: Tensor, map_sizes: Tensor, num_points: int)
     return points[:, :, None].expand(-1, -1, num_points, -1).flatten(1)
 
 
+def form_for(value: Tensor) -> str:
+    """The form that the environment asks for, or else the fastest: the names of `_FORMS`."""
+    if torch.compiler.is_exporting():
+        return "grid_sample"
+    if _FORM == "auto":
+        if value.device.type == "cuda" and works_on_gpu(value.device.index):
+            return "triton"
+        return "gather" if _gathers(value) else "grid_sample"
+    if _FORM == "triton" and not serves(value.device):
+        needs = "a GPU" if IS_AVAILABLE else "Triton, which is not installed"
+        raise ValueError(f"{_VARIABLE}=triton needs {needs}, but `value` is on {value.device.type!r}.")
+    if _FORM == "gather" and value.device.type != "cpu":
+        raise ValueError(f"{_VARIABLE}=gather needs a CPU, but `value` is on {value.device.type!r}.")
+    return _FORM
+
+
 def _gathers(value: Tensor) -> bool:
     """Whether the gather form serves this device and is the faster one for these maps."""
     if value.device.type != "cpu":
         return False
+    if not (torch.is_grad_enabled() and value.requires_grad):
+        return True
     _, positions, _, width = value.shape
-    has_gradients = torch.is_grad_enabled() and value.requires_grad
-    return not has_gradients or width >= _GATHER_FROM_WIDTH or positions * width >= _GATHER_FROM_SIZE_WITH_GRADIENTS
+    return width >= _GATHER_FROM_WIDTH or positions * width >= _GATHER_FROM_SIZE_WITH_GRADIENTS
 
 
 def grid_sample_deformable_attention(
@@ -311,7 +330,7 @@ def _working_dtype(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
 
 
-@torch.library.custom_op(_free_name("gather_deformable_attention"), mutates_args=(), device_types="cpu")
+@torch.library.custom_op(free_name("gather_deformable_attention"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention(
     value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -333,19 +352,13 @@ def _gather_deformable_attention(
     return output
 
 
-@_gather_deformable_attention.register_fake
-def _(value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], coordinates.shape[1], value.shape[2] * value.shape[3])
-
-
-@torch.library.custom_op(_free_name("gather_deformable_attention_backward"), mutates_args=(), device_types="cpu")
+@torch.library.custom_op(free_name("gather_deformable_attention_backward"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention_backward(
     grad: Tensor, value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and weights are computed again, so nothing of size queries x samples x 4 is kept between the passes."""
     dtype = _working_dtype(value)
-    value_grad, place_grad = torch.empty_like(value), coordinates.new_empty(coordinates.shape)
-    weight_grad = attention_weights.new_empty(attention_weights.shape)
+    value_grad, place_grad, weight_grad = empty_gradients(value, coordinates, attention_weights)
     batch, queries, heads, levels, points = attention_weights.shape
     grad = grad.unflatten(2, (heads, -1)).to(dtype)
     for part in pieces(batch, max(value[0].numel(), 4 * attention_weights[0].numel())):
@@ -365,28 +378,4 @@ def _gather_deformable_attention_backward(
     return value_grad, place_grad, weight_grad
 
 
-@_gather_deformable_attention_backward.register_fake
-def _(
-    grad: Tensor, value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(value),
-        coordinates.new_empty(coordinates.shape),
-        attention_weights.new_empty(attention_weights.shape),
-    )
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    value, ctx.sizes, coordinates, attention_weights = inputs
-    ctx.save_for_backward(value, coordinates, attention_weights)
-
-
-def _backward(ctx, grad):
-    value, coordinates, attention_weights = ctx.saved_tensors
-    value_grad, place_grad, weight_grad = _gather_deformable_attention_backward(
-        grad, value, ctx.sizes, coordinates, attention_weights
-    )
-    return value_grad, None, place_grad, weight_grad
-
-
-_gather_deformable_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_deformable_attention(_gather_deformable_attention, _gather_deformable_attention_backward)

@@ -317,8 +317,8 @@ def test_exported_it_is_plain_operators():
 # Copies of the file, as they travel with checkpoints
 
 
-def load_copy(path, name="m2f_hf.copy_of_multi_scale_deformable_attention"):
-    """A second module from the file; what it imports from its folder is the package's."""
+def load_copy(path, name="m2f_hf.copy_that_came_with_a_checkpoint"):
+    """The file as another module, which finds the files beside it where the package has them."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
