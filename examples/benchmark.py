@@ -446,11 +446,10 @@ def check_bf16(setup: Setup) -> list[Check]:
         with imposed_decisions(ours, decisions):
             actual = ours(pixel_values)
     checks = []
-    for name in ("class_queries_logits", "masks_queries_logits"):
+    note = "relative norm, against float32; with the same attention masks"
+    for kind, name in (("class", "class_queries_logits"), ("mask", "masks_queries_logits")):
         difference = (actual[name].float() - expected[name]).norm() / expected[name].norm()
-        what = f"forward in bf16: {name.partition('_')[0]} logits"
-        note = "relative norm, against float32; with the same attention masks"
-        checks.append(Check(what, difference.item(), BF16_TOLERANCE, note))
+        checks.append(Check(f"forward in bf16: {kind} logits", difference.item(), BF16_TOLERANCE, note))
     return checks
 
 
@@ -833,10 +832,13 @@ def limit_memory(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
+def says_out_of_memory(message: str) -> bool:
+    """PyTorch, NumPy, oneDNN and C++ have words of their own for it."""
+    return bool(re.search(r"allocate|bad_alloc|out of memory|could not create a (primitive|memory)", message))
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch, NumPy, oneDNN or Python says so: each with words of its own."""
-    words = r"allocate|bad_alloc|out of memory|could not create a (primitive|memory)"
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_out_of_memory(str(error)))
 
 
 def ask_fresh_process(what: str, request: dict[str, Any], limit: int | None) -> Any:
@@ -852,7 +854,8 @@ def ask_fresh_process(what: str, request: dict[str, Any], limit: int | None) -> 
     limit = limit if available is None else available * 9 // 10
     command = [sys.executable, str(Path(__file__).resolve()), "--request", json.dumps(request | {"limit": limit})]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode == -signal.SIGKILL:  # by the kernel, if its memory came to an end before ours
+    # Killed by the kernel, whose memory came to an end before the limit, or stopped where nothing could be raised.
+    if result.returncode == -signal.SIGKILL or (result.returncode < 0 and says_out_of_memory(result.stderr[-2000:])):
         return OutOfMemory(limit)
     if result.returncode != 0:
         raise RuntimeError(f"{what} failed:\n{result.stderr[-2000:]}")

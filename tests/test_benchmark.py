@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -304,6 +305,16 @@ def test_a_product_that_is_not_counted_is_named():
     assert products == Products(0, ["benchmark_test.hidden"])
 
 
+def test_operations_are_those_that_pytorch_counts(setup):
+    """Its counter knows attention written out, and fails for our model's modules alone."""
+    model = THEIRS.model_class.from_pretrained(setup.weights, attn_implementation="eager")
+    pixel_values = setup.pixel_values()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(pixel_values)
+    counted = benchmark.count_products(benchmark.prepare_forward(THEIRS, setup))
+    assert counted == Products(counter.get_total_flops(), [])
+
+
 def test_both_models_multiply_about_as_much(setup):
     """What is left out (masks nobody reads) or added (resized features) is small beside the layers."""
     runs = [benchmark.prepare_forward(implementation, setup) for implementation in (THEIRS, OURS)]
@@ -433,10 +444,14 @@ def test_processes_have_a_limit_and_say_so(setup, repository, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no signals to be killed by")
 def test_a_killed_process_had_too_little_memory(setup, monkeypatch, tmp_path):
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nkill -9 $$\n")
-    python.chmod(0o755)
+    python.touch(0o755)
     monkeypatch.setattr(benchmark.sys, "executable", str(python))
-    assert benchmark.measure_in_fresh_process("m2f_hf", "forward", setup, 1, limit=5) == OutOfMemory(5)
+    for end in ("kill -9 $$", "echo std::bad_alloc >&2; kill -6 $$"):
+        python.write_text(f"#!/bin/sh\n{end}\n")
+        assert benchmark.measure_in_fresh_process("m2f_hf", "forward", setup, 1, limit=5) == OutOfMemory(5)
+    python.write_text("#!/bin/sh\nkill -11 $$\n")
+    with pytest.raises(RuntimeError, match="memory of m2f_hf's forward failed"):
+        benchmark.measure_in_fresh_process("m2f_hf", "forward", setup, 1, limit=5)
 
 
 def test_other_errors_are_no_lack_of_memory():
