@@ -131,7 +131,7 @@ class Training:
         model.to(accelerator.device)
         recipe = plan.recipe
         groups = get_parameter_groups(model, plan.learning_rate, recipe.weight_decay, recipe.backbone_multiplier)
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = torch.optim.AdamW(groups, fused=True)
         self.schedule = get_schedule(
             optimizer,
             recipe.schedule,

@@ -1,6 +1,6 @@
 """Losses of Mask2Former: classes of all queries, masks of the matched ones at sampled points (section 3.3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .matcher import Mask2FormerHungarianMatcher, Matching, Targets, pack_targets
-from .point_sampling import draw_uniform_points, sample_masks, sample_points, select_uncertain_points
+from .point_sampling import (
+    draw_uniform_points,
+    sample_masks,
+    sample_points,
+    select_uncertain_points,
+    spread_to_maps,
+)
+
+
+_LOGITS_AT_ONCE = 1 << 23  # of matched masks, 32 MB
 
 
 class Mask2FormerLoss(nn.Module):
@@ -24,7 +33,7 @@ class Mask2FormerLoss(nn.Module):
     losses is the loss of their batches put together, and every process must call the criterion. (The original averages
     the former only; for one process there is no difference.)
 
-    Memory: mask logits are written down for matched queries only, one output at a time, and none is kept for the
+    Memory: mask logits are written down for matched queries only, a few outputs at a time, and none is kept for the
     backward pass. On the way to the loss the device is read once, for the matching costs.
 
     Args:
@@ -125,21 +134,41 @@ class Mask2FormerLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Binary cross-entropies and dice losses at points, summed over the matched masks: two of (L,)."""
         images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
-        # Unbound once: the gradients of all outputs add up image by image before they are put together.
-        features_by_image = mask_features.unbind()
-        mask_losses, dice_losses = [], []
-        for layer, embeddings in enumerate(mask_embeddings):
-            matched = embeddings[matching.images, matching.queries[layer]].split(matching.counts)
-            # (M_i, C) x (C, H, W) -> (M_i, H, W), of all images -> (M, 1, H, W)
-            logits = torch.cat(
-                [torch.einsum("mc,chw->mhw", *pair) for pair in zip(matched, features_by_image, strict=True)]
-            ).unsqueeze(1)
-            points = self.select_points(logits, layer, images)
-            point_logits = sample_points(logits, points).squeeze(1)  # (M, P)
-            point_labels = sample_masks(targets.masks, matching.targets[layer], points)
-            mask_losses.append(sigmoid_cross_entropy(point_logits, point_labels).sum())
-            dice_losses.append(dice(point_logits, point_labels).sum())
-        return torch.stack(mask_losses), torch.stack(dice_losses)
+        layers = torch.arange(len(mask_embeddings), device=mask_features.device)[
+            :, None
+        ]  # (L, 1), broadcast with (L, M)
+        matched = mask_embeddings[layers, matching.images, matching.queries]  # (L, M, C)
+        point_logits, points = MatchedMasksAtPoints.apply(
+            mask_features, matched, matching.counts, lambda logits, layer: self.select_points(logits, layer, images)
+        )
+        point_labels = self.sample_targets(targets, matching, points)
+        # Output by output, so that what is written down on the way is small.
+        pairs = list(zip(point_logits, point_labels, strict=True))
+        return (
+            torch.stack([sigmoid_cross_entropy(*pair).sum() for pair in pairs]),
+            torch.stack([dice(*pair).sum() for pair in pairs]),
+        )
+
+    @staticmethod
+    def sample_targets(targets: Targets, matching: Matching, points: Tensor) -> Tensor:
+        """The matched targets at the points of their queries: (L, M, P, 2) -> (L, M, P).
+
+        Each target is read once, at the points of all outputs, as reading turns it into floats.
+        """
+        num_layers, num_matched, num_points, _ = points.shape
+        labels = points.new_empty(num_layers, num_matched, num_points)
+        layers = torch.arange(num_layers, device=points.device)[:, None]
+        first_target = first_pair = 0
+        for masks, count in zip(targets.masks, matching.counts, strict=True):
+            pairs = slice(first_pair, first_pair + count)
+            of_pairs = matching.targets[:, pairs] - first_target  # (L, M')
+            # More targets than queries: some have no pair in some output, and are read at any point.
+            by_target = points.new_zeros(len(masks), num_layers, num_points, 2)
+            by_target[of_pairs, layers] = points[:, pairs]
+            sampled = sample_masks(masks, by_target.flatten(1, 2)).unflatten(1, (num_layers, num_points))
+            labels[:, pairs] = sampled[of_pairs, layers]
+            first_target, first_pair = first_target + len(masks), first_pair + count
+        return labels
 
     @torch.no_grad()
     def select_points(self, logits: Tensor, layer: int, images: Sequence[int]) -> Tensor:
@@ -147,6 +176,80 @@ class Mask2FormerLoss(nn.Module):
         candidates = self.draw_points("candidates", layer, images, self.num_candidates, logits.device)
         random = self.draw_points("random", layer, images, self.num_random, logits.device)
         return select_uncertain_points(logits, candidates, random, self.num_uncertain)
+
+
+class MatchedMasksAtPoints(torch.autograd.Function):
+    """Mask logits of matched queries at points that are chosen by them, of all outputs of the decoder.
+
+    The masks are written down for a few outputs at a time, and for these in one product with the features. What is kept
+    are the points: sampling is linear in the masks, so its gradient needs no mask, and those to embeddings and features
+    are products again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mask_features: Tensor,
+        embeddings: Tensor,
+        counts: Sequence[int],
+        choose: Callable[[Tensor, int], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            mask_features: (B, C, H, W) float32.
+            embeddings: (L, M, C) float32, of the matched queries, image after image.
+            counts: how many of the M belong to each image.
+            choose: makes (M, P, 2) points of an output's (M, 1, H, W) logits and its number.
+
+        Returns:
+            (L, M, P) logits and their points (L, M, P, 2).
+        """
+        point_logits, points = [], []
+        for part in outputs_at_once(mask_features, embeddings):
+            # (L' * M', C) x (C, H * W), of all images -> (L', M, H, W)
+            logits = torch.cat(
+                [
+                    (of_image.flatten(0, 1) @ features.flatten(1)).view(*of_image.shape[:2], *features.shape[1:])
+                    for of_image, features in zip(embeddings[part].split(counts, 1), mask_features, strict=True)
+                ],
+                dim=1,
+            )
+            for layer, of_layer in enumerate(logits[:, :, None], start=part.start):
+                points.append(choose(of_layer, layer))
+                point_logits.append(sample_points(of_layer, points[-1])[:, 0])
+        chosen = torch.stack(points)
+        ctx.save_for_backward(mask_features, embeddings, chosen)
+        ctx.counts = counts
+        ctx.mark_non_differentiable(chosen)
+        return torch.stack(point_logits), chosen
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
+        mask_features, embeddings, points = ctx.saved_tensors
+        features_grad, embeddings_grad = torch.zeros_like(mask_features), torch.empty_like(embeddings)
+        size = mask_features.shape[2:]
+        for part in outputs_at_once(mask_features, embeddings):
+            masks_grad = spread_to_maps(
+                grad[part].flatten(0, 1)[:, None], points[part].flatten(0, 1), (grad[part].shape[:2].numel(), 1, *size)
+            ).view(*grad[part].shape[:2], size.numel())  # (L', M, H * W)
+            first = 0
+            for image, count in enumerate(ctx.counts):
+                of_image = masks_grad[:, first : first + count].flatten(0, 1)
+                rows = embeddings[part, first : first + count]
+                features = mask_features[image].flatten(1)
+                embeddings_grad[part, first : first + count] = (of_image @ features.T).view(rows.shape)
+                features_grad[image].flatten(1).addmm_(rows.flatten(0, 1).T, of_image)
+                first += count
+        return features_grad, embeddings_grad, None, None
+
+
+def outputs_at_once(mask_features: Tensor, embeddings: Tensor) -> Iterator[slice]:
+    """Cut the L outputs so that the matched masks of each piece have about `_LOGITS_AT_ONCE` pixels."""
+    num_layers, num_matched, _ = embeddings.shape
+    step = max(1, _LOGITS_AT_ONCE // max(1, num_matched * mask_features.shape[2:].numel()))
+    for start in range(0, num_layers, step):
+        yield slice(start, min(start + step, num_layers))
 
 
 def sigmoid_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

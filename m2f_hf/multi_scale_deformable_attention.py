@@ -1,23 +1,22 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equation 3): reference form and CPU form.
 
 Bilinear sampling times attention weight is a weighted sum of rows of the value table: levels x points x 4 corners rows
-for every query and head. On the CPU that sum is one `embedding_bag`, in chunks that stay in the cache. The readable
+for every query and head. On the CPU that sum is one `embedding_bag`, in pieces that stay in the cache. The readable
 `grid_sample` form says the same, serves every other device, and is what `torch.export` sees.
 """
+
+import warnings
 
 import torch
 from torch import Tensor, nn
 
+from .chunking import pieces
 
-# Heads of this width gather. Narrower ones do where their maps, positions x width, hold this many numbers or more: in
-# smaller maps `grid_sample` finds its reads in the cache, while the gather has a fixed cost for every row, and its
-# backward pass sorts them.
-_GATHER_FROM_WIDTH = 32
-_GATHER_FROM_SIZE = 1 << 14
-_GATHER_FROM_SIZE_WITH_GRADIENTS = 1 << 16
 
-# Rows of (index, weight) handled at once; at 8 bytes a row this stays inside a core's second-level cache.
-_ROWS_PER_CHUNK = 1 << 17
+# Heads of this width gather. With gradients, narrower ones do where their maps, positions x width, hold this many
+# numbers or more: in smaller maps `grid_sample` finds its reads in the cache, while a gathered row has a fixed cost.
+_GATHER_FROM_WIDTH = 16
+_GATHER_FROM_SIZE_WITH_GRADIENTS = 1 << 13
 
 
 def _free_name(name: str) -> str:
@@ -62,7 +61,43 @@ def multi_scale_deformable_attention(
     if not _gathers(value) or torch.compiler.is_exporting():
         return grid_sample_deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
     sizes = [side for shape in spatial_shapes for side in shape]
-    return _gather_deformable_attention(value, sizes, sampling_locations, attention_weights)
+    map_sizes = torch.tensor([shape[::-1] for shape in spatial_shapes], dtype=torch.float32)  # (L, 2), x first
+    coordinates = sampling_locations * map_sizes[:, None] + 0.5
+    return _gather_deformable_attention(value, sizes, coordinates, attention_weights)
+
+
+def deformable_attention_at_offsets(
+    value: Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    map_sizes: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """[`multi_scale_deformable_attention`] at offsets from each query's reference point, in pixels of their level.
+
+    Args:
+        value, spatial_shapes, attention_weights: as there.
+        map_sizes: (L, 2) float32, width and height of each level, on the device.
+        reference_points: (Q, 2), (x, y) in [0, 1] of any level.
+        offsets: (B, Q, M, L, P, 2).
+    """
+    if not _gathers(value) or torch.compiler.is_exporting():
+        locations = reference_points[:, None, None, None] + offsets / map_sizes[:, None]
+        return multi_scale_deformable_attention(value, spatial_shapes, locations, attention_weights)
+    sizes = [side for shape in spatial_shapes for side in shape]
+    points = points_in_maps(reference_points, map_sizes, num_points=offsets.shape[4])
+    coordinates = (offsets.flatten(3) + points[:, None]).view(offsets.shape)
+    return _gather_deformable_attention(value, sizes, coordinates, attention_weights)
+
+
+def points_in_maps(reference_points: Tensor, map_sizes: Tensor, num_points: int) -> Tensor:
+    """Where points lie in every level's map, as coordinates of [`GatherTable`], repeated for each sampling point.
+
+    (Q, 2) in [0, 1], (L, 2) -> (Q, L * P * 2).
+    """
+    points = reference_points[:, None] * map_sizes + 0.5  # (Q, L, 2)
+    return points[:, :, None].expand(-1, -1, num_points, -1).flatten(1)
 
 
 def _gathers(value: Tensor) -> bool:
@@ -71,8 +106,7 @@ def _gathers(value: Tensor) -> bool:
         return False
     _, positions, _, width = value.shape
     has_gradients = torch.is_grad_enabled() and value.requires_grad
-    least = _GATHER_FROM_SIZE_WITH_GRADIENTS if has_gradients else _GATHER_FROM_SIZE
-    return width >= _GATHER_FROM_WIDTH or positions * width >= least
+    return not has_gradients or width >= _GATHER_FROM_WIDTH or positions * width >= _GATHER_FROM_SIZE_WITH_GRADIENTS
 
 
 def grid_sample_deformable_attention(
@@ -106,93 +140,169 @@ def grid_sample_deformable_attention(
     return output.view(batch, heads * width_of_head, queries).transpose(1, 2)
 
 
-def _row_tables(value: Tensor, sizes: list[int]) -> Tensor:
-    """Each head's levels as rows, every map inside a border of zeros: (S, M, D) -> (M, R, D).
+class GatherTable:
+    """The value maps of some images as rows of one table, each map inside a border of zeros one position wide.
 
-    The border makes a bounds test needless: a corner outside a map is a row of zeros.
-    """
-    heads, width_of_head = value.shape[1:]
-    tables = []
-    start = 0
-    for height, width in zip(sizes[::2], sizes[1::2], strict=True):
-        level = value[start : start + height * width].view(height, width, heads, width_of_head)
-        tables.append(nn.functional.pad(level, (0, 0, 0, 0, 1, 1, 1, 1)).flatten(0, 1))
-        start += height * width
-    return torch.cat(tables).transpose(0, 1).contiguous()
+    The border makes a bounds test needless: a corner outside a map is a row of zeros. A position's heads are
+    neighbouring rows, as in the maps.
 
-
-def _values_of_row_tables(tables: Tensor, sizes: list[int]) -> Tensor:
-    """Inverse of [`_row_tables`], the borders dropped: (M, R, D) -> (S, M, D)."""
-    levels = []
-    start = 0
-    for height, width in zip(sizes[::2], sizes[1::2], strict=True):
-        rows = (height + 2) * (width + 2)
-        level = tables[:, start : start + rows].unflatten(1, (height + 2, width + 2))[:, 1:-1, 1:-1]
-        levels.append(level.flatten(1, 2))
-        start += rows
-    return torch.cat(levels, dim=1).transpose(0, 1)
-
-
-class _Corners:
-    """Rows of the table and bilinear shares of the four corners of every sampling location of one head.
-
-    Coordinates are clamped to the zero border, and the rows once more after rounding, so that a location which is not a
-    number gives an output that is not a number and no stray read.
+    Coordinates are in positions of the bordered map, (x, y): the middle of a map's first position is (1, 1). They are
+    clamped to the border, and once more after rounding, so that a coordinate which is not a number gives an output that
+    is not a number and no stray read.
 
     Args:
-        locations: (N, L, P, 2) as (x, y) in [0, 1].
-        sizes: height and width of each level, in turn.
+        value: (B, S, M, D), the levels' maps flattened row by row and concatenated, in the dtype to compute in.
+        spatial_shapes: (height, width) of each level.
+        num_points: samples that a head takes of each level.
     """
 
-    def __init__(self, locations: Tensor, sizes: list[int]) -> None:
-        queries, _, points, _ = locations.shape
-        heights, widths = torch.tensor(sizes, dtype=torch.int32).view(-1, 2).unbind(-1)  # (L,) each
-        rows = (heights + 2) * (widths + 2)
-        # Written out for each sample: elementwise kernels are several times slower where they must broadcast.
-        spread = [
-            constant.repeat_interleave(points).repeat(queries, 1)  # (N, L*P)
-            for constant in (widths, heights, widths + 2, rows.cumsum(0, dtype=torch.int32) - rows)
-        ]
-        self.width, self.height, stride, start = spread
-        self.x, column, self.x_share = self._neighbours(locations[..., 0], self.width)
-        self.y, line, self.y_share = self._neighbours(locations[..., 1], self.height)
-        top = line.mul_(stride).add_(column).add_(start)
-        bottom = top + stride
-        self.rows = torch.stack([top, top + 1, bottom, bottom + 1], dim=-1).flatten(1)  # (N, L*P*4)
+    def __init__(self, value: Tensor, spatial_shapes: list[tuple[int, int]], num_points: int) -> None:
+        batch, _, heads, self.head_width = value.shape
+        self.spatial_shapes, self.num_heads = spatial_shapes, heads
+        areas = [(height + 2) * (width + 2) for height, width in spatial_shapes]
+        table = value.new_empty(batch, sum(areas), heads * self.head_width)
+        for (height, width), bordered, level in zip(
+            spatial_shapes, table.split(areas, dim=1), self._levels(value.flatten(2)), strict=True
+        ):
+            bordered = bordered.unflatten(1, (height + 2, width + 2))
+            bordered[:, 1:-1, 1:-1] = level
+            bordered[:, :: height + 1] = 0
+            bordered[:, :, :: width + 1] = 0
+        self.rows = table.view(-1, self.head_width)  # (B * R * M, D)
+        self.rows_of_image = sum(areas) * heads
+
+        # For each sample of a query, (M * L * P,) and twice as many: elementwise kernels are several times slower where
+        # they must broadcast short rows.
+        sizes = torch.tensor(spatial_shapes, dtype=torch.int32)  # (L, 2)
+        strides = (sizes[:, 1] + 2) * heads
+        starts = (torch.tensor(areas).cumsum(0).int() - torch.tensor(areas, dtype=torch.int32)) * heads
+        spread = lambda of_level: of_level.repeat_interleave(num_points, 0).repeat(heads, *(1,) * (of_level.dim() - 1))
+        self.limits = spread(sizes.flip(1)).flatten()  # of the lower neighbour, as x and y in turn
+        self.ends = (self.limits + 1).to(value.dtype)  # of the coordinate itself
+        self.strides = spread(strides)
+        self.firsts = spread(starts) + torch.arange(heads, dtype=torch.int32).repeat_interleave(len(sizes) * num_points)
+        nothing = torch.zeros_like(self.strides)
+        corners = torch.stack([nothing, nothing + heads, self.strides, self.strides + heads])
+        self.corners = corners.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()  # (M, 4, L * P)
+
+    def _levels(self, maps: Tensor) -> list[Tensor]:
+        """(B, S, C) -> each level's (B, height, width, C)."""
+        areas = [height * width for height, width in self.spatial_shapes]
+        levels = maps.split(areas, dim=1)
+        return [level.unflatten(1, shape) for level, shape in zip(levels, self.spatial_shapes, strict=True)]
+
+    def locate(self, coordinates: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates (n, M * L * P * 2), each query's image (n,) int32, None for the only one -> the row of the
+        neighbour at the top left, int32, and the shares of the ones at the right and below: (n, M, L * P) each."""
+        clamped = coordinates.clamp(torch.zeros_like(self.ends), self.ends)
+        lower = clamped.to(torch.int32).clamp_(torch.zeros_like(self.limits), self.limits)
+        x_share, y_share = clamped.sub_(lower).view(len(coordinates), self.num_heads, -1, 2).unbind(-1)
+        column, line = lower.unflatten(1, (-1, 2)).unbind(-1)
+        top = (line * self.strides).add_(column, alpha=self.num_heads).add_(self.firsts)
+        if images is not None:
+            top.add_(images[:, None], alpha=self.rows_of_image)
+        return top.view(x_share.shape), x_share, y_share
+
+    def corner_rows(self, top: Tensor) -> Tensor:
+        """(n, M, L * P) -> (n * M, 4 * L * P): rows of the corners at the top left and right, bottom left and right."""
+        return (top[:, :, None] + self.corners).flatten(2).flatten(0, 1)
 
     @staticmethod
-    def _neighbours(location: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coordinate in the bordered map, index of the lower neighbour there, share of the upper: (N, L*P) each."""
-        coordinate = location.flatten(1).mul(length).add_(0.5)
-        clamped = coordinate.clamp(min=0).minimum(length + 1)
-        lower = clamped.to(torch.int32).clamp_(min=0).minimum(length)
-        return coordinate, lower, clamped.sub_(lower)
+    def corner_weights(weights: Tensor, x_share: Tensor, y_share: Tensor) -> Tensor:
+        """Weight times bilinear share, in the order of `corner_rows`: (n, M, L * P) each -> (n, M, 4, L * P)."""
+        output = weights.new_empty(*weights.shape[:2], 4, weights.shape[2])
+        top_left, top_right, bottom_left, bottom_right = output.unbind(2)
+        torch.mul(weights, y_share, out=bottom_left)
+        torch.sub(weights, bottom_left, out=top_left)
+        torch.mul(top_left, x_share, out=top_right)
+        top_left.sub_(top_right)
+        torch.mul(bottom_left, x_share, out=bottom_right)
+        bottom_left.sub_(bottom_right)
+        return output
 
-    def weights(self, attention_weights: Tensor) -> Tensor:
-        """Attention weight times bilinear share: (N, L, P) -> (N, L*P*4), in the order of `rows`."""
-        attention_weights = attention_weights.flatten(1)
-        bottom = attention_weights * self.y_share
-        top = attention_weights - bottom
-        top_right, bottom_right = top * self.x_share, bottom * self.x_share
-        return torch.stack([top.sub_(top_right), top_right, bottom.sub_(bottom_right), bottom_right], -1).flatten(1)
-
-    def gradients(self, corner_grad: Tensor, attention_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `weights`: (N, L*P*4), (N, L, P) -> gradients of the locations (N, L, P, 2) and weights (N, L, P)."""
-        top_left, top_right, bottom_left, bottom_right = corner_grad.unflatten(1, (-1, 4)).unbind(-1)  # (N, L*P) each
-        top_slope, bottom_slope = top_right - top_left, bottom_right - bottom_left
-        top = torch.addcmul(top_left, self.x_share, top_slope)
-        y_slope = torch.addcmul(bottom_left, self.x_share, bottom_slope).sub_(top)
-        x_slope = torch.addcmul(top_slope, self.y_share, bottom_slope - top_slope)
-        location_grad = torch.stack(
-            [
-                x_slope * self.width * ((self.x > 0) & (self.x < self.width + 1)),
-                y_slope * self.height * ((self.y > 0) & (self.y < self.height + 1)),
-            ],
-            dim=-1,
+    def attend(self, coordinates: Tensor, weights: Tensor, images: Tensor | None = None) -> Tensor:
+        """Weighted sums of bilinear samples: (n, M * L * P * 2), (n, M, L * P), (n,) as in `locate` -> (n, M * D)."""
+        top, x_share, y_share = self.locate(coordinates, images)
+        bags = nn.functional.embedding_bag(
+            self.corner_rows(top),
+            self.rows,
+            mode="sum",
+            per_sample_weights=self.corner_weights(weights, x_share, y_share).flatten(2).flatten(0, 1),
         )
-        shape = attention_weights.shape
-        location_grad = location_grad.view(*shape, 2) * attention_weights[..., None]
-        return location_grad, torch.addcmul(top, self.y_share, y_slope).view(shape)
+        return bags.view(len(weights), -1)
+
+    def sample_gradients(
+        self, grad: Tensor, coordinates: Tensor, weights: Tensor, images: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of `attend`: (n, M, D), its arguments -> gradients of the coordinates and of the weights."""
+        top, x_share, y_share = self.locate(coordinates, images)
+        # What a sample would add to the loss at each of its corners, (n, M, 4, L * P).
+        of_corners = sampled_products(grad.reshape(-1, self.head_width), self.rows, self.corner_rows(top))
+        of_corners = of_corners.view(*weights.shape[:2], 4, -1)
+        top_left, top_right, bottom_left, bottom_right = of_corners.unbind(2)  # (n, M, L * P) each
+        top_slope, bottom_slope = top_right - top_left, bottom_right - bottom_left
+        upper = torch.addcmul(top_left, x_share, top_slope)
+        y_slope = torch.addcmul(bottom_left, x_share, bottom_slope).sub_(upper)
+        x_slope = torch.addcmul(top_slope, y_share, bottom_slope - top_slope)
+        weight_grad = torch.addcmul(upper, y_share, y_slope)
+        # Beyond the border nothing changes with the coordinate.
+        moves = (coordinates > 0) & (coordinates < self.ends)
+        slopes = torch.stack([x_slope * weights, y_slope * weights], dim=-1)
+        return slopes.view(coordinates.shape).mul_(moves), weight_grad
+
+    def value_gradient(self, grad: Tensor, coordinates: Tensor, weights: Tensor, images: Tensor | None) -> Tensor:
+        """Of `attend`: (n, M, D), the arguments for all queries of all images -> (B, S, M * D).
+
+        It is the transposed gather: the same pairs of query and row, sorted by row instead of by query, with the
+        output's gradient as the table. That is several times faster than scattering. A sample's four corners lie at
+        fixed distances, so they are sorted once, and what they get is moved to its place afterwards.
+        """
+        top, x_share, y_share = self.locate(coordinates, images)
+        sorted_rows, order = top.flatten().sort()
+        every_row = torch.arange(len(self.rows), dtype=torch.int32)
+        starts = torch.searchsorted(sorted_rows, every_row, out_int32=True)
+        queries = order.div(top.shape[2], rounding_mode="floor").int()  # and their heads: rows of the gradient
+        corner_weights = self.corner_weights(weights, x_share, y_share)
+        areas = [(height + 2) * (width + 2) for height, width in self.spatial_shapes]
+        positions = sum(height * width for height, width in self.spatial_shapes)
+        value_grad = grad.new_zeros(len(self.rows) // self.rows_of_image, positions, grad[0].numel())
+        for corner, (down, right) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            table_grad = nn.functional.embedding_bag(
+                queries,
+                grad.reshape(-1, self.head_width),
+                starts,
+                mode="sum",
+                per_sample_weights=corner_weights[:, :, corner].flatten().index_select(0, order),
+            )
+            bordered = table_grad.view(len(value_grad), sum(areas), -1).split(areas, dim=1)
+            for level, source, (height, width) in zip(
+                self._levels(value_grad), bordered, self.spatial_shapes, strict=True
+            ):
+                source = source.unflatten(1, (height + 2, width + 2))
+                level += source[:, 1 - down : height + 1 - down, 1 - right : width + 1 - right]
+        return value_grad
+
+
+def sampled_products(vectors: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """Each vector's products with the rows of a table that it names: (N, D), (R, D), (N, K) int32 -> (N, K)."""
+    starts = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=rows.dtype)
+    with warnings.catch_warnings():
+        # That sparse layouts are young; of all ways to say this, it is three times the fastest.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        wanted = torch.sparse_csr_tensor(
+            starts, rows.flatten(), vectors.new_zeros(rows.numel()), (len(vectors), len(table)), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(wanted, vectors, table.t(), beta=0.0).values().view(rows.shape)
+
+
+def _images_of_queries(part: slice, queries: int) -> Tensor | None:
+    """Each query's image among those of a part of the batch, (n,) int32; None where there is but one."""
+    images = part.stop - part.start
+    return None if images == 1 else torch.arange(images, dtype=torch.int32).repeat_interleave(queries)
+
+
+def _spatial_shapes(sizes: list[int]) -> list[tuple[int, int]]:
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
 
 
 def _working_dtype(value: Tensor) -> torch.dtype:
@@ -203,89 +313,80 @@ def _working_dtype(value: Tensor) -> torch.dtype:
 
 @torch.library.custom_op(_free_name("gather_deformable_attention"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention(
-    value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+    value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
 ) -> Tensor:
+    """(B, S, M, D), (B, Q, M, L, P, 2) as in `GatherTable`, (B, Q, M, L, P) -> (B, Q, M * D)."""
     dtype = _working_dtype(value)
     batch, queries, heads, levels, points = attention_weights.shape
-    output = value.new_empty(batch, queries, heads, value.shape[-1])
-    chunk = max(1, _ROWS_PER_CHUNK // (4 * levels * points))
-    for image in range(batch):
-        tables = _row_tables(value[image].to(dtype), sizes)
-        for head in range(heads):
-            for start in range(0, queries, chunk):
-                part = (image, slice(start, start + chunk), head)
-                corners = _Corners(sampling_locations[part].to(dtype), sizes)
-                weights = corners.weights(attention_weights[part].to(dtype))
-                output[part] = nn.functional.embedding_bag(
-                    corners.rows, tables[head], mode="sum", per_sample_weights=weights
-                )
-    return output.flatten(2)
+    output = value.new_empty(batch, queries, heads * value.shape[-1])
+    for part in pieces(batch, max(value[0].numel(), 4 * attention_weights[0].numel())):
+        table = GatherTable(value[part].to(dtype), _spatial_shapes(sizes), points)
+        images = _images_of_queries(part, queries)
+        rows = output[part].flatten(0, 1)
+        places, weights = (
+            coordinates[part].reshape(len(rows), -1),
+            attention_weights[part].reshape(len(rows), heads, -1),
+        )
+        for piece in pieces(len(rows), heads * levels * points * 4):
+            of_piece = None if images is None else images[piece]
+            rows[piece] = table.attend(places[piece].to(dtype), weights[piece].to(dtype), of_piece)
+    return output
 
 
 @_gather_deformable_attention.register_fake
-def _(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
+def _(value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor) -> Tensor:
+    return value.new_empty(value.shape[0], coordinates.shape[1], value.shape[2] * value.shape[3])
 
 
 @torch.library.custom_op(_free_name("gather_deformable_attention_backward"), mutates_args=(), device_types="cpu")
 def _gather_deformable_attention_backward(
-    grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+    grad: Tensor, value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and weights are computed again, so nothing of size queries x 48 is kept between the passes.
-
-    The table's gradient is the transposed gather: the same pairs sorted by row instead of by query, with the output's
-    gradient as the table. That is several times faster than scattering.
-    """
+    """Rows and weights are computed again, so nothing of size queries x samples x 4 is kept between the passes."""
     dtype = _working_dtype(value)
-    value_grad, location_grad = torch.empty_like(value), torch.empty_like(sampling_locations)
-    weight_grad = torch.empty_like(attention_weights)
-    heads = attention_weights.shape[2]
+    value_grad, place_grad = torch.empty_like(value), coordinates.new_empty(coordinates.shape)
+    weight_grad = attention_weights.new_empty(attention_weights.shape)
+    batch, queries, heads, levels, points = attention_weights.shape
     grad = grad.unflatten(2, (heads, -1)).to(dtype)
-    for image in range(len(value)):
-        tables = _row_tables(value[image].to(dtype), sizes)
-        table_grads = torch.empty_like(tables)
-        every_row = torch.arange(tables.shape[1], dtype=torch.int32, device=value.device)
-        for head in range(heads):
-            part = (image, slice(None), head)
-            part_weights, part_grad = attention_weights[part].to(dtype), grad[part].contiguous()
-            corners = _Corners(sampling_locations[part].to(dtype), sizes)
-            pairs = corners.rows.shape[1]  # rows for each query
-
-            sorted_rows, order = corners.rows.flatten().sort()
-            table_grads[head] = nn.functional.embedding_bag(
-                (order // pairs).to(torch.int32),
-                part_grad,
-                torch.bucketize(every_row, sorted_rows, out_int32=True),
-                mode="sum",
-                per_sample_weights=corners.weights(part_weights).flatten()[order],
+    for part in pieces(batch, max(value[0].numel(), 4 * attention_weights[0].numel())):
+        table = GatherTable(value[part].to(dtype), _spatial_shapes(sizes), points)
+        images = _images_of_queries(part, queries)
+        of_output = grad[part].flatten(0, 1)
+        places = coordinates[part].reshape(len(of_output), -1).to(dtype)
+        weights = attention_weights[part].reshape(len(of_output), heads, -1).to(dtype)
+        of_value = table.value_gradient(of_output, places, weights, images)
+        value_grad[part] = of_value.view(value_grad[part].shape)
+        of_places, of_weights = place_grad[part].view(places.shape), weight_grad[part].view(weights.shape)
+        for piece in pieces(len(places), heads * levels * points * 4):
+            of_piece = None if images is None else images[piece]
+            of_places[piece], of_weights[piece] = table.sample_gradients(
+                of_output[piece], places[piece], weights[piece], of_piece
             )
-            queries = torch.arange(len(part_grad), dtype=torch.int32, device=value.device)
-            corner_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                part_grad, tables[head], corners.rows.flatten(), queries * pairs, queries.repeat_interleave(pairs), 0
-            )
-            location_grad[part], weight_grad[part] = corners.gradients(corner_grad.view(-1, pairs), part_weights)
-        value_grad[image] = _values_of_row_tables(table_grads, sizes)
-    return value_grad, location_grad, weight_grad
+    return value_grad, place_grad, weight_grad
 
 
 @_gather_deformable_attention_backward.register_fake
 def _(
-    grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+    grad: Tensor, value: Tensor, sizes: list[int], coordinates: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(value), torch.empty_like(sampling_locations), torch.empty_like(attention_weights)
+    return (
+        torch.empty_like(value),
+        coordinates.new_empty(coordinates.shape),
+        attention_weights.new_empty(attention_weights.shape),
+    )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    value, ctx.sizes, sampling_locations, attention_weights = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
+    value, ctx.sizes, coordinates, attention_weights = inputs
+    ctx.save_for_backward(value, coordinates, attention_weights)
 
 
 def _backward(ctx, grad):
-    value, sampling_locations, attention_weights = ctx.saved_tensors
-    value_grad, location_grad, weight_grad = _gather_deformable_attention_backward(
-        grad, value, ctx.sizes, sampling_locations, attention_weights
+    value, coordinates, attention_weights = ctx.saved_tensors
+    value_grad, place_grad, weight_grad = _gather_deformable_attention_backward(
+        grad, value, ctx.sizes, coordinates, attention_weights
     )
-    return value_grad, None, location_grad, weight_grad
+    return value_grad, None, place_grad, weight_grad
 
 
 _gather_deformable_attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -15,6 +15,19 @@ def image_sizes_from_mask(pixel_mask: Tensor) -> Tensor:
     return torch.stack([image.any(dim=2).sum(dim=1), image.any(dim=1).sum(dim=1)], dim=1)
 
 
+def may_hide_padding(pixel_values: Tensor, pixel_mask: Tensor | None, image_sizes: Tensor) -> bool:
+    """Whether there is padding to hide, as far as the host knows without waiting for a device.
+
+    A processor gives a mask with every image, and most often each fills its own multiple of 32.
+    """
+    if pixel_mask is None:
+        return False
+    if image_sizes.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return True
+    own = (image_sizes + PADDING_DIVISOR - 1) // PADDING_DIVISOR * PADDING_DIVISOR  # (B, 2)
+    return bool((own < torch.tensor(pixel_values.shape[2:])).any())
+
+
 def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
     """Where a map lies beyond an image's own multiple of 32: (B, 2) -> (B, height, width) bool, True = padding.
 
@@ -46,7 +59,9 @@ class BackbonePaddingHider:
             if isinstance(module, nn.Conv2d | nn.MaxPool2d):
                 if max(module.kernel_size if isinstance(module.kernel_size, tuple) else (module.kernel_size,)) > 1:
                     module.register_forward_pre_hook(self.zero_in_map)
-            elif name.endswith("layernorm_before"):
+            elif hasattr(module, "padding_hider"):
+                module.padding_hider = self
+            elif name.endswith("layernorm_before") and not hasattr(backbone.get_submodule(name[:-17]), "padding_hider"):
                 module.register_forward_hook(self.zero_in_tokens)
 
     def zero_in_map(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -65,6 +80,10 @@ class BackbonePaddingHider:
         shrinkage = math.isqrt(height * width // tokens.shape[1])
         padding = self._padding((height // shrinkage, width // shrinkage))
         return tokens.masked_fill(padding.flatten(1)[..., None], 0.0)
+
+    def hidden_tokens(self, size: tuple[int, int]) -> Tensor | None:
+        """For a layer that asks: (B, height * width) bool, True = to be zeroed; None where nothing is hidden."""
+        return None if self.image_sizes is None else self._padding(size).flatten(1)
 
     def _padding(self, size: tuple[int, int]) -> Tensor:
         assert self.image_sizes is not None

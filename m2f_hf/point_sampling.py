@@ -2,18 +2,21 @@
 
 Two kinds of masks are sampled. Predictions are dense float maps on the grid of the mask features and carry gradients
 (`sample_points`). Targets are binary maps on the grid of the padded input, of a size that may differ from image to
-image, and are never turned into floats as a whole (`PackedMasks`, `sample_masks`). Both kinds use the same convention:
-points are (x, y) in [0, 1] of the map's width and height, pixel centres lie at half-integers, values are bilinear, and
-outside the map everything is zero.
+image, and are turned into floats a few at a time (`sample_masks`). Both kinds use the same convention: points are
+(x, y) in [0, 1] of the map's width and height, pixel centres lie at half-integers, values are bilinear, and outside the
+map everything is zero.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+
+_FLOATS_AT_ONCE = 1 << 22  # of masks that are sampled, 16 MB
 
 DrawPoints = Callable[[str, int, Sequence[int], int, torch.device], Tensor]
 """Where random points come from: `draw(purpose, layer, images, num_points, device) -> (len(images), num_points, 2)`.
@@ -63,11 +66,7 @@ class SeededPoints:
 
 
 class _SamplePoints(torch.autograd.Function):
-    """Bilinear sampling that keeps no copy of the sampled maps for the backward pass.
-
-    Sampling is linear in the maps, so its gradient needs the points and the maps' shape only, but `grid_sample` saves
-    its input. For the ten outputs of the default decoder that would be ten times all matched masks at stride 4.
-    """
+    """Bilinear sampling that keeps no copy of the sampled maps for the backward pass, as `grid_sample` would."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, points: Tensor) -> Tensor:
@@ -79,11 +78,18 @@ class _SamplePoints(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (points,) = ctx.saved_tensors
-        with torch.enable_grad():
-            # The values don't matter to a linear map's gradient: a single zero stands for all of them.
-            features = grad.new_zeros(()).expand(ctx.shape).requires_grad_()
-            sampled = _grid_sample(features, points)
-        return torch.autograd.grad(sampled, features, grad)[0], None
+        return spread_to_maps(grad, points, ctx.shape), None
+
+
+def spread_to_maps(grad: Tensor, points: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gradient of `sample_points` to maps of the shape (N, C, H, W): (N, C, P), (N, P, 2) -> (N, C, H, W).
+
+    Sampling is linear in the maps, so their values don't matter: a single zero stands for all of them.
+    """
+    grid = 2 * points[:, :, None] - 1
+    nothing = grad.new_zeros(()).expand(shape)
+    # Bilinear, zeros outside, corners not aligned; of the two gradients the first.
+    return torch.ops.aten.grid_sampler_2d_backward(grad[..., None], nothing, grid, 0, 0, False, [True, False])[0]
 
 
 def _grid_sample(features: Tensor, points: Tensor) -> Tensor:
@@ -140,58 +146,24 @@ class PointRows:
         return sampled.view(*points.shape[:2], -1)
 
 
-class PackedMasks(NamedTuple):
-    """N masks of possibly different sizes in one flat tensor, so that all are sampled in one go.
-
-    Attributes:
-        values: All pixels, mask after mask, row-major, in the masks' own dtype, each mask inside a border of zeros one
-            pixel wide: what lies outside is read like any pixel.
-        offsets: (N,) int64, where in `values` each mask begins.
-        heights, widths: (N,) int64, pixels, without the border.
-    """
-
-    values: Tensor
-    offsets: Tensor
-    heights: Tensor
-    widths: Tensor
+def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
+    """`sample_points` for targets, each mask at its own points: (N, H, W) of any dtype, (N, P, 2) -> (N, P) float32."""
+    sampled = [_grid_sample(part[:, None], of_part)[:, 0] for part, of_part in _in_floats(masks, points)]
+    return torch.cat(sampled) if sampled else points.new_zeros(points.shape[:2])
 
 
-def pack_masks(masks: Sequence[Tensor], device: torch.device) -> PackedMasks:
-    """Packs the masks of a batch, one (N_i, H_i, W_i) tensor per image, in order.
-
-    Uploads don't block: the host would wait for all work queued on the device.
-    """
-    sizes = torch.tensor([tuple(image.shape[1:]) for image in masks for _ in range(len(image))], dtype=torch.int64)
-    sizes = sizes.reshape(-1, 2)  # without any mask, too
-    areas = (sizes + 2).prod(1)
-    offsets, heights, widths = torch.stack([areas.cumsum(0) - areas, *sizes.T]).to(device, non_blocking=True)
-    values = torch.cat([F.pad(image.to(device, non_blocking=True), (1, 1, 1, 1)).flatten() for image in masks])
-    return PackedMasks(values, offsets, heights, widths)
+def sample_masks_alike(masks: Tensor, points: Tensor) -> Tensor:
+    """`sample_points` for targets, all at the same points: (N, H, W) of any dtype, (P, 2) -> (N, P) float32."""
+    sampled = [_grid_sample(part[None], points[None])[0] for part, _ in _in_floats(masks, masks)]
+    return torch.cat(sampled) if sampled else points.new_zeros(0, len(points))
 
 
-def sample_masks(masks: PackedMasks, rows: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of packed masks at points: `sample_points` for targets.
-
-    Args:
-        masks: The masks.
-        rows: (M,) int64, which mask each row of points is for.
-        points: (M, P, 2), x and y in [0, 1].
-
-    Returns:
-        (M, P) float32.
-    """
-    heights, widths = masks.heights[rows, None], masks.widths[rows, None]  # (M, 1)
-    column, x_share = _lower_neighbour(points[..., 0], widths)
-    line, y_share = _lower_neighbour(points[..., 1], heights)
-    stride = widths + 2
-    top = masks.offsets[rows, None] + line * stride + column
-
-    def read(position: Tensor) -> Tensor:
-        return masks.values.index_select(0, position.flatten()).view(position.shape).float()
-
-    upper = torch.lerp(read(top), read(top + 1), x_share)
-    bottom = top + stride
-    return upper.lerp_(torch.lerp(read(bottom), read(bottom + 1), x_share), y_share)
+def _in_floats(masks: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few masks at a time as floats, with the others' rows: all of them would be four times the size of booleans."""
+    numbers = _FLOATS_AT_ONCE if masks.device.type == "cpu" else 8 * _FLOATS_AT_ONCE
+    step = max(1, numbers // max(1, masks[0].numel() if len(masks) else 1))
+    for start in range(0, len(masks), step):
+        yield masks[start : start + step].float(), others[start : start + step]
 
 
 def _lower_neighbour(location: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,9 +190,12 @@ def select_uncertain_points(logits: Tensor, candidates: Tensor, random: Tensor, 
     Returns:
         (N, num_uncertain + S, 2) points.
     """
-    certainty = sample_points(logits, candidates).squeeze(1).abs()  # (N, R)
-    # Their order does not matter, and half of the time would go into it.
-    kept = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
+    certainty = _grid_sample(logits, candidates).squeeze(1).abs_()  # (N, R)
+    # Their order does not matter, and most of the time would go into it.
+    if certainty.device.type == "cpu" and num_uncertain > 0:
+        kept = torch.from_numpy(np.argpartition(certainty.numpy(), num_uncertain - 1, axis=1)[:, :num_uncertain])
+    else:
+        kept = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
     first = torch.arange(len(kept), device=kept.device)[:, None] * candidates.shape[1]
     uncertain = candidates.flatten(0, 1).index_select(0, (first + kept).flatten())
     return torch.cat([uncertain.view(*kept.shape, 2), random], dim=1)

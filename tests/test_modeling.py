@@ -939,11 +939,24 @@ def test_without_labels_the_host_never_waits(fields, with_mask, monkeypatch):
     assert {tensor.device.type for tensor in tree_flatten(outputs.to_tuple())[0]} == {"meta"}
 
 
-def test_with_real_numbers_nothing_is_read_either(model):
+def test_with_real_numbers_nothing_is_read_either(model, monkeypatch):
     mask = torch.ones(2, *SIZE)
     mask[0, :, 40:] = 0
+    # On the CPU, where nothing waits, the mask is looked at first: whether there is anything to hide.
+    monkeypatch.setattr(modeling, "may_hide_padding", lambda *args: True)
     with torch.no_grad(), NothingWaits():
         model(images(), pixel_mask=mask)
+
+
+def test_on_the_cpu_a_mask_that_hides_nothing_costs_nothing(model, monkeypatch):
+    mask = torch.ones(2, *SIZE, dtype=torch.int64)
+    mask[0, :, SIZE[1] - 31 :] = 0  # within the image's own multiple of 32
+    with torch.no_grad():
+        expected = model(images())
+        monkeypatch.setattr(modeling, "hidden_padding", None)
+        outputs = model(images(), pixel_mask=mask)
+    assert torch.equal(outputs.masks_queries_logits, expected.masks_queries_logits)
+    assert outputs.image_sizes.tolist() == [[SIZE[0], SIZE[1] - 31], list(SIZE)]
 
 
 def test_the_watch_on_the_host_notices_what_it_should():

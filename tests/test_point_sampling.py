@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from m2f_hf import point_sampling
 from m2f_hf.point_sampling import (
     PointRows,
     SeededPoints,
     draw_uniform_points,
-    pack_masks,
     sample_masks,
+    sample_masks_alike,
     sample_points,
     select_uncertain_points,
 )
@@ -87,23 +88,22 @@ def test_low_precision_maps_are_sampled_in_float32(dtype):
     assert features.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("at_once", [1, 100], ids=["one by one", "in threes"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32])
-def test_packed_masks_of_all_sizes_and_dtypes_are_sampled_as_maps_are(dtype):
-    generator = torch.Generator().manual_seed(0)
-    masks = [torch.rand(n, *size, generator=generator) > 0.5 for n, size in ((2, (5, 7)), (0, (3, 3)), (3, (8, 1)))]
-    rows = torch.tensor([4, 0, 1, 3, 2, 0])
-    points = torch.rand(len(rows), 60, 2, generator=generator) * 1.4 - 0.2  # some of them outside
-    sampled = sample_masks(pack_masks([mask.to(dtype) for mask in masks], CPU), rows, points)
-    singles = [mask for image in masks for mask in image]
-    expected = [
-        sample_points(singles[row][None, None], point[None])[0, 0] for row, point in zip(rows, points, strict=True)
-    ]
-    torch.testing.assert_close(sampled, torch.stack(expected), rtol=0, atol=1e-5)
+def test_masks_of_all_dtypes_are_sampled_as_maps_are(dtype, at_once, monkeypatch):
+    monkeypatch.setattr(point_sampling, "_FLOATS_AT_ONCE", at_once)
+    masks = torch.rand(5, 4, 8) > 0.5
+    points = torch.rand(5, 60, 2) * 1.4 - 0.2  # some of them outside
+    expected = sample_points(masks[:, None], points)[:, 0]
+    torch.testing.assert_close(sample_masks(masks.to(dtype), points), expected)
+    alike = sample_points(masks[None], points[:1])[0]
+    torch.testing.assert_close(sample_masks_alike(masks.to(dtype), points[0]), alike)
 
 
-def test_no_masks_at_all_can_be_packed_and_sampled():
-    packed = pack_masks([torch.zeros(0, 4, 4, dtype=torch.bool)] * 2, CPU)
-    assert sample_masks(packed, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 9, 2)).shape == (0, 9)
+def test_no_masks_at_all_can_be_sampled():
+    masks = torch.zeros(0, 4, 4, dtype=torch.bool)
+    assert sample_masks(masks, torch.zeros(0, 9, 2)).shape == (0, 9)
+    assert sample_masks_alike(masks, torch.zeros(9, 2)).shape == (0, 9)
 
 
 def test_uncertain_points_are_those_with_logits_nearest_to_zero():

@@ -1,0 +1,159 @@
+"""Swin's layers over maps of any size, with the parameters of `transformers` (arXiv 2103.14030, section 3.2).
+
+`transformers` pads, rolls and cuts a map into windows, and back, one copy after another. Here the windows are an index:
+one gather reads them, one puts them back. On the CPU a layer in inference goes through its windows piece by piece
+(`chunking`), and in `torch.export` height and width may be symbols.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.swin import modeling_swin
+
+from .chunking import pieces, works_in_pieces
+from .padding import BackbonePaddingHider
+
+
+_OUTSIDE = -100.0  # added to the score of a position beyond the edge around which the shifted map wraps
+
+
+def use_windowed_layers(backbone: nn.Module) -> None:
+    """Let a Swin's layers compute as [`WindowedSwinLayer`]; of another backbone, or unknown layers, nothing changes."""
+    for module in backbone.modules():
+        if type(module) is modeling_swin.SwinLayer and hasattr(module.attention, "relative_position_bias"):
+            module.__class__ = WindowedSwinLayer
+
+
+class WindowedSwinLayer(modeling_swin.SwinLayer):
+    """`transformers`' SwinLayer, computed from an index of its windows.
+
+    Attributes:
+        padding_hider: says which tokens are a batch's padding; they are zeroed like those that fill up a window.
+    """
+
+    padding_hider: BackbonePaddingHider | None = None
+
+    def forward(  # type: ignore[override] # transformers states a single tensor and returns the two
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, H * W, C), (H, W) -> (B, H * W, C), and attention weights from attention that writes them down."""
+        if not always_partition:
+            theirs: Any = super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+            return theirs
+        height, width = input_dimensions
+        windows, regions = index_windows(height, width, self.window_size, self.shift_size, hidden_states.device)
+        hidden = None if self.padding_hider is None else self.padding_hider.hidden_tokens((height, width))
+        if works_in_pieces(hidden_states) and not self.training:
+            return self._forward_in_pieces(hidden_states, windows, regions, hidden), None
+
+        length = height * width
+        order, slots = windows.flatten(), token_slots(windows, length)
+        outside = order == length
+        normed = self.layernorm_before(hidden_states)
+        if hidden is not None:
+            normed = normed.masked_fill(hidden[..., None], 0.0)
+        # (B, H*W, C) -> (B, windows * N, C)
+        rows = RearrangeRows.apply(normed, order.clamp(max=length - 1), slots)
+        rows = rows.masked_fill(outside[:, None], 0.0)
+        attended, weights = self._attend(rows.reshape(-1, windows.shape[1], rows.shape[2]), regions, **kwargs)
+        attended = attended.reshape(rows.shape).masked_fill(outside[:, None], 0.0)
+        update = RearrangeRows.apply(attended, slots, order.clamp(max=length - 1))
+        hidden_states = hidden_states + self.drop_path(self.dropout(update))
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states))), weights
+
+    def _attend(self, rows: Tensor, regions: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attention inside each window: (B * windows, N, C), (windows, N) -> (B * windows, N, C)."""
+        attention = self.attention
+        query, key, value = (
+            projection(rows).unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        bias = attention.relative_position_bias()  # (1, heads, N, N)
+        if regions is not None:
+            across = (regions[:, None, :] != regions[:, :, None]).to(bias.dtype)  # (windows, N, N)
+            bias = torch.add(bias, across[:, None], alpha=_OUTSIDE)  # (windows, heads, N, N)
+            images = rows.shape[0] // regions.shape[0]
+            bias = bias.expand(images, -1, -1, -1, -1).flatten(0, 1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, modeling_swin.eager_attention_forward
+        )
+        dropout = attention.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            attention, query, key, value, bias, dropout=dropout, scaling=attention.scaling, **kwargs
+        )
+        return attention.o_proj(output.reshape(rows.shape)), weights
+
+    def _forward_in_pieces(
+        self, hidden_states: Tensor, windows: Tensor, regions: Tensor | None, hidden: Tensor | None
+    ) -> Tensor:
+        batch, length, channels = hidden_states.shape
+        num_windows, window_area = windows.shape
+        widest = self.mlp.fc1.out_features
+        outputs = hidden_states.new_empty(batch, length + 1, channels)  # the last row takes what fills up windows
+        for image, output in enumerate(outputs):
+            for piece in pieces(num_windows, widest * window_area):
+                order = windows[piece].flatten()
+                inside = order.clamp(max=length - 1)
+                rows = hidden_states[image].index_select(0, inside)
+                blank = order == length
+                if hidden is not None:
+                    blank = blank | hidden[image].index_select(0, inside)
+                normed = self.layernorm_before(rows).masked_fill_(blank[:, None], 0.0)
+                attended, _ = self._attend(
+                    normed.view(-1, window_area, channels), None if regions is None else regions[piece]
+                )
+                output.index_copy_(0, order, attended.view(-1, channels).add_(rows))
+            for piece in pieces(length, widest):
+                rows = output[piece]
+                rows += self.mlp(self.layernorm_after(rows))
+        return outputs[:, :length]
+
+
+class RearrangeRows(torch.autograd.Function):
+    """`rows[:, order]` whose gradient is gathered, too: `inverse` says where each row went."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        """(B, M, C), (N,), (M,) -> (B, N, C); rows that `inverse` does not name must have no gradient."""
+        ctx.save_for_backward(inverse)
+        return rows.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(1, inverse), None, None
+
+
+def index_windows(
+    height: int, width: int, window_size: int, shift: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Which token stands where in the windows of a map that is filled up at the bottom and right, then shifted.
+
+    Returns:
+        (windows, window_size ** 2) int64, positions in the flattened map, `height * width` for what fills it up; and
+        for a shifted map, of the same shape, the region of each: windows at its end hold regions that do not adjoin.
+    """
+    rows, columns = ((side + window_size - 1) // window_size for side in (height, width))  # of windows
+    # By arithmetic rather than by views, which in an exported graph would depend on there being more than one window.
+    place = torch.arange(rows * columns * window_size**2, device=device)
+    window, inner = place // window_size**2, place % window_size**2
+    shifted_y = window // columns * window_size + inner // window_size
+    shifted_x = window % columns * window_size + inner % window_size
+    y, x = (shifted_y + shift) % (rows * window_size), (shifted_x + shift) % (columns * window_size)
+    tokens = torch.where((y < height) & (x < width), y * width + x, height * width).view(-1, window_size**2)
+    if not shift:
+        return tokens, None
+    row_region, column_region = (
+        (position >= (count - 1) * window_size).int() + (position >= count * window_size - shift)
+        for position, count in ((shifted_y, rows), (shifted_x, columns))
+    )
+    return tokens, (row_region * 3 + column_region).view(-1, window_size**2)
+
+
+def token_slots(windows: Tensor, length: int) -> Tensor:
+    """Inverse of `index_windows`: (windows, N) -> (length,), where each token stands in the flattened windows."""
+    order = windows.flatten()
+    slots = order.new_empty(length + 1)
+    return slots.index_copy_(0, order, torch.arange(order.shape[0], device=order.device))[:length]

@@ -1,0 +1,152 @@
+"""Swin's layers as an index of windows: against `transformers`' own, on maps of any size."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoBackbone, SwinConfig
+from transformers.models.swin.modeling_swin import SwinLayer
+
+from m2f_hf import chunking
+from m2f_hf.padding import BackbonePaddingHider
+from m2f_hf.swin import WindowedSwinLayer, index_windows, token_slots, use_windowed_layers
+
+
+SIZES = [(4, 4), (5, 7), (8, 8), (9, 3), (1, 13)]
+
+
+def make_layer(shift, window_size=4, drop_path_rate=0.0, attention="sdpa"):
+    """A layer of `transformers` with weights that matter, and ours with the same."""
+    torch.manual_seed(0)
+    config = SwinConfig(
+        window_size=window_size,
+        embed_dim=12,
+        num_heads=[3, 3, 3, 3],
+        depths=[1, 1, 1, 1],
+        drop_path_rate=drop_path_rate,
+    )
+    config._attn_implementation = attention
+    theirs = SwinLayer(config, 12, (8, 8), 3, drop_path_rate=drop_path_rate, shift_size=shift)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0, 0.3)
+    ours = copy.deepcopy(theirs)
+    use_windowed_layers(ours)
+    assert type(ours) is WindowedSwinLayer
+    return theirs, ours
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_transformers_layer(size, shift, training):
+    theirs, ours = make_layer(shift)
+    states = torch.randn(2, size[0] * size[1], 12, requires_grad=True)
+    results = []
+    for layer in (theirs, ours):
+        with torch.set_grad_enabled(training):
+            output = layer.train(training)(states, size, always_partition=True)[0]
+        gradients = torch.autograd.grad(output.square().sum(), [states, *layer.parameters()]) if training else ()
+        results.append((output, *gradients))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5 * max(1, expected.abs().max().item()), rtol=0)
+
+
+def test_attention_that_writes_its_weights_down_returns_them():
+    theirs, ours = make_layer(2, attention="eager")
+    states = torch.randn(1, 30, 12, requires_grad=True)
+    expected, actual = (layer(states, (5, 6), always_partition=True) for layer in (theirs, ours))
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual[1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_stochastic_depth_drops_whole_images():
+    _, layer = make_layer(0, drop_path_rate=0.5)
+    states = torch.randn(16, 20, 12)
+    layer.mlp.fc2.weight.data.zero_()
+    layer.mlp.fc2.bias.data.zero_()
+    with torch.no_grad():  # in training, even where pieces would do
+        changed = (layer.train()(states, (4, 5), always_partition=True)[0] != states).flatten(1)
+    assert torch.equal(changed.any(1), changed.all(1))
+    assert changed.any() and not changed.all()
+
+
+@pytest.mark.parametrize("numbers", [1, 48 * 16 * 3, 48 * 16 * 3 + 1], ids=["one", "three windows", "not a divisor"])
+def test_pieces_change_nothing(numbers, monkeypatch):
+    _, layer = make_layer(2)
+    states, layer = torch.randn(2, 63, 12), layer.eval()
+    with torch.no_grad():
+        expected = layer(states, (9, 7), always_partition=True)[0]
+        monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+        torch.testing.assert_close(layer(states, (9, 7), always_partition=True)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pieces_are_for_inference_in_eager_mode_on_the_cpu():
+    states = torch.zeros(2)
+    assert not chunking.works_in_pieces(states)
+    with torch.no_grad():
+        assert chunking.works_in_pieces(states)
+        assert not chunking.works_in_pieces(states.to("meta"))
+        assert torch.compile(chunking.works_in_pieces, backend="eager")(states) is False
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_token_stands_in_one_window(size, shift):
+    height, width = size
+    windows, regions = index_windows(height, width, 4, shift, torch.device("cpu"))
+    order = windows.flatten()
+    tokens = order[order < height * width]
+    assert torch.equal(tokens.sort().values, torch.arange(height * width))
+    assert torch.equal(order[token_slots(windows, height * width)], torch.arange(height * width))
+    assert windows.shape == (-(-height // 4) * -(-width // 4), 16)
+    assert (regions is None) == (shift == 0)
+
+
+def test_one_graph_serves_all_sizes():
+    config = SwinConfig(window_size=4, embed_dim=12, num_heads=[3] * 4, depths=[1, 2, 1, 1], out_indices=(1, 2, 3, 4))
+    torch.manual_seed(0)
+    backbone = AutoBackbone.from_config(config).eval()
+    use_windowed_layers(backbone)
+
+    class Maps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, pixel_values):
+            return self.backbone(pixel_values).feature_maps
+
+    batch, rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "rows", "columns"))
+    shapes = ({0: batch, 2: 32 * rows, 3: 32 * columns},)
+    with torch.no_grad():
+        program = torch.export.export(Maps(), (torch.randn(2, 3, 96, 160),), dynamic_shapes=shapes).module()
+        for size in ((3, 64, 224), (2, 160, 96)):
+            images = torch.randn(size[0], 3, *size[1:])
+            for expected, actual in zip(Maps()(images), program(images), strict=True):
+                torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_padding_reaches_no_image():
+    config = SwinConfig(
+        window_size=4,
+        embed_dim=12,
+        num_heads=[3] * 4,
+        depths=[2, 1, 1, 1],
+        out_indices=(1, 2, 3, 4),
+        drop_path_rate=0.0,
+    )
+    torch.manual_seed(0)
+    backbone = AutoBackbone.from_config(config)
+    use_windowed_layers(backbone)
+    hider = BackbonePaddingHider(backbone)
+    images = torch.randn(1, 3, 96, 96)
+    hider.image_sizes, hider.input_size = torch.tensor([[64, 64]]), (96, 96)
+    results = []
+    for noise in (0.0, 100.0):
+        images[:, :, 64:] = images[:, :, :, 64:] = noise
+        for training in (False, True):
+            with torch.set_grad_enabled(training):
+                results.append(backbone.train(training)(images).feature_maps[0][:, :, :16, :16])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-5, rtol=1e-5)
