@@ -29,6 +29,8 @@ KNOWN_RECIPE_IMAGES = 2000
 """Training images from which on the original's recipe for a known data set is taken: Cityscapes has 2,975."""
 SMALL_BATCH = 8
 """Images per process below which statistics of batch norms are too rough to learn with."""
+FIELDS = ("num_queries", "train_num_points")
+"""Of the model's configuration, that options change."""
 NUM_STREAMED = 100
 """Images of a stream that are validated on."""
 
@@ -53,6 +55,7 @@ def parse_arguments(arguments: list[str] | None, description: str | None) -> arg
     start.add_argument("--backbone", help="folder or Hub id of a backbone to start from, the rest being new")
     start.add_argument("--config", type=Path, help="JSON of `Mask2FormerConfig`, to start from scratch")
     start.add_argument("--num_queries", type=int, help="most segments found in an image; another number starts anew")
+    start.add_argument("--train_num_points", type=int, help="at which masks are compared; small objects need more")
     start.add_argument("--freeze_backbone", action="store_true")
     samples = parser.add_argument_group("samples")
     samples.add_argument("--recipe", choices=["default", "plain", "whole", *RECIPES], help="default: by the data set")
@@ -107,7 +110,15 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--seed {args.seed} is that of the unseen scenes: take another")
     if args.config is not None and not args.config.is_file():
         parser.error(f"there is no file {args.config}")
-    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "eval_every", "save_every"):
+    for name in (
+        *FIELDS,
+        "steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "log_every",
+        "eval_every",
+        "save_every",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is 1 or more")
@@ -182,8 +193,8 @@ def build(args: argparse.Namespace, data: Data) -> tuple[Any, Any, str]:
         ValueError, OSError: there is no such model, or it does not do.
     """
     if args.model is not None:
-        sizes = {} if args.num_queries is None else {"num_queries": args.num_queries}
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, dtype=torch.float32, **sizes)
+        changed = changed_fields(args)
+        model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, dtype=torch.float32, **changed)
         own = [name for _, name in sorted((int(label), name) for label, name in model.config.id2label.items())]
         if args.eval_only and own != [category["name"] for category in data.categories]:
             raise ValueError(
@@ -213,6 +224,12 @@ def to_size(shortest: int, longest: int | None = None) -> dict[str, int]:
     return {"shortest_edge": shortest, "longest_edge": longest or 2 * shortest}
 
 
+def changed_fields(args: argparse.Namespace) -> dict[str, int]:
+    """Fields of the model's configuration that are to be others than the checkpoint's, or the file's."""
+    given = {name: getattr(args, name) for name in FIELDS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]]) -> tuple[Any, str]:
     """A model whose decoders have learnt nothing yet."""
     labels = {category["id"]: category["name"] for category in categories}
@@ -220,8 +237,7 @@ def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]])
     colors = [category.get("color") for category in categories]
     if all(colors):
         names["label_colors"] = [list(color) for color in colors]
-    if args.num_queries is not None:
-        names["num_queries"] = args.num_queries
+    names |= changed_fields(args)
     if args.config is None:
         return Mask2FormerForUniversalSegmentation.from_backbone(args.backbone, **names), f"backbone {args.backbone}"
     settings = json.loads(args.config.read_text(encoding="utf-8")) | names

@@ -46,6 +46,7 @@ from m2f_hf.training import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import few_shot_curve
 import finetune
 import finetune_setup
 import plot_learning_curve
@@ -955,7 +956,7 @@ def test_a_stream_of_rows_goes_on_where_it_is_told_to(tmp_path):
     assert len(later) == 1 and torch.equal(later[0], whole[3])
 
 
-# --- the curve ---
+# --- the curves ---
 
 
 def test_the_learning_curve_is_drawn(tmp_path):
@@ -969,3 +970,40 @@ def test_the_learning_curve_is_drawn(tmp_path):
     )
     with Image.open(tmp_path / "docs" / "curve.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50, "an empty frame has few colours"
+
+
+def test_the_curve_over_numbers_of_images_is_of_runs_that_are_made_once(tmp_path, small_model, monkeypatch, capsys):
+    """Nested training images, one test set, options passed on; what was measured is read, what broke off is told of."""
+    started = []
+
+    def in_this_process(command, check):
+        started.append(command[command.index("--dataset") + 1].name)
+        if len(started) != 2:  # the second run breaks off
+            finetune.main(list(map(str, command[2:])))
+
+    monkeypatch.setattr(few_shot_curve.subprocess, "run", in_this_process)
+    arguments = ["--output", tmp_path, "--model", small_model, "--images", 1, 3, "--test_images", 2, "--steps", 2]
+    arguments = list(
+        map(str, [*arguments, "--image_size", 64, "--num_workers", 0, "--recipe", "whole", "--log_every", 1])
+    )
+    with pytest.raises(SystemExit, match="3 images did not come to its end"):
+        few_shot_curve.main(arguments)
+    few_shot_curve.main(arguments)
+    assert started == ["train-1", "train-3", "train-3"]
+    table = capsys.readouterr().out.splitlines()
+    for number in (1, 3):
+        *steps, last = read_log(tmp_path / f"{number}-images" / "training_log.jsonl")
+        assert [row["step"] for row in steps] == [1, 2] and last["step"] == 2
+        figures = [f"{last[name]:.3f}" for name in ("pq_all", "pq_things", "pq_stuff")]
+        assert f"| {number} | {' | '.join(figures)} |" in table
+        model = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / f"{number}-images" / "best")
+        names = ["cross", "ring", "hexagon", "crescent", "striped ground", "dotted ground", "blotchy ground"]
+        assert list(model.config.id2label.values()) == names
+    few, many, unseen = (
+        open_dataset(tmp_path / "data" / name, held_out=0).train for name in ("train-1", "train-3", "test")
+    )
+    assert np.array_equal(few[0]["segmentation_map"], many[0]["segmentation_map"])
+    seen = [item["segmentation_map"] for item in many]
+    assert not any(np.array_equal(one["segmentation_map"], other) for one in unseen for other in seen)
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50

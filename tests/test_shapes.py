@@ -1,5 +1,6 @@
 """The generated scenes and folders in COCO's panoptic form."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from m2f_hf.data import CATEGORIES, CocoPanopticDataset, ShapesDataset, write_coco_panoptic
-from m2f_hf.data.shapes import NUM_THINGS, SHAPES, draw_shape
+from m2f_hf.data.shapes import MORE_SHAPES, NUM_THINGS, SHAPES, draw_shape
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +71,49 @@ def test_colour_does_not_tell_the_class():
         assert np.all(np.abs(np.mean(found, axis=0) - everything.mean(axis=0)) < 5 * error)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
 def test_shapes_lie_in_their_circle_and_differ_in_area(shape):
     """The share of the circumscribed circle that a shape covers follows from its definition."""
     bounds = {"circle": (0.98, 1.01), "rectangle": (0.50, 0.65), "triangle": (0.35, 0.43), "star": (0.30, 0.50)}
+    bounds |= {"cross": (0.47, 0.66), "ring": (0.62, 0.82), "hexagon": (0.81, 0.85), "crescent": (0.45, 0.63)}
     yy, xx = np.mgrid[:100, :100] + 0.5
     for seed in range(10):
         coverage = draw_shape(np.random.default_rng(seed), shape, 100, (50.0, 50.0), 80.0)
         low, high = bounds[shape]
         assert low < coverage.sum() / (np.pi * 40**2) < high
         assert coverage[(xx - 50) ** 2 + (yy - 50) ** 2 > 42**2].max() == 0
+
+
+def test_a_ring_has_a_hole_and_a_crescent_is_hollow():
+    for seed in range(10):
+        for shape, sign in (("ring", 0), ("crescent", 0), ("cross", 1), ("hexagon", 1)):
+            assert draw_shape(np.random.default_rng(seed), shape, 100, (50.0, 50.0), 80.0)[50, 50] == sign, shape
+
+
+def test_the_default_scenes_are_those_that_the_bundled_checkpoint_was_trained_on():
+    """Their maps to the bit, pixels but for rounding; whoever changes them changes what published figures mean."""
+    scenes = [ShapesDataset(3, 64, seed=9)[index] for index in range(3)]
+    digest = hashlib.sha256(b"".join(scene["segmentation_map"].tobytes() for scene in scenes))
+    assert digest.hexdigest() == "d8053dd94660ee87eb3ab8ec6d646768f03ec9c60eb3befe34d440ee9752b066"
+    brightness = [np.asarray(scene["image"]).mean() for scene in scenes]
+    assert brightness == pytest.approx([102.55, 133.52, 115.05], abs=0.02)
+
+
+def test_other_shapes_are_other_classes_on_the_same_ground():
+    """The list of shapes gives the classes of things; stuff, texture and light are as ever."""
+    assert ShapesDataset(1).categories == CATEGORIES
+    dataset = ShapesDataset(20, 64, seed=7, shapes=("ring", "circle"))
+    names = [category["name"] for category in dataset.categories]
+    assert names == ["ring", "circle", *(category["name"] for category in CATEGORIES if not category["isthing"])]
+    assert [category["id"] for category in dataset.categories] == list(range(5))
+    assert len({tuple(category["color"]) for category in dataset.categories}) == 5
+    circles = ShapesDataset(20, 64, seed=7, shapes=("circle",))
+    for index in range(20):
+        infos = dataset[index]["segments_info"]
+        assert all(info["isthing"] == dataset.categories[info["category_id"]]["isthing"] for info in infos)
+        assert {info["category_id"] for info in circles[index]["segments_info"] if info["isthing"]} == {0}
+    found = {info["category_id"] for index in range(20) for info in dataset[index]["segments_info"]}
+    assert found == set(range(5))
 
 
 def test_a_hidden_thing_is_no_segment(monkeypatch):
@@ -95,6 +129,10 @@ def test_impossible_datasets_are_refused():
         ShapesDataset(1, image_size=16)
     with pytest.raises(ValueError, match="num_scenes"):
         ShapesDataset(-1)
+    with pytest.raises(ValueError, match=r"'blob'.*circle, .*crescent"):
+        ShapesDataset(1, shapes=("circle", "blob"))
+    with pytest.raises(ValueError, match="one shape or more, each once"):
+        ShapesDataset(1, shapes=("ring", "ring"))
     with pytest.raises(IndexError, match="0 to 2"):
         ShapesDataset(3)[3]
 

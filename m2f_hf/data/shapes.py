@@ -26,6 +26,8 @@ CATEGORIES: list[dict[str, Any]] = [
 """The seven classes in COCO's form; `id` is contiguous and doubles as the model's label."""
 
 SHAPES: tuple[str, ...] = tuple(category["name"] for category in CATEGORIES if category["isthing"])
+MORE_SHAPES = ("cross", "ring", "hexagon", "crescent")
+"""Shapes that are not among the seven classes: new ones, for who fine-tunes to those."""
 NUM_THINGS = (3, 8)
 """Fewest and most things in a scene."""
 THING_SIZE = (0.08, 0.50)
@@ -37,9 +39,29 @@ VALIDATION_SEED = 1_000_001
 TEST_SEED = 2_000_003
 """Seeds of the scenes that training never sees: to choose a checkpoint and its thresholds by, and to report."""
 
+_COLORS = {category["name"]: category["color"] for category in CATEGORIES}
+_COLORS |= dict(zip(MORE_SHAPES, ([214, 39, 160], [255, 127, 14], [60, 60, 200], [20, 160, 130]), strict=True))
 _SUPERSAMPLING = 3
 _MIN_VISIBLE_SHARE = 0.4
 _PLACEMENT_TRIES = 12
+
+
+def categories_of(shapes: Sequence[str]) -> list[dict[str, Any]]:
+    """The classes of scenes with these things, as `CATEGORIES` are those of scenes with `SHAPES`.
+
+    Raises:
+        ValueError: if a shape is unknown or there twice, or there is none.
+    """
+    for shape in shapes:
+        if shape not in SHAPES + MORE_SHAPES:
+            raise ValueError(f"Unknown shape {shape!r}: use some of {', '.join(SHAPES + MORE_SHAPES)}.")
+    if not shapes or len(set(shapes)) < len(shapes):
+        raise ValueError(f"Scenes have one shape or more, each once; got {', '.join(shapes) or 'none'}.")
+    stuff = [category["name"] for category in CATEGORIES if not category["isthing"]]
+    return [
+        {"id": index, "name": name, "isthing": int(index < len(shapes)), "color": _COLORS[name]}
+        for index, name in enumerate([*shapes, *stuff])
+    ]
 
 
 def smooth_field(rng: Generator, size: int, cells: int) -> np.ndarray:
@@ -94,7 +116,10 @@ def distinct_color(rng: Generator, others: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def outline(rng: Generator, shape: str) -> np.ndarray:
-    """Corners of a randomly turned `shape` in the unit circle: (N, 2) float64; the circle is a 48-gon."""
+    """Corners of a randomly turned `shape` in the unit circle: (N, 2) float64; the circle is a 48-gon.
+
+    The ring's outline goes around, in, around the hole and back.
+    """
     if shape == "circle":
         angles = np.arange(48) * 2 * math.pi / 48
         radii = np.ones(48)
@@ -108,10 +133,37 @@ def outline(rng: Generator, shape: str) -> np.ndarray:
     elif shape == "star":
         angles = np.arange(10) * math.pi / 5
         radii = np.where(np.arange(10) % 2 == 0, 1.0, rng.uniform(0.38, 0.5))
+    elif shape == "cross":
+        half = math.asin(rng.uniform(0.22, 0.32))  # of an arm's end, seen from the centre
+        inner = math.sqrt(2) * math.sin(half)
+        quarters = np.arange(4)[:, None] * math.pi / 2
+        angles = (quarters + np.array([-half, half, math.pi / 4])).ravel()
+        radii = np.tile([1.0, 1.0, inner], 4)
+    elif shape == "ring":
+        around = np.linspace(0.0, 2 * math.pi, 49)
+        angles = np.concatenate([around, around[::-1]])
+        radii = np.repeat([1.0, rng.uniform(0.45, 0.6)], 49)
+    elif shape == "hexagon":
+        angles = np.arange(6) * math.pi / 3
+        radii = np.ones(6)
+    elif shape == "crescent":
+        angles, radii = crescent(tip=rng.uniform(0.8, 1.0), depth=rng.uniform(0.1, 0.3))
     else:
-        raise ValueError(f"Unknown shape {shape!r}: use one of {', '.join(SHAPES)}.")
+        raise ValueError(f"Unknown shape {shape!r}: use one of {', '.join(SHAPES + MORE_SHAPES)}.")
     angles = angles + rng.uniform(0.0, 2 * math.pi)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=-1)
+
+
+def crescent(tip: float, depth: float) -> tuple[np.ndarray, np.ndarray]:
+    """Angles and radii (N,) of the unit circle without a disc that meets it at the angles `tip` and -`tip` (radians)
+    and reaches `depth` beyond the centre.
+    """
+    center = (1 - depth**2) / (2 * (math.cos(tip) + depth))  # as far from both tips as from (-depth, 0)
+    end = math.atan2(math.sin(tip), math.cos(tip) - center)
+    outer = np.exp(1j * np.linspace(tip, 2 * math.pi - tip, 40))
+    inner = center + (center + depth) * np.exp(1j * np.linspace(2 * math.pi - end, end, 30))
+    corners = np.concatenate([outer, inner])
+    return np.angle(corners), np.abs(corners)
 
 
 def draw_shape(rng: Generator, shape: str, size: int, center: tuple[float, float], diameter: float) -> np.ndarray:
@@ -122,12 +174,14 @@ def draw_shape(rng: Generator, shape: str, size: int, center: tuple[float, float
     return np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
 
 
-def draw_ground(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Cover the image with one to three stuff classes with irregular borders.
+def draw_ground(
+    rng: Generator, size: int, categories: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Cover the image with one to three of the stuff classes in `categories`, with irregular borders.
 
     Returns the colours (size, size, 3) float32, the category id of each pixel (size, size) int64 and the main colours.
     """
-    stuff = np.array([category["id"] for category in CATEGORIES if not category["isthing"]])
+    stuff = np.array([category["id"] for category in categories if not category["isthing"]])
     chosen = rng.permutation(stuff)[: int(rng.integers(1, len(stuff) + 1))]
     relief = np.stack([smooth_field(rng, size, 2) + 0.25 * smooth_field(rng, size, 9) for _ in chosen])  # (S, H, W)
     # A strip a few pixels wide would be a segment that nobody can name.
@@ -140,18 +194,20 @@ def draw_ground(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray, list
     for index, category_id in enumerate(chosen):
         bases.append(distinct_color(rng, bases))
         region = owner == index
-        kind = CATEGORIES[category_id]["name"].split()[0]
+        kind = categories[category_id]["name"].split()[0]
         color[region] = texture(rng, size, kind, bases[-1])[region]
     return color, chosen[owner], bases
 
 
-def place_thing(rng: Generator, size: int, ids: np.ndarray, areas: Sequence[int]) -> tuple[np.ndarray, str]:
+def place_thing(
+    rng: Generator, size: int, ids: np.ndarray, areas: Sequence[int], shapes: Sequence[str]
+) -> tuple[np.ndarray, str]:
     """Find a place for one more thing on top of the things in `ids` ((H, W), 0 = none), whose full areas are `areas`.
 
     Overlap is wanted, but a place that would hide most of an earlier thing is tried again a few times. Returns the
     coverage (H, W) and the shape's name.
     """
-    shape = str(rng.choice(SHAPES))
+    shape = str(rng.choice(shapes))
     diameter = rng.uniform(*THING_SIZE) * size
     for _ in range(_PLACEMENT_TRIES):
         margin = 0.35 * diameter
@@ -163,22 +219,25 @@ def place_thing(rng: Generator, size: int, ids: np.ndarray, areas: Sequence[int]
     return alpha, shape
 
 
-def render_scene(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Draw one scene.
+def render_scene(
+    rng: Generator, size: int, categories: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Draw one scene of these classes, which are as `categories_of` gives them.
 
     Returns the image (size, size, 3) uint8, the segment ids (size, size) int32 and the category id of each segment;
     ids count from 1 in the order of that list, stuff first. A thing that others hide completely keeps its place in the
     list but has no pixel.
     """
-    color, category_map, bases = draw_ground(rng, size)
+    shapes = [category["name"] for category in categories if category["isthing"]]
+    color, category_map, bases = draw_ground(rng, size, categories)
     stuff = np.unique(category_map)
     segment_ids = (np.searchsorted(stuff, category_map) + 1).astype(np.int32)
-    categories = stuff.tolist()
+    category_ids = stuff.tolist()
 
     thing_ids = np.zeros((size, size), dtype=np.int64)
     areas: list[int] = []
     for number in range(1, int(rng.integers(NUM_THINGS[0], NUM_THINGS[1], endpoint=True)) + 1):
-        alpha, shape = place_thing(rng, size, thing_ids, areas)
+        alpha, shape = place_thing(rng, size, thing_ids, areas, shapes)
         base = distinct_color(rng, bases)
         bases.append(base)
         thing_color = texture(rng, size, str(rng.choice(THING_TEXTURES)), base)
@@ -187,18 +246,21 @@ def render_scene(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray, lis
         covered = alpha >= 0.5
         thing_ids[covered] = number
         segment_ids[covered] = len(stuff) + number
-        categories.append(SHAPES.index(shape))
+        category_ids.append(shapes.index(shape))
         areas.append(int(covered.sum()))
 
     light = np.clip(1.0 + 0.18 * smooth_field(rng, size, 2), 0.55, 1.35)[..., None]
     noise = rng.standard_normal(color.shape, dtype=np.float32) * rng.uniform(2.0, 10.0)
-    return np.clip(color * light + noise, 0, 255).astype(np.uint8), segment_ids, categories
+    return np.clip(color * light + noise, 0, 255).astype(np.uint8), segment_ids, category_ids
 
 
-def describe_segments(segment_ids: np.ndarray, category_of: dict[int, int]) -> list[dict[str, Any]]:
+def describe_segments(
+    segment_ids: np.ndarray, category_of: dict[int, int], categories: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """COCO's `segments_info` of a panoptic map (H, W): one entry per id present in it, 0 (void) left out.
 
-    `category_of` maps a segment id to its category id. `bbox` is x, y, width, height in pixels, `area` is in pixels.
+    `category_of` maps a segment id to its category id, a position in `categories`. `bbox` is x, y, width, height in
+    pixels, `area` is in pixels.
     """
     segments = []
     for segment_id in np.unique(segment_ids):
@@ -212,7 +274,7 @@ def describe_segments(segment_ids: np.ndarray, category_of: dict[int, int]) -> l
             {
                 "id": int(segment_id),
                 "category_id": category_id,
-                "isthing": CATEGORIES[category_id]["isthing"],
+                "isthing": categories[category_id]["isthing"],
                 "iscrowd": 0,
                 "area": int(mask.sum()),
                 "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
@@ -229,15 +291,23 @@ class ShapesDataset(Dataset[dict[str, Any]]):
 
     - `image`: `PIL.Image.Image`, RGB;
     - `segmentation_map`: (H, W) int32 of segment ids, every pixel >= 1;
-    - `segments_info`: a list of dicts in COCO's form: `id`, `category_id` (see `CATEGORIES`), `isthing`, `iscrowd`,
+    - `segments_info`: a list of dicts in COCO's form: `id`, `category_id` (see `categories`), `isthing`, `iscrowd`,
       `area` in pixels, `bbox` as x, y, width, height in pixels; things that others hide completely are left out;
     - `image_id`: int, the index.
 
+    Args:
+        num_scenes, image_size, seed: see above.
+        shapes: the classes of things, some of `SHAPES` and `MORE_SHAPES`.
+
+    Attributes:
+        categories: the classes of things and stuff in COCO's form; with `SHAPES` they are `CATEGORIES`.
+
     Raises:
-        ValueError: if `num_scenes` is negative or `image_size` is below 32 (the smallest thing would have no shape).
+        ValueError: if `num_scenes` is negative, `image_size` is below 32 (the smallest thing would have no shape), or
+            `shapes` has none, unknown ones or one twice.
     """
 
-    def __init__(self, num_scenes: int, image_size: int = 160, seed: int = 0) -> None:
+    def __init__(self, num_scenes: int, image_size: int = 160, seed: int = 0, shapes: Sequence[str] = SHAPES) -> None:
         if num_scenes < 0:
             raise ValueError(f"num_scenes must be 0 or more, got {num_scenes}.")
         if image_size < 32:
@@ -245,6 +315,7 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         self.num_scenes = num_scenes
         self.image_size = image_size
         self.seed = seed
+        self.categories = categories_of(shapes)
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -253,10 +324,11 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         if not 0 <= index < self.num_scenes:
             raise IndexError(f"Scene {index} of {self.num_scenes}: indices run from 0 to {self.num_scenes - 1}.")
         rng = np.random.default_rng((self.seed, index))
-        pixels, segment_ids, categories = render_scene(rng, self.image_size)
+        pixels, segment_ids, category_ids = render_scene(rng, self.image_size, self.categories)
+        category_of = dict(enumerate(category_ids, start=1))
         return {
             "image": Image.fromarray(pixels),
             "segmentation_map": segment_ids,
-            "segments_info": describe_segments(segment_ids, dict(enumerate(categories, start=1))),
+            "segments_info": describe_segments(segment_ids, category_of, self.categories),
             "image_id": index,
         }
