@@ -67,6 +67,8 @@ class Mask2FormerLoss(nn.Module):
             num_points=config.train_num_points,
         )
 
+    # The assignment is made on the host, and the shapes that follow from it would be compiled anew at each step.
+    @torch.compiler.disable
     def forward(
         self,
         class_queries_logits: Tensor,
@@ -134,9 +136,7 @@ class Mask2FormerLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Binary cross-entropies and dice losses at points, summed over the matched masks: two of (L,)."""
         images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
-        layers = torch.arange(len(mask_embeddings), device=mask_features.device)[
-            :, None
-        ]  # (L, 1), broadcast with (L, M)
+        layers = torch.arange(len(mask_embeddings), device=mask_features.device)[:, None]  # beside (L, M)
         matched = mask_embeddings[layers, matching.images, matching.queries]  # (L, M, C)
         point_logits, points = MatchedMasksAtPoints.apply(
             mask_features, matched, matching.counts, lambda logits, layer: self.select_points(logits, layer, images)

@@ -985,6 +985,31 @@ def test_compiled_without_a_break(with_mask):
         assert_same_tensors(compiled(images(), pixel_mask=mask), model(images(), pixel_mask=mask), atol=1e-5, rtol=1e-5)
 
 
+class Logits(nn.Module):
+    """What an exported model gives: tensors alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        outputs = self.model(pixel_values)
+        return outputs.class_queries_logits, outputs.masks_queries_logits
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_one_exported_graph_serves_all_batches_and_sizes(backbone):
+    model = Logits(tiny_model(backbone))
+    batch, rows, columns = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "rows", "columns"))
+    shapes = ({0: batch, 2: 32 * rows, 3: 32 * columns},)
+    with torch.no_grad():
+        exported = torch.export.export(model, (images(2, (128, 160)),), dynamic_shapes=shapes, strict=False).module()
+        for size in ((1, 96, 128), (3, 64, 224)):
+            pixel_values = images(size[0], size[1:])
+            for ours, expected in zip(exported(pixel_values), model(pixel_values), strict=True):
+                torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_group_norm_beside_padding_is_exact_under_autocast():
     norm = torch.nn.GroupNorm(32, 64)
     features = torch.randn(2, 64, 12, 8) + 30  # a mean far from zero: rounded to half precision it would show

@@ -103,30 +103,6 @@ def test_every_token_stands_in_one_window(size, shift):
     assert (regions is None) == (shift == 0)
 
 
-def test_one_graph_serves_all_sizes():
-    config = SwinConfig(window_size=4, embed_dim=12, num_heads=[3] * 4, depths=[1, 2, 1, 1], out_indices=(1, 2, 3, 4))
-    torch.manual_seed(0)
-    backbone = AutoBackbone.from_config(config).eval()
-    use_windowed_layers(backbone)
-
-    class Maps(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = backbone
-
-        def forward(self, pixel_values):
-            return self.backbone(pixel_values).feature_maps
-
-    batch, rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "rows", "columns"))
-    shapes = ({0: batch, 2: 32 * rows, 3: 32 * columns},)
-    with torch.no_grad():
-        program = torch.export.export(Maps(), (torch.randn(2, 3, 96, 160),), dynamic_shapes=shapes).module()
-        for size in ((3, 64, 224), (2, 160, 96)):
-            images = torch.randn(size[0], 3, *size[1:])
-            for expected, actual in zip(Maps()(images), program(images), strict=True):
-                torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_hidden_padding_reaches_no_image():
     config = SwinConfig(
         window_size=4,
