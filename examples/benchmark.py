@@ -948,6 +948,7 @@ class Products(NamedTuple):
 
 # PyTorch's formulas know none of these, which a model may use on a CPU.
 _MORE_PRODUCTS: dict[str, Callable[..., int]] = {
+    "aten.addmm_": lambda total, left, right, **_: 2 * left.numel() * right.shape[1],
     "aten._addmm_activation": lambda bias, left, right, **_: 2 * left.numel() * right.shape[1],
     "mkl._mkl_linear": lambda states, packed, weight, *_, **__: 2 * states.numel() * weight.shape[0],
     "mkldnn._linear_pointwise": lambda states, weight, *_, **__: 2 * states.numel() * weight.shape[0],
@@ -987,7 +988,7 @@ class ProductCounter(TorchDispatchMode):
         namespace, _, operator = name.partition(".")
         is_foreign = namespace not in ("aten", "prim", "prims", "profiler")
         # Deformable attention is a weighted sum of rows on the CPU: no product.
-        if (is_foreign and "deformable" not in operator) or _PRODUCT_NAME.search(operator):
+        if "deformable" not in operator and (is_foreign or _PRODUCT_NAME.search(operator)):
             self.unknown.add(name)
 
 
