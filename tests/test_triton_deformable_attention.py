@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(not kernels.IS_AVAILABLE, reason="needs Triton
 
 def form_on(device):
     """The form that serves values on a device, which need not be there."""
-    return operator._form_for(SimpleNamespace(device=torch.device(device), shape=(1, 43, 2, 32), requires_grad=False))
+    return operator.form_for(SimpleNamespace(device=torch.device(device), shape=(1, 43, 2, 32), requires_grad=False))
 
 
 # Right, by the interpreter
