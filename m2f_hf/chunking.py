@@ -12,16 +12,17 @@ know how many there are: there a map is one piece.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 _NUMBERS_PER_PIECE = 1 << 20  # 4 MB in float32: of the widest tensor of a layer, in a core's share of the cache
 
 
-def works_in_pieces(hidden_states: Tensor) -> bool:
-    """Whether a layer that is not in training should treat `hidden_states` piece by piece."""
+def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether a layer should treat `hidden_states` piece by piece."""
     return (
         hidden_states.device.type == "cpu"
+        and not layer.training
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
@@ -29,14 +30,13 @@ def works_in_pieces(hidden_states: Tensor) -> bool:
     )
 
 
-def pieces(length: int, width: int, multiple: int = 1) -> Iterator[slice]:
+def pieces(length: int, width: int) -> Iterator[slice]:
     """Slices that cut `length` positions into pieces, in order.
 
     Args:
         length: number of positions.
         width: numbers that the layer's widest tensor has for each of them.
-        multiple: what all pieces but the last are a multiple of.
     """
-    step = max(1, _NUMBERS_PER_PIECE // (width * multiple)) * multiple
+    step = max(1, _NUMBERS_PER_PIECE // width)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))

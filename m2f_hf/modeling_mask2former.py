@@ -298,11 +298,15 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
         (height first), padding (B, S) True = padding -> (B, S, C)."""
         queries = hidden_states + position_embeddings
         value = self.project_values(hidden_states, padding)
-        samples = (self.num_heads, NUM_FEATURE_LEVELS, NUM_SAMPLING_POINTS)
-        offsets = self.sampling_offsets(queries).unflatten(-1, (*samples, 2))  # in pixels of the level they read
-        weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        offsets, weights = self.sampling(queries)
+        samples = (NUM_FEATURE_LEVELS, NUM_SAMPLING_POINTS)
         output = deformable_attention_at_offsets(
-            value, spatial_shapes, map_sizes, reference_points, offsets, weights.unflatten(-1, samples[1:])
+            value,
+            spatial_shapes,
+            map_sizes,
+            reference_points,
+            offsets.unflatten(-1, (*samples, 2)),
+            weights.unflatten(-1, samples),
         )
         return self.output_proj(output)
 
@@ -313,12 +317,19 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
             value = value.masked_fill(padding[..., None], 0.0)
         return value.unflatten(-1, (self.num_heads, -1))
 
+    def sampling(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, C) -> offsets (…, heads, L * P * 2) in pixels of the level they read, and weights (…, heads, L * P)."""
+        offsets, weights = (
+            projection(queries).unflatten(-1, (self.num_heads, -1))
+            for projection in (self.sampling_offsets, self.attention_weights)
+        )
+        return offsets, weights.softmax(-1)
+
     def read(self, queries: Tensor, points: Tensor, table: GatherTable) -> Tensor:
         """`forward` for some queries of one image: (n, C), their places in every level (n, L * P * 2) -> (n, C)."""
-        offsets = self.sampling_offsets(queries).unflatten(-1, (self.num_heads, -1))
-        weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).to(points.dtype).softmax(-1)
+        offsets, weights = self.sampling(queries)
         coordinates = (offsets + points[:, None]).flatten(1)
-        return self.output_proj(table.attend(coordinates, weights).to(queries.dtype))
+        return self.output_proj(table.attend(coordinates, weights.to(points.dtype)).to(queries.dtype))
 
 
 class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
@@ -341,7 +352,7 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
         spatial_shapes: list[tuple[int, int]],
         padding: Tensor | None,
     ) -> Tensor:
-        if works_in_pieces(hidden_states) and not self.training and form_for(hidden_states) == "gather":
+        if works_in_pieces(self, hidden_states) and form_for(hidden_states) == "gather":
             return self._forward_in_pieces(
                 hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
             )

@@ -178,17 +178,17 @@ class GatherTable:
     def __init__(self, value: Tensor, spatial_shapes: list[tuple[int, int]], num_points: int) -> None:
         batch, _, heads, self.head_width = value.shape
         self.spatial_shapes, self.num_heads = spatial_shapes, heads
-        areas = [(height + 2) * (width + 2) for height, width in spatial_shapes]
+        bordered_shapes = [(height + 2, width + 2) for height, width in spatial_shapes]
+        areas = [height * width for height, width in bordered_shapes]
         table = value.new_empty(batch, sum(areas), heads * self.head_width)
-        for (height, width), bordered, level in zip(
-            spatial_shapes, table.split(areas, dim=1), self._levels(value.flatten(2)), strict=True
+        for bordered, level in zip(
+            split_levels(table, bordered_shapes), split_levels(value.flatten(2), spatial_shapes), strict=True
         ):
-            bordered = bordered.unflatten(1, (height + 2, width + 2))
             bordered[:, 1:-1, 1:-1] = level
-            bordered[:, :: height + 1] = 0
-            bordered[:, :, :: width + 1] = 0
+            bordered[:, [0, -1]] = 0
+            bordered[:, :, [0, -1]] = 0
+        self.bordered_shapes, self.rows_of_image = bordered_shapes, sum(areas) * heads
         self.rows = table.view(-1, self.head_width)  # (B * R * M, D)
-        self.rows_of_image = sum(areas) * heads
 
         # For each sample of a query, (M * L * P,) and twice as many: elementwise kernels are several times slower where
         # they must broadcast short rows.
@@ -203,12 +203,6 @@ class GatherTable:
         nothing = torch.zeros_like(self.strides)
         corners = torch.stack([nothing, nothing + heads, self.strides, self.strides + heads])
         self.corners = corners.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()  # (M, 4, L * P)
-
-    def _levels(self, maps: Tensor) -> list[Tensor]:
-        """(B, S, C) -> each level's (B, height, width, C)."""
-        areas = [height * width for height, width in self.spatial_shapes]
-        levels = maps.split(areas, dim=1)
-        return [level.unflatten(1, shape) for level, shape in zip(levels, self.spatial_shapes, strict=True)]
 
     def locate(self, coordinates: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates (n, M * L * P * 2), each query's image (n,) int32, None for the only one -> the row of the
@@ -282,9 +276,9 @@ class GatherTable:
         starts = torch.searchsorted(sorted_rows, every_row, out_int32=True)
         queries = order.div(top.shape[2], rounding_mode="floor").int()  # and their heads: rows of the gradient
         corner_weights = self.corner_weights(weights, x_share, y_share)
-        areas = [(height + 2) * (width + 2) for height, width in self.spatial_shapes]
+        batch = len(self.rows) // self.rows_of_image
         positions = sum(height * width for height, width in self.spatial_shapes)
-        value_grad = grad.new_zeros(len(self.rows) // self.rows_of_image, positions, grad[0].numel())
+        value_grad = grad.new_zeros(batch, positions, grad[0].numel())
         for corner, (down, right) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
             table_grad = nn.functional.embedding_bag(
                 queries,
@@ -293,13 +287,17 @@ class GatherTable:
                 mode="sum",
                 per_sample_weights=corner_weights[:, :, corner].flatten().index_select(0, order),
             )
-            bordered = table_grad.view(len(value_grad), sum(areas), -1).split(areas, dim=1)
-            for level, source, (height, width) in zip(
-                self._levels(value_grad), bordered, self.spatial_shapes, strict=True
-            ):
-                source = source.unflatten(1, (height + 2, width + 2))
-                level += source[:, 1 - down : height + 1 - down, 1 - right : width + 1 - right]
+            bordered_levels = split_levels(table_grad.view(batch, -1, grad[0].numel()), self.bordered_shapes)
+            for level, bordered in zip(split_levels(value_grad, self.spatial_shapes), bordered_levels, strict=True):
+                _, height, width, _ = level.shape
+                level += bordered[:, 1 - down : height + 1 - down, 1 - right : width + 1 - right]
         return value_grad
+
+
+def split_levels(maps: Tensor, spatial_shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """(B, S, C) -> each level's (B, height, width, C)."""
+    levels = maps.split([height * width for height, width in spatial_shapes], dim=1)
+    return [level.unflatten(1, shape) for level, shape in zip(levels, spatial_shapes, strict=True)]
 
 
 def sampled_products(vectors: Tensor, table: Tensor, rows: Tensor) -> Tensor:

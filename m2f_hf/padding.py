@@ -24,8 +24,12 @@ def may_hide_padding(pixel_values: Tensor, pixel_mask: Tensor | None, image_size
         return False
     if image_sizes.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return True
-    own = (image_sizes + PADDING_DIVISOR - 1) // PADDING_DIVISOR * PADDING_DIVISOR  # (B, 2)
-    return bool((own < torch.tensor(pixel_values.shape[2:])).any())
+    return bool((padded_sizes(image_sizes) < torch.tensor(pixel_values.shape[2:])).any())
+
+
+def padded_sizes(image_sizes: Tensor) -> Tensor:
+    """Height and width to which each image alone would be padded: (B, 2) -> (B, 2)."""
+    return (image_sizes.clamp(min=1) + PADDING_DIVISOR - 1) // PADDING_DIVISOR * PADDING_DIVISOR
 
 
 def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
@@ -34,7 +38,7 @@ def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> T
     An image alone is padded to a multiple of 32 and the original attends there; what a batch adds beyond that must not
     move the result.
     """
-    valid = (image_sizes.clamp(min=1) + PADDING_DIVISOR - 1) // PADDING_DIVISOR * (PADDING_DIVISOR // stride)  # (B, 2)
+    valid = padded_sizes(image_sizes) // stride  # (B, 2)
     rows, columns = (torch.arange(length, device=image_sizes.device) for length in size)
     return (rows[:, None] >= valid[:, :1, None]) | (columns >= valid[:, 1:, None])
 

@@ -8,7 +8,6 @@ map everything is zero.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,49 +64,31 @@ class SeededPoints:
         return torch.cat(rows).to(device, non_blocking=True)
 
 
-class _SamplePoints(torch.autograd.Function):
-    """Bilinear sampling that keeps no copy of the sampled maps for the backward pass, as `grid_sample` would."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, points: Tensor) -> Tensor:
-        ctx.save_for_backward(points)
-        ctx.shape = features.shape
-        return _grid_sample(features, points)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (points,) = ctx.saved_tensors
-        return spread_to_maps(grad, points, ctx.shape), None
-
-
-def spread_to_maps(grad: Tensor, points: Tensor, shape: Sequence[int]) -> Tensor:
-    """Gradient of `sample_points` to maps of the shape (N, C, H, W): (N, C, P), (N, P, 2) -> (N, C, H, W).
-
-    Sampling is linear in the maps, so their values don't matter: a single zero stands for all of them.
-    """
-    grid = 2 * points[:, :, None] - 1
-    nothing = grad.new_zeros(()).expand(shape)
-    # Bilinear, zeros outside, corners not aligned; of the two gradients the first.
-    return torch.ops.aten.grid_sampler_2d_backward(grad[..., None], nothing, grid, 0, 0, False, [True, False])[0]
-
-
-def _grid_sample(features: Tensor, points: Tensor) -> Tensor:
-    grid = 2 * points[:, :, None] - 1  # (N, P, 2) -> (N, P, 1, 2), [0, 1] -> [-1, 1]
-    return F.grid_sample(features, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(3)
-
-
 def sample_points(features: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of feature maps at points, in float32.
 
     Args:
         features: (N, C, H, W), floating.
-        points: (N, P, 2), x and y in [0, 1]. No gradient flows to them.
+        points: (N, P, 2), x and y in [0, 1].
 
     Returns:
-        (N, C, P) float32, differentiable once with respect to `features`.
+        (N, C, P) float32.
     """
-    return _SamplePoints.apply(features.float(), points.float())
+    grid = 2 * points.float()[:, :, None] - 1  # (N, P, 2) -> (N, P, 1, 2), [0, 1] -> [-1, 1]
+    sampled = F.grid_sample(features.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return sampled.squeeze(3)
+
+
+def spread_to_maps(grad: Tensor, points: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gradient of `sample_points` to maps of the shape (N, C, H, W): (N, C, P), (N, P, 2) -> (N, C, H, W).
+
+    Sampling is linear in the maps, so their values don't matter: a single zero stands for all of them, and whoever
+    samples need not keep them.
+    """
+    grid = 2 * points[:, :, None] - 1
+    nothing = grad.new_zeros(()).expand(shape)
+    # Bilinear, zeros outside, corners not aligned; of the two gradients the first.
+    return torch.ops.aten.grid_sampler_2d_backward(grad[..., None], nothing, grid, 0, 0, False, [True, False])[0]
 
 
 class PointRows:
@@ -148,13 +129,13 @@ class PointRows:
 
 def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
     """`sample_points` for targets, each mask at its own points: (N, H, W) of any dtype, (N, P, 2) -> (N, P) float32."""
-    sampled = [_grid_sample(part[:, None], of_part)[:, 0] for part, of_part in _in_floats(masks, points)]
+    sampled = [sample_points(part[:, None], of_part)[:, 0] for part, of_part in _in_floats(masks, points)]
     return torch.cat(sampled) if sampled else points.new_zeros(points.shape[:2])
 
 
 def sample_masks_alike(masks: Tensor, points: Tensor) -> Tensor:
     """`sample_points` for targets, all at the same points: (N, H, W) of any dtype, (P, 2) -> (N, P) float32."""
-    sampled = [_grid_sample(part[None], points[None])[0] for part, _ in _in_floats(masks, masks)]
+    sampled = [sample_points(part[None], points[None])[0] for part, _ in _in_floats(masks, masks)]
     return torch.cat(sampled) if sampled else points.new_zeros(0, len(points))
 
 
@@ -190,7 +171,7 @@ def select_uncertain_points(logits: Tensor, candidates: Tensor, random: Tensor, 
     Returns:
         (N, num_uncertain + S, 2) points.
     """
-    certainty = _grid_sample(logits, candidates).squeeze(1).abs_()  # (N, R)
+    certainty = sample_points(logits, candidates).squeeze(1).abs_()  # (N, R)
     # Their order does not matter, and most of the time would go into it.
     if certainty.device.type == "cpu" and num_uncertain > 0:
         kept = torch.from_numpy(np.argpartition(certainty.numpy(), num_uncertain - 1, axis=1)[:, :num_uncertain])

@@ -45,21 +45,20 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         height, width = input_dimensions
         windows, regions = index_windows(height, width, self.window_size, self.shift_size, hidden_states.device)
         hidden = None if self.padding_hider is None else self.padding_hider.hidden_tokens((height, width))
-        if works_in_pieces(hidden_states) and not self.training:
+        if works_in_pieces(self, hidden_states):
             return self._forward_in_pieces(hidden_states, windows, regions, hidden), None
 
         length = height * width
         order, slots = windows.flatten(), token_slots(windows, length)
-        outside = order == length
+        blank = order == length
+        inside = order.clamp(max=length - 1)
         normed = self.layernorm_before(hidden_states)
         if hidden is not None:
             normed = normed.masked_fill(hidden[..., None], 0.0)
-        # (B, H*W, C) -> (B, windows * N, C)
-        rows = RearrangeRows.apply(normed, order.clamp(max=length - 1), slots)
-        rows = rows.masked_fill(outside[:, None], 0.0)
+        # (B, H*W, C) -> (B, windows * N, C), zeros for what fills up windows; and back, without it.
+        rows = RearrangeRows.apply(normed, inside, blank, slots, None)
         attended, weights = self._attend(rows.reshape(-1, windows.shape[1], rows.shape[2]), regions, **kwargs)
-        attended = attended.reshape(rows.shape).masked_fill(outside[:, None], 0.0)
-        update = RearrangeRows.apply(attended, slots, order.clamp(max=length - 1))
+        update = RearrangeRows.apply(attended.reshape(rows.shape), slots, None, inside, blank)
         hidden_states = hidden_states + self.drop_path(self.dropout(update))
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states))), weights
 
@@ -112,18 +111,35 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
 
 
 class RearrangeRows(torch.autograd.Function):
-    """`rows[:, order]` whose gradient is gathered, too: `inverse` says where each row went."""
+    """`rows[:, order]`, whose gradient is gathered, too, instead of scattered."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """(B, M, C), (N,), (M,) -> (B, N, C); rows that `inverse` does not name must have no gradient."""
-        ctx.save_for_backward(inverse)
-        return rows.index_select(1, order)
+    def forward(
+        ctx: Any, rows: Tensor, order: Tensor, blank: Tensor | None, inverse: Tensor, left_out: Tensor | None
+    ) -> Tensor:
+        """
+        Args:
+            rows: (B, M, C).
+            order: (N,), which row stands where.
+            blank: (N,) bool, where zeros stand instead.
+            inverse: (M,), where each row went.
+            left_out: (M,) bool, rows that went nowhere.
+
+        Returns:
+            (B, N, C).
+        """
+        ctx.save_for_backward(inverse, left_out)
+        return gather_rows(rows, order, blank)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(1, inverse), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return gather_rows(grad, *ctx.saved_tensors), None, None, None, None
+
+
+def gather_rows(rows: Tensor, order: Tensor, blank: Tensor | None) -> Tensor:
+    """(B, M, C), (N,), (N,) bool -> (B, N, C), zeros where it is blank."""
+    gathered = rows.index_select(1, order)
+    return gathered if blank is None else gathered.masked_fill_(blank[:, None], 0.0)
 
 
 def index_windows(

@@ -1035,9 +1035,14 @@ def test_yaml_that_refers_to_itself_a_billion_times_is_read_or_refused_at_once(t
     path.write_text("loop: &loop [*loop]\n" + plain.read_text().replace("DEPTHS:", "DEPTHS: *loop\n    DEPTHS_:"))
     with pytest.raises(ValueError, match=r"MODEL\.SWIN\.DEPTHS in"):
         read_config(path)
+    # Since 6.0.4 PyYAML writes each merged key once; before, they would have filled the memory.
     path.write_text(MERGED_LAUGHS + plain.read_text())
-    with pytest.raises(ValueError, match="merge keys"):
-        read_config(path)
+    try:
+        merged = read_config(path)
+    except ValueError as error:
+        assert "merge keys" in str(error)
+    else:
+        assert merged == read_config(plain)
     path.write_text("a: " + "[" * 5000)
     with pytest.raises(ValueError, match="no YAML file"):
         read_config(path)

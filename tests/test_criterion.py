@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import Mask2FormerConfig as StockConfig
 from transformers.models.mask2former import modeling_mask2former as stock
 
-from m2f_hf.criterion import Mask2FormerLoss
+from m2f_hf import criterion as criterion_module
+from m2f_hf.criterion import Mask2FormerLoss, MatchedMasksAtPoints
 from m2f_hf.matcher import pack_targets
-from m2f_hf.point_sampling import SeededPoints
+from m2f_hf.point_sampling import SeededPoints, sample_points
 
 
 NUM_LABELS = 5
@@ -336,6 +337,40 @@ def test_wrong_targets_are_refused():
     batch[4][0][1] = NUM_LABELS
     with pytest.raises(ValueError, match=r"must lie in 0\.\.4"):
         compute(batch)
+
+
+# Masks of the matched queries, written down a few outputs at a time
+
+
+@pytest.mark.parametrize("at_once", [1, 10**6], ids=["one output", "all outputs"])
+@pytest.mark.parametrize("counts", [[2, 1], [0, 3], [0, 0]], ids=str)
+def test_matched_masks_at_points_have_the_gradient_of_the_masks(counts, at_once, monkeypatch):
+    monkeypatch.setattr(criterion_module, "_LOGITS_AT_ONCE", at_once)
+    features = torch.randn(2, 4, 5, 6, requires_grad=True)
+    embeddings = torch.randn(3, sum(counts), 4, requires_grad=True)
+    points = torch.rand(3, sum(counts), 7, 2)
+    seen = []
+
+    def choose(logits, layer):
+        seen.append(logits)
+        return points[layer]
+
+    logits, chosen = MatchedMasksAtPoints.apply(features, embeddings, counts, choose)
+    images = torch.tensor([image for image, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
+    masks = torch.einsum("lmc,mchw->lmhw", embeddings, features[images])
+    expected = torch.stack(
+        [sample_points(of_layer[:, None], at)[:, 0] for of_layer, at in zip(masks, points, strict=True)]
+    )
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(torch.stack(seen)[:, :, 0], masks)
+    assert torch.equal(chosen, points) and not chosen.requires_grad
+    grad = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(logits, [features, embeddings], grad),
+        torch.autograd.grad(expected, [features, embeddings], grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 # Cost: memory and synchronisation

@@ -16,6 +16,7 @@ from m2f_hf.matcher import (
     pack_targets,
     pairwise_cross_entropy,
     pairwise_dice,
+    sum_of_softplus,
 )
 
 
@@ -84,9 +85,25 @@ def test_matches_are_those_of_transformers_at_the_same_points(counts, monkeypatc
         assert ours == [(queries.tolist(), targets.tolist()) for queries, targets in expected]
 
 
-def test_pairwise_costs_are_the_losses_of_each_pair():
-    logits, labels = 10 * torch.randn(2, 4, 50), torch.rand(2, 3, 50)
-    pair_logits, pair_labels = logits[:, :, None].expand(2, 4, 3, 50), labels[:, None].expand(2, 4, 3, 50)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+def test_sums_of_softplus_are_those_of_its_definition(scale):
+    values = scale * torch.randn(3, 1000)
+    values[1] = -values[1].abs()  # where nothing but the logarithms is left
+    values[2] = 0.0
+    expected = F.softplus(values.double()).sum(-1)
+    torch.testing.assert_close(sum_of_softplus(values).double(), expected, rtol=1e-6, atol=1e-6 * scale * 1000)
+
+
+def test_a_logit_that_is_no_number_is_not_summed_away():
+    values = torch.zeros(2, 70)
+    values[0, 3] = values[1, 69] = float("nan")
+    assert sum_of_softplus(values).isnan().all()
+
+
+@pytest.mark.parametrize("num_points", [50, 64, 200], ids=["fewer than a product", "one product", "three and a rest"])
+def test_pairwise_costs_are_the_losses_of_each_pair(num_points):
+    logits, labels = 10 * torch.randn(2, 4, num_points), torch.rand(2, 3, num_points)
+    pair_logits, pair_labels = (values.expand(2, 4, 3, num_points) for values in (logits[:, :, None], labels[:, None]))
     expected = F.binary_cross_entropy_with_logits(pair_logits, pair_labels, reduction="none").mean(-1)
     torch.testing.assert_close(pairwise_cross_entropy(logits, labels), expected)
     probabilities = pair_logits.sigmoid()

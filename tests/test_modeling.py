@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from transformers import Mask2FormerConfig as StockConfig
 from transformers import Mask2FormerForUniversalSegmentation as StockModel
 
-from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerModel
+from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerModel, chunking
 from m2f_hf import modeling_mask2former as modeling
 from m2f_hf.padding import continue_edges, hidden_padding, image_sizes_from_mask, masked_group_norm
 from m2f_hf.point_sampling import SeededPoints
@@ -983,6 +983,38 @@ def test_compiled_without_a_break(with_mask):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert_same_tensors(compiled(images(), pixel_mask=mask), model(images(), pixel_mask=mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_pieces_of_maps_give_what_whole_maps_give(backbone, monkeypatch):
+    """As in training, where a map is one piece; with an image that ends before the batch does."""
+    model = tiny_model(backbone)
+    mask = torch.ones(2, *SIZE, dtype=torch.int64)
+    mask[1, 32:] = 0
+    for pixel_mask in (None, mask):
+        whole = model(images(), pixel_mask=pixel_mask)
+        for numbers in (1, 1000):
+            monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+            with torch.no_grad():
+                outputs = model(images(), pixel_mask=pixel_mask)
+            for name in ("class_queries_logits", "masks_queries_logits"):
+                torch.testing.assert_close(outputs[name], whole[name], atol=1e-4, rtol=1e-4)
+
+
+def test_training_under_a_compiler_learns_the_same():
+    torch.compiler.reset()
+    results = []
+    for compiled in (False, True):
+        model = tiny_model().train()
+        model.criterion.draw_points = SeededPoints(0)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        loss = run(images(), **labels()).loss
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        results.append((loss.detach(), gradients))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-4, rtol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-4, rtol=1e-3)
 
 
 class Logits(nn.Module):

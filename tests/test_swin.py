@@ -82,12 +82,13 @@ def test_pieces_change_nothing(numbers, monkeypatch):
 
 
 def test_pieces_are_for_inference_in_eager_mode_on_the_cpu():
-    states = torch.zeros(2)
-    assert not chunking.works_in_pieces(states)
+    layer, states = torch.nn.Identity().eval(), torch.zeros(2)
+    assert not chunking.works_in_pieces(layer, states)
     with torch.no_grad():
-        assert chunking.works_in_pieces(states)
-        assert not chunking.works_in_pieces(states.to("meta"))
-        assert torch.compile(chunking.works_in_pieces, backend="eager")(states) is False
+        assert chunking.works_in_pieces(layer, states)
+        assert not chunking.works_in_pieces(layer, states.to("meta"))
+        assert torch.compile(chunking.works_in_pieces, backend="eager")(layer, states) is False
+        assert not chunking.works_in_pieces(layer.train(), states)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
