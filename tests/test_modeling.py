@@ -972,17 +972,31 @@ def test_the_watch_on_the_host_notices_what_it_should():
             waiting()
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
-def test_compiled_without_a_break(with_mask):
+def test_compiled_without_a_break():
     torch.compiler.reset()
     model = tiny_model(encoder_layers=1, decoder_layers=2)
-    mask = None
-    if with_mask:
-        mask = torch.ones(2, *SIZE)
-        mask[0, :, 40:] = 0
+    mask = torch.ones(2, *SIZE)
+    mask[0, :, 40:] = 0
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert_same_tensors(compiled(images(), pixel_mask=mask), model(images(), pixel_mask=mask), atol=1e-5, rtol=1e-5)
+
+
+def test_one_graph_serves_all_sizes():
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model("resnet", encoder_layers=1, decoder_layers=2)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for batch, height, width in ((2, 128, 160), (3, 160, 96)):
+        pixel_values = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            assert_same_tensors(compiled(pixel_values), model(pixel_values), atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
