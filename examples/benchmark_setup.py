@@ -189,6 +189,7 @@ class Setup(NamedTuple):
         targets: masks of an image to learn from.
         queries: of the model; None for its configuration's number.
         result_height: of what post-processing makes, 4:3.
+        device: where models and inputs are, and what is computed.
     """
 
     size: str
@@ -200,6 +201,7 @@ class Setup(NamedTuple):
     targets: int = 10
     queries: int | None = None
     result_height: int = 480
+    device: str = "cpu"
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -210,11 +212,11 @@ class Setup(NamedTuple):
         return config
 
     def model(self, implementation: Implementation, dtype: torch.dtype = torch.float32) -> Any:
-        return load_model(implementation.name, self.weights, dtype)
+        return load_model(implementation.name, self.weights, dtype, self.device)
 
     def pixel_values(self) -> Tensor:
         """(B, 3, H, W) float32."""
-        return torch.randn(self.batch, 3, self.height, self.width, generator=self.generator())
+        return torch.randn(self.batch, 3, self.height, self.width, generator=self.generator()).to(self.device)
 
     def labels(self, implementation: Implementation) -> dict[str, list[Tensor]]:
         """Ellipses (N, H, W) in the form that its processor makes, and classes (N,), for each image."""
@@ -225,7 +227,8 @@ class Setup(NamedTuple):
             for mask in masks[-1]:  # one by one: 300 large ones at once would be the peak of the process
                 mask.copy_(ellipses(1, self.height, self.width, generator)[0] < 1)
             classes.append(torch.randint(NUM_LABELS, (self.targets,), generator=generator))
-        return {"mask_labels": masks, "class_labels": classes}
+        labels = {"mask_labels": masks, "class_labels": classes}
+        return {name: [of_image.to(self.device) for of_image in values] for name, values in labels.items()}
 
     def segmentation_outputs(self) -> SimpleNamespace:
         """What a trained model might say of one 4:3 photo: a few sure queries with a mask, the others with none."""
@@ -242,9 +245,9 @@ class Setup(NamedTuple):
         labels[:found] = torch.randint(NUM_LABELS, (found,), generator=generator)
         class_logits[torch.arange(num_queries), labels] += 12
         return SimpleNamespace(
-            class_queries_logits=class_logits[None],
-            masks_queries_logits=mask_logits[None].clamp(-20, 20),
-            image_sizes=torch.tensor([image_size]),
+            class_queries_logits=class_logits[None].to(self.device),
+            masks_queries_logits=mask_logits[None].clamp(-20, 20).to(self.device),
+            image_sizes=torch.tensor([image_size], device=self.device),
         )
 
     def attention_inputs(self) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor]:
@@ -262,12 +265,13 @@ class Setup(NamedTuple):
         sides = torch.tensor([(w, h) for h, w in shapes])[:, None]
         locations = reference[:, None, None, None] + offsets / sides
         weights = torch.randn(self.batch, total, heads, levels * points, generator=generator).softmax(-1)
+        value, locations, weights = (tensor.to(self.device) for tensor in (value, locations, weights))
         return value, shapes, locations, weights.unflatten(-1, (levels, points))
 
 
 @functools.cache
-def load_model(name: str, weights: str, dtype: torch.dtype) -> Any:
-    return IMPLEMENTATIONS[name].model_class.from_pretrained(weights, dtype=dtype)
+def load_model(name: str, weights: str, dtype: torch.dtype, device: str) -> Any:
+    return IMPLEMENTATIONS[name].model_class.from_pretrained(weights, dtype=dtype).to(device)
 
 
 def ellipses(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -279,4 +283,4 @@ def ellipses(count: int, height: int, width: int, generator: torch.Generator) ->
 
 def full_pixel_mask(setup: Setup) -> Tensor:
     """(B, H, W) int64, no padding."""
-    return torch.ones(setup.batch, setup.height, setup.width, dtype=torch.int64)
+    return torch.ones(setup.batch, setup.height, setup.width, dtype=torch.int64, device=setup.device)
