@@ -157,6 +157,19 @@ def test_what_fails_is_a_cell_and_the_other_is_measured():
     assert cells == ["x", "out of memory", "RuntimeError: no", "–", "–", "–", "–"]
 
 
+def test_what_fails_later_is_left_out_too():
+    calls = []
+
+    def run():
+        calls.append(None)
+        if len(calls) > 4:
+            raise RuntimeError("too often")
+
+    line = parts.contest("x", {"a": lambda: run, "m2f_hf": lambda: lambda: None}, "cpu", Pace(0.0, least=5))
+    assert line.missing == {"a": "RuntimeError: too often"}
+    assert {name: len(times) for name, times in line.seconds.items()} == {"m2f_hf": 5}
+
+
 def test_ratios_rates_and_shares():
     line = Contest(
         "x",
@@ -184,7 +197,7 @@ def test_implementations_take_turns():
     calls = []
     runs = {name: (lambda name=name: lambda: calls.append(name)) for name in ("a", "m2f_hf")}
     line = parts.contest("x", runs, "cpu", Pace(0.0, least=2))
-    assert calls == ["a", "a", "m2f_hf", "m2f_hf", *("a", "m2f_hf") * 2]  # each warms up by itself
+    assert calls == ["a", "a", "m2f_hf", "m2f_hf", *("a", "m2f_hf") * 3]  # each warms up by itself, then all
     assert {name: len(times) for name, times in line.seconds.items()} == {"a": 2, "m2f_hf": 2}
 
 
@@ -269,7 +282,7 @@ def test_time_and_memory_are_those_of_one_run(loop, monkeypatch):
     monkeypatch.setattr(torch, "cuda", gpu)
     line = parts.contest("x", {"m2f_hf": lambda: gpu.run}, "cuda", Pace(0.0, least=2), loop=loop)
     assert line == Contest("x", {"m2f_hf": [0.25, 0.25]}, {"m2f_hf": 40}, {})
-    assert gpu.clock == 250 * (3 + 2 * loop)
+    assert gpu.clock == 250 * (3 + 3 * loop)
 
 
 # --- inputs ---
