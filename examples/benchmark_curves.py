@@ -1,16 +1,121 @@
-"""For `examples/benchmark.py --curves`: a file of points that a second run continues, growth, and the picture."""
+"""For `benchmark.py --curves`: what grows, a file of points that a second run continues, growth, and the picture."""
 
+import argparse
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmark_setup import IMPLEMENTATIONS, SIZES, Setup, four_thirds
+from benchmark_tables import write_file
 
 
 LEAST_MEBIBYTES = 1.0
 """Less is the noise of the allocator: drawn, but no growth is fitted to it."""
 COLORS = {"transformers": "tab:gray", "m2f_hf": "tab:blue"}
+
+
+class Curve(NamedTuple):
+    """One cost against one size.
+
+    Args:
+        title: what is run.
+        axis: what grows, as on the picture's axis.
+        case: key of `CASES`.
+        change: the setup with the size at one of the values.
+        x: what the axis says of a setup.
+        values: which are measured,
+        tiny_values: and with `--size tiny`.
+    """
+
+    title: str
+    axis: str
+    case: str
+    change: Callable[[Setup, int], Setup]
+    x: Callable[[Setup], int]
+    values: tuple[int, ...]
+    tiny_values: tuple[int, ...]
+
+
+def _with_side(setup: Setup, side: int) -> Setup:
+    return setup._replace(height=side, width=side)
+
+
+def _area(setup: Setup) -> int:
+    return setup.height * setup.width
+
+
+def _with_queries(setup: Setup, queries: int) -> Setup:
+    return setup._replace(queries=queries)
+
+
+CURVES = {
+    "area": Curve("forward", "pixels", "forward", _with_side, _area, (128, 192, 256, 384, 512), (32, 64, 128)),
+    "batch": Curve(
+        "forward",
+        "images",
+        "forward",
+        lambda setup, batch: setup._replace(batch=batch),
+        lambda setup: setup.batch,
+        (1, 2, 4, 8),
+        (1, 2, 4),
+    ),
+    "queries": Curve(
+        "forward",
+        "queries",
+        "forward",
+        _with_queries,
+        lambda setup: setup.config().num_queries,
+        (50, 100, 200, 400),
+        (10, 20, 40),
+    ),
+    "training-area": Curve(
+        "training step", "pixels", "training-10", _with_side, _area, (128, 192, 256, 384), (32, 64, 128)
+    ),
+    "training-targets": Curve(
+        "training step",
+        "targets",
+        "training-10",
+        lambda setup, targets: setup._replace(targets=targets),
+        lambda setup: setup.targets,
+        (3, 10, 30, 100, 300),
+        (3, 10, 30),
+    ),
+    "training-queries": Curve(
+        "training step",
+        "queries",
+        "training-10",
+        _with_queries,
+        lambda setup: setup.config().num_queries,
+        (50, 100, 200, 400),
+        (10, 20, 40),
+    ),
+    "result": Curve(
+        "panoptic post-processing",
+        "pixels of the result",
+        "panoptic",
+        lambda setup, height: setup._replace(result_height=height),
+        lambda setup: setup.result_height * four_thirds(setup.result_height),
+        (240, 480, 960, 1920),
+        (48, 96, 192),
+    ),
+}
+
+
+def curve_setups(name: str, arguments: argparse.Namespace) -> list[Setup]:
+    """The setups of a curve, the smallest first, still without weights. What doesn't grow is small."""
+    curve, side = CURVES[name], SIZES[arguments.size].curve_side
+    queries = SIZES[arguments.size].config().num_queries
+    base = Setup(arguments.size, side, side, 1, arguments.seed, weights="", queries=queries)
+    return [curve.change(base, value) for value in (curve.tiny_values if arguments.size == "tiny" else curve.values)]
+
+
+def point_key(case: str, setup: Setup, implementation: str = "") -> str:
+    """What makes a point: curves that meet in one share it."""
+    sizes = f"{setup.batch}x{setup.height}x{setup.width}, {setup.queries} queries, {setup.targets} targets"
+    return ", ".join(filter(None, [case, sizes, f"result {setup.result_height} high", implementation]))
 
 
 class PointFile:
@@ -50,10 +155,7 @@ class PointFile:
     def add(self, kind: str, key: str, value: Any) -> None:
         """`kind` is "points" or "checks"."""
         self.document[kind][key] = value
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        text = json.dumps(self.document, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_file(self.path, json.dumps(self.document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def get(self, kind: str, key: str) -> Any:
         return self.document[kind][key]
@@ -72,6 +174,19 @@ class Panel(NamedTuple):
     axis: str
     seconds: Mapping[str, Sequence[tuple[float, float]]]
     mebibytes: Mapping[str, Sequence[tuple[float, float]]]
+
+
+def curve_panel(name: str, arguments: argparse.Namespace, points: PointFile) -> Panel:
+    curve = CURVES[name]
+    seconds: dict[str, list[tuple[float, float]]] = {implementation: [] for implementation in IMPLEMENTATIONS}
+    mebibytes: dict[str, list[tuple[float, float]]] = {implementation: [] for implementation in IMPLEMENTATIONS}
+    for setup in curve_setups(name, arguments):
+        for implementation in IMPLEMENTATIONS:
+            point = points.get("points", point_key(curve.case, setup, implementation))
+            if "missing" not in point:
+                seconds[implementation].append((curve.x(setup), statistics.median(point["cpu"])))
+                mebibytes[implementation].append((curve.x(setup), (point["peak"] - point["idle"]) / 2**20))
+    return Panel(curve.title, curve.axis, seconds, mebibytes)
 
 
 def growth(points: Sequence[tuple[float, float]], least: float = 0.0) -> float | None:

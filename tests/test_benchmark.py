@@ -14,8 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import benchmark
-from benchmark import CASES, CURVES, OURS, THEIRS, Check, Memory, OutOfMemory, Products, Row, Setup, Times
-from benchmark_curves import Panel, draw_curves, growth, growth_table, short_number
+import benchmark_checks
+import benchmark_curves
+import benchmark_measure
+import benchmark_runs
+import benchmark_setup
+import benchmark_tables
+from benchmark import CASES
+from benchmark_checks import Check
+from benchmark_curves import CURVES, Panel, draw_curves, growth, growth_table, short_number
+from benchmark_measure import Memory, OutOfMemory, Products, Times, count_products
+from benchmark_setup import OURS, THEIRS, Setup
+from benchmark_tables import Row
 
 
 MEBIBYTE = 2**20
@@ -32,8 +42,8 @@ def threads_as_before():
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    size = benchmark.SIZES["tiny"]
-    weights = benchmark.save_checkpoint("tiny", tmp_path_factory.mktemp("weights"), seed=0)
+    size = benchmark_setup.SIZES["tiny"]
+    weights = benchmark_setup.save_checkpoint("tiny", tmp_path_factory.mktemp("weights"), seed=0)
     return Setup("tiny", size.height, size.width, batch=2, seed=0, weights=weights)
 
 
@@ -95,7 +105,7 @@ def test_every_case_is_in_the_tables_and_outputs_are_equal(capsys, memory_is_kno
     printed = capsys.readouterr().out
     times, products, memory, outputs = tables(printed)
     titles = {
-        name: CASES[name].title.format(CASES[name].at(Setup("tiny", 64, 96, 2, 0, "")), benchmark.SIZES["tiny"])
+        name: CASES[name].title.format(CASES[name].at(Setup("tiny", 64, 96, 2, 0, "")), benchmark_setup.SIZES["tiny"])
         for name in cases
     }
     assert len(set(titles.values())) == len(cases)
@@ -136,7 +146,7 @@ def test_wrong_attention_fails_the_run(capsys, monkeypatch, memory_is_known):
     def slightly_wrong(*inputs):
         return OURS.deformable_attention(*inputs) * 1.001
 
-    monkeypatch.setattr(benchmark, "OURS", OURS._replace(deformable_attention=slightly_wrong))
+    monkeypatch.setattr(benchmark_checks, "OURS", OURS._replace(deformable_attention=slightly_wrong))
     assert benchmark.main(["--size", "tiny", "--only", "deformable", "--repeats", "1"]) == 1
     captured = capsys.readouterr()
     assert [line[3] for line in tables(captured.out)[2][2:]] == ["**DIFFERS**"]
@@ -149,8 +159,8 @@ def test_a_wrong_model_is_noticed(setup):
     try:
         with torch.no_grad():
             weight *= 1.5
-        verdicts = {check.what: check.passed for check in benchmark.check_forward(setup)}
-        training = {check.what: check.passed for check in benchmark.check_training(setup)}
+        verdicts = {check.what: check.passed for check in benchmark_checks.check_forward(setup)}
+        training = {check.what: check.passed for check in benchmark_checks.check_training(setup)}
     finally:
         with torch.no_grad():
             weight.copy_(before)
@@ -160,7 +170,7 @@ def test_a_wrong_model_is_noticed(setup):
         "forward: mask logits where attention masks differ": True,
     }
     assert training == {"training, 10 targets: loss": False, "training, 10 targets: gradient": False}
-    assert all(check.passed for check in benchmark.check_forward(setup))
+    assert all(check.passed for check in benchmark_checks.check_forward(setup))
 
 
 def test_decisions_that_are_no_near_ties_are_noticed(setup, monkeypatch):
@@ -169,7 +179,7 @@ def test_decisions_that_are_no_near_ties_are_noticed(setup, monkeypatch):
     monkeypatch.setattr(
         predictor, "blocked_positions", lambda embeddings, features, padding: right(-embeddings, features, padding)
     )
-    *logits, ties = benchmark.check_forward(setup)
+    *logits, ties = benchmark_checks.check_forward(setup)
     assert all(check.passed for check in logits)  # with the attention masks of the other
     assert not ties.passed
 
@@ -179,19 +189,19 @@ def test_one_wrong_value_is_enough(difference):
     theirs = torch.linspace(-1, 1, 12).view(3, 4)
     ours = theirs.clone()
     ours[1, 2] += difference
-    assert benchmark.compare("x", theirs.clone(), theirs).passed
-    assert not benchmark.compare("x", ours, theirs).passed
-    assert not benchmark.compare("x", theirs, ours).passed
+    assert benchmark_checks.compare("x", theirs.clone(), theirs).passed
+    assert not benchmark_checks.compare("x", ours, theirs).passed
+    assert not benchmark_checks.compare("x", theirs, ours).passed
 
 
 def test_another_shape_is_a_difference():
-    assert not benchmark.compare("x", torch.zeros(2, 3), torch.zeros(3)).passed
+    assert not benchmark_checks.compare("x", torch.zeros(2, 3), torch.zeros(3)).passed
 
 
 def test_tolerance_grows_with_the_values():
     theirs = torch.tensor([100.0, 0.0])
-    assert benchmark.compare("x", theirs + 50 * benchmark.OUTPUT_TOLERANCE, theirs).passed
-    assert not benchmark.compare("x", theirs + 150 * benchmark.OUTPUT_TOLERANCE, theirs).passed
+    assert benchmark_checks.compare("x", theirs + 50 * benchmark_checks.OUTPUT_TOLERANCE, theirs).passed
+    assert not benchmark_checks.compare("x", theirs + 150 * benchmark_checks.OUTPUT_TOLERANCE, theirs).passed
 
 
 def test_gradient_difference_is_relative_and_sees_missing_ones():
@@ -200,16 +210,16 @@ def test_gradient_difference_is_relative_and_sees_missing_ones():
         linear.weight.grad = torch.tensor([gradient]) if gradient else None
         return linear
 
-    assert benchmark.gradient_difference(model(3.0, 4.0), model(3.0, 4.0)) == 0
-    assert benchmark.gradient_difference(model(3.0, 4.5), model(3.0, 4.0)) == pytest.approx(0.1)
-    assert benchmark.gradient_difference(model(), model(3.0, 4.0)) == float("inf")
+    assert benchmark_checks.gradient_difference(model(3.0, 4.0), model(3.0, 4.0)) == 0
+    assert benchmark_checks.gradient_difference(model(3.0, 4.5), model(3.0, 4.0)) == pytest.approx(0.1)
+    assert benchmark_checks.gradient_difference(model(), model(3.0, 4.0)) == float("inf")
 
 
 # --- inputs and measurement ---
 
 
 def test_attention_masks_of_the_random_model_are_neither_empty_nor_full(setup):
-    with torch.no_grad(), benchmark.recorded_decisions(setup.model(THEIRS).eval()) as decisions:
+    with torch.no_grad(), benchmark_checks.recorded_decisions(setup.model(THEIRS).eval()) as decisions:
         setup.model(THEIRS)(setup.pixel_values())
     assert len(decisions) == setup.config().decoder_layers
     for decision in decisions:
@@ -224,23 +234,23 @@ def test_post_processing_finds_segments_in_the_made_up_outputs(setup):
     outputs = setup.segmentation_outputs()
     for implementation in (THEIRS, OURS):
         small = setup._replace(result_height=96)
-        result = benchmark.prepare_post_processing("panoptic", implementation, small)()[0]
+        result = benchmark_runs.prepare_post_processing("panoptic", implementation, small)()[0]
         assert result["segmentation"].shape == (96, 128)
         assert len(result["segments_info"]) >= 2
-        result = benchmark.prepare_post_processing("instance", implementation, small)()[0]
+        result = benchmark_runs.prepare_post_processing("instance", implementation, small)()[0]
         assert len(result["segments_info"]) >= 2
     assert outputs.masks_queries_logits.shape[1:] == (20, setup.height // 4, 96 // 4)
 
 
 def test_implementations_take_turns_and_the_warm_up_does_not_count():
     calls = []
-    times = benchmark.measure_times({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
+    times = benchmark_measure.measure_times({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
     assert calls == ["a", "b"] * 4
     assert {name: (len(t.cpu), len(t.wall)) for name, t in times.items()} == {"a": (3, 3), "b": (3, 3)}
 
 
 def test_memory_counts_what_a_run_allocates():
-    idle, peak = benchmark.measure_memory(lambda: torch.ones(64 * MEBIBYTE // 4).sum())
+    idle, peak = benchmark_measure.measure_memory(lambda: torch.ones(64 * MEBIBYTE // 4).sum())
     assert 60 * MEBIBYTE < peak - idle < 90 * MEBIBYTE
 
 
@@ -253,26 +263,26 @@ def test_ratios_are_of_medians():
     products = {"transformers": Products(9 * 10**9, []), "m2f_hf": Products(8 * 10**9, [])}
     checks = [Check("good", 0.5, 1.0, "why"), Check("bad", 2.0, 1.0)]
     row = Row("x", "X", memory, times, products, floor=1.5, notes=["and so on"])
-    markdown = benchmark.render({"machine": "none"}, [row], checks)
+    markdown = benchmark_tables.render({"machine": "none"}, [row], checks)
     first, second, third, fourth = tables(markdown)
     assert first[2] == ["X", "6", "3", "**2.00×** (2.00–12.50)", "6", "2", "3.00×"]
     assert second[2] == ["X", "9", "8", "1.5", "4.00×", "2.00×"]
     assert third[2] == ["X", "500", "200", "**2.50×** (0.40)", "400", "100", "**4.00×** (0.25)"]
     assert [line[3] for line in fourth[2:]] == ["equal", "**DIFFERS**"]
     assert "- X: and so on" in markdown
-    line = json.loads(benchmark.as_json({}, [row], checks))["lines"][0]
+    line = json.loads(benchmark_tables.as_json({}, [row], checks))["lines"][0]
     assert line["memory"]["m2f_hf"] == {"idle": 100 * MEBIBYTE, "peak": 200 * MEBIBYTE}
     assert line["times"]["transformers"]["cpu"] == [4.0, 6.0, 50.0]
 
 
 def test_what_was_not_measured_is_said_and_has_no_figures():
     starved = Row("x", "X", {"transformers": OutOfMemory(12 * 10**9), "m2f_hf": KNOWN}, {"m2f_hf": Times([2.0], [3.0])})
-    markdown = benchmark.render({}, [starved, Row("y", "Y", missing="not measured: no reason")], [])
+    markdown = benchmark_tables.render({}, [starved, Row("y", "Y", missing="not measured: no reason")], [])
     times, memory = tables(markdown)
     assert times[2] == ["X", "out of memory at 12 GB", "2", "–", "out of memory at 12 GB", "3", "–"]
     assert memory[2] == ["X", "out of memory at 12 GB", "300", "–", "out of memory at 12 GB", "200", "–"]
     assert times[3] == memory[3] == ["Y", "–", "not measured: no reason", "–", "–", "–", "–"]
-    line = json.loads(benchmark.as_json({}, [starved], [Check("bad", float("inf"), 1.0)]))
+    line = json.loads(benchmark_tables.as_json({}, [starved], [Check("bad", float("inf"), 1.0)]))
     assert line["lines"][0]["memory"]["transformers"] == "out of memory at 12 GB"
     assert line["checks"][0]["difference"] == "inf"
 
@@ -285,23 +295,23 @@ def test_operations_of_products_and_their_gradients():
     weight = torch.randn(5, 7, requires_grad=True)
     states = torch.randn(2, 3, 7, requires_grad=True)
     linear = 2 * 2 * 3 * 7 * 5
-    assert benchmark.count_products(lambda: torch.nn.functional.linear(states, weight)).operations == linear
-    assert benchmark.count_products(lambda: (states @ weight.mT).sum().backward()).operations == 3 * linear
-    assert benchmark.count_products(lambda: torch.einsum("bqc,kc->kqb", states, weight)).operations == linear
+    assert count_products(lambda: torch.nn.functional.linear(states, weight)).operations == linear
+    assert count_products(lambda: (states @ weight.mT).sum().backward()).operations == 3 * linear
+    assert count_products(lambda: torch.einsum("bqc,kc->kqb", states, weight)).operations == linear
     query, key = torch.randn(1, 2, 10, 8), torch.randn(1, 2, 20, 8)
-    attention = benchmark.count_products(lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key))
+    attention = count_products(lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key))
     assert attention == Products(2 * (2 * 2 * 10 * 20 * 8), [])
     image, kernel = torch.randn(1, 4, 10, 12), torch.randn(6, 4, 3, 3)
-    convolution = benchmark.count_products(lambda: torch.nn.functional.conv2d(image, kernel, padding=1))
+    convolution = count_products(lambda: torch.nn.functional.conv2d(image, kernel, padding=1))
     assert convolution == Products(2 * 10 * 12 * 6 * 4 * 9, [])
-    assert benchmark.count_products(lambda: states.exp().sum(1).sort()) == Products(0, [])
+    assert count_products(lambda: states.exp().sum(1).sort()) == Products(0, [])
 
 
 def test_a_product_that_is_not_counted_is_named():
     with torch.library._scoped_library("benchmark_test", "FRAGMENT") as library:
         library.define("hidden(Tensor x) -> Tensor")
         library.impl("hidden", lambda x: x @ x, "CompositeExplicitAutograd")
-        products = benchmark.count_products(lambda: torch.ops.benchmark_test.hidden(torch.eye(3)))
+        products = count_products(lambda: torch.ops.benchmark_test.hidden(torch.eye(3)))
     assert products == Products(0, ["benchmark_test.hidden"])
 
 
@@ -311,22 +321,22 @@ def test_operations_are_those_that_pytorch_counts(setup):
     pixel_values = setup.pixel_values()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(pixel_values)
-    counted = benchmark.count_products(benchmark.prepare_forward(THEIRS, setup))
+    counted = count_products(benchmark_runs.prepare_forward(THEIRS, setup))
     assert counted == Products(counter.get_total_flops(), [])
 
 
 def test_both_models_multiply_about_as_much(setup):
     """What is left out (masks nobody reads) or added (resized features) is small beside the layers."""
-    runs = [benchmark.prepare_forward(implementation, setup) for implementation in (THEIRS, OURS)]
-    theirs, ours = (benchmark.count_products(run) for run in runs)
+    runs = [benchmark_runs.prepare_forward(implementation, setup) for implementation in (THEIRS, OURS)]
+    theirs, ours = (count_products(run) for run in runs)
     assert theirs.unknown == ours.unknown == []
     assert 0.9 * theirs.operations < ours.operations < 1.05 * theirs.operations
     doubled = setup._replace(batch=2 * setup.batch)
-    assert benchmark.count_products(benchmark.prepare_forward(OURS, doubled)).operations == 2 * ours.operations
+    assert count_products(benchmark_runs.prepare_forward(OURS, doubled)).operations == 2 * ours.operations
 
 
 def test_floor_is_that_of_the_fewer_products(monkeypatch, capsys, memory_is_known):
-    monkeypatch.setattr(benchmark, "measure_product_rate", lambda dtype: benchmark.Rate(cpu=2e6, wall=4e6))
+    monkeypatch.setattr(benchmark, "measure_product_rate", lambda dtype: benchmark_measure.Rate(cpu=2e6, wall=4e6))
     counts = iter([Products(12 * 10**6, []), Products(10**7, ["m2f_hf.secret"])])
     monkeypatch.setattr(benchmark, "count_products", lambda run: next(counts))
     assert benchmark.main(["--size", "tiny", "--only", "forward", "--repeats", "1"]) == 0
@@ -336,8 +346,8 @@ def test_floor_is_that_of_the_fewer_products(monkeypatch, capsys, memory_is_know
 
 
 def test_rate_is_positive_and_of_both_clocks(monkeypatch):
-    monkeypatch.setattr(benchmark, "PRODUCT_SHAPES", [(64, 64, 64), (256, 256, 256)])
-    rate = benchmark.measure_product_rate(torch.float32, repeats=2)
+    monkeypatch.setattr(benchmark_measure, "PRODUCT_SHAPES", [(64, 64, 64), (256, 256, 256)])
+    rate = benchmark_measure.measure_product_rate(torch.float32, repeats=2)
     assert 0 < rate.cpu < float("inf")
     assert 0 < rate.wall < float("inf")
 
@@ -348,15 +358,15 @@ def test_rate_is_positive_and_of_both_clocks(monkeypatch):
 def test_released_checkpoints_have_their_own_sizes(tmp_path):
     """What each library makes of the same folder, which has the settings that are released."""
     for size in ("swin-t", "r50"):
-        folder = tmp_path / benchmark.SIZES[size].checkpoint
+        folder = tmp_path / benchmark_setup.SIZES[size].checkpoint
         THEIRS.processor_class(size={"height": 384, "width": 384}, ignore_index=255).save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps({"model_type": "mask2former", "num_labels": 133}))
         setup = Setup(size, 800, 1216, 1, 0, str(folder))
-        photo = benchmark.random_photo(480, torch.Generator())
+        photo = benchmark_setup.random_photo(480, torch.Generator())
         assert photo.size == (640, 480)
 
         def network_input(implementation, equal_input, setup=setup, photo=photo):
-            processor = benchmark.photo_processor(implementation, setup, equal_input)
+            processor = benchmark_runs.photo_processor(implementation, setup, equal_input)
             return tuple(processor(images=photo, return_tensors="pt")["pixel_values"].shape[-2:])
 
         assert network_input(THEIRS, equal_input=False) == (384, 384)
@@ -365,22 +375,22 @@ def test_released_checkpoints_have_their_own_sizes(tmp_path):
 
 
 def test_end_to_end_finds_segments_of_the_photos_size(setup):
-    with Image.open(Path(setup.weights) / benchmark.PHOTO) as photo:
+    with Image.open(Path(setup.weights) / benchmark_setup.PHOTO) as photo:
         assert (photo.format, photo.size) == ("JPEG", (64, 48))
     for implementation in (THEIRS, OURS):
         for equal_input in (True, False):
-            (result,) = benchmark.prepare_end_to_end(equal_input, implementation, setup)()
+            (result,) = benchmark_runs.prepare_end_to_end(equal_input, implementation, setup)()
             assert result["segmentation"].shape == (48, 64)
             assert 1 <= len(result["segments_info"]) <= 10  # of the 20 queries
 
 
 def test_other_pixels_are_noticed(setup, monkeypatch):
-    assert all(check.passed for check in benchmark.check_end_to_end(setup))
+    assert all(check.passed for check in benchmark_checks.check_end_to_end(setup))
     right = OURS.processor_class.resize
     monkeypatch.setattr(
         OURS.processor_class, "resize", lambda self, image, size, *_, **__: right(self, image, size, Image.NEAREST)
     )
-    assert not any(check.passed for check in benchmark.check_end_to_end(setup))
+    assert not any(check.passed for check in benchmark_checks.check_end_to_end(setup))
 
 
 # --- bf16 ---
@@ -388,7 +398,7 @@ def test_other_pixels_are_noticed(setup, monkeypatch):
 
 def test_bf16_is_compared_with_float32(setup):
     """Wherever it can be computed, fast or not."""
-    checks = benchmark.check_bf16(setup)
+    checks = benchmark_checks.check_bf16(setup)
     assert len(checks) == 2
     for check in checks:
         assert check.passed
@@ -397,9 +407,9 @@ def test_bf16_is_compared_with_float32(setup):
     with torch.no_grad():
         weight *= 1.2
     try:
-        assert [check.passed for check in benchmark.check_bf16(setup)] == [False, True]
+        assert [check.passed for check in benchmark_checks.check_bf16(setup)] == [False, True]
     finally:
-        benchmark._load.cache_clear()
+        benchmark_setup.load_model.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -415,9 +425,9 @@ def test_bf16_is_compared_with_float32(setup):
 )
 def test_bf16_is_measured_where_the_processor_has_it(capabilities, cpu_info, has_products, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(benchmark, "_cpu_info", lambda: cpu_info)
+    monkeypatch.setattr(benchmark_measure, "cpu_info", lambda: cpu_info)
     expected = "" if has_products else "not measured: this CPU has no bf16 products"
-    assert benchmark.lacks_bf16_products() == expected
+    assert benchmark_measure.lacks_bf16_products() == expected
 
 
 def test_bf16_line_says_that_it_was_not_measured(monkeypatch, capsys, memory_is_known):
@@ -457,12 +467,12 @@ def test_a_killed_process_had_too_little_memory(setup, monkeypatch, tmp_path):
 def test_other_errors_are_no_lack_of_memory():
     with pytest.raises(RuntimeError) as failed:
         torch.empty(2**60)
-    assert benchmark.is_out_of_memory(failed.value)
-    assert benchmark.is_out_of_memory(MemoryError())
+    assert benchmark_measure.is_out_of_memory(failed.value)
+    assert benchmark_measure.is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError) as failed:
         torch.eye(2) @ torch.eye(3)
-    assert not benchmark.is_out_of_memory(failed.value)
-    assert not benchmark.is_out_of_memory(ValueError("cannot allocate a seat"))
+    assert not benchmark_measure.is_out_of_memory(failed.value)
+    assert not benchmark_measure.is_out_of_memory(ValueError("cannot allocate a seat"))
 
 
 def test_the_one_that_fits_is_still_measured(monkeypatch, capsys):
@@ -473,8 +483,8 @@ def test_the_one_that_fits_is_still_measured(monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark, "measure_in_fresh_process", measure)
     unusable = THEIRS._replace(deformable_attention=None)
-    monkeypatch.setitem(benchmark.IMPLEMENTATIONS, "transformers", unusable)
-    monkeypatch.setattr(benchmark, "THEIRS", unusable)
+    monkeypatch.setitem(benchmark_setup.IMPLEMENTATIONS, "transformers", unusable)
+    monkeypatch.setattr(benchmark_checks, "THEIRS", unusable)
     assert benchmark.main(["--size", "tiny", "--only", "deformable", "--repeats", "1"]) == 0
     printed = capsys.readouterr().out
     times, memory = tables(printed)
@@ -592,16 +602,16 @@ def test_every_curve_has_three_sizes_and_its_models_run(tmp_path):
     arguments = benchmark.parse_arguments(["--size", "tiny"])
     checkpoints = {}
     for name, curve in CURVES.items():
-        setups = benchmark.curve_setups(name, arguments)
+        setups = benchmark_curves.curve_setups(name, arguments)
         places = [curve.x(setup) for setup in setups]
         assert len(places) >= 3
         assert places == sorted(set(places))
         queries = setups[0].queries
         if queries not in checkpoints:
-            checkpoints[queries] = benchmark.save_checkpoint("tiny", tmp_path / str(queries), 0, queries)
+            checkpoints[queries] = benchmark_setup.save_checkpoint("tiny", tmp_path / str(queries), 0, queries)
         smallest = setups[0]._replace(weights=checkpoints[queries])
         CASES[curve.case].prepare(OURS, smallest)()
-    benchmark._load.cache_clear()
+    benchmark_setup.load_model.cache_clear()
 
 
 def test_picture_takes_missing_and_tiny_values(tmp_path):

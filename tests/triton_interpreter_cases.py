@@ -5,6 +5,8 @@ being imported whether it interprets. By hand: `TRITON_INTERPRET=1 pytest tests/
 The interpreter takes some 10 ms for each program and sample, so there are few of them.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,24 @@ def test_a_model_s_outputs_and_gradients(large_blocks, monkeypatch):
         results.append([outputs.loss, outputs.masks_queries_logits, *gradients])
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_the_checks_of_the_gpu_benchmark(is_right, large_blocks, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "examples"))
+    import benchmark_gpu_parts as parts
+
+    monkeypatch.setattr(parts, "DTYPES", {"bf16": torch.bfloat16} if is_right else {"fp32": torch.float32})
+    if not is_right:
+        right = kernels.triton_deformable_attention
+        wrong = lambda value, sizes, locations, weights: right(value * 1.01, sizes, locations, weights)
+        monkeypatch.setattr(kernels, "triton_deformable_attention", wrong)
+    report = parts.Report(tmp_path / "report")
+    parts.check_kernels(parts.Setup("tiny", 32, 32, 1, 0, ""), report, parts.Pace())
+    found = report.read()
+    assert found["failures"] == found["notes"] == []
+    assert len(found["checks"]) == 2 * 4
+    assert {check["passed"] for check in found["checks"]} == {is_right}
 
 
 # Sizes
