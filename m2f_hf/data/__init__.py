@@ -5,16 +5,23 @@ from .base import SegmentationDataset
 from .coco import CocoInstanceDataset, CocoPanopticDataset
 from .coco_panoptic import write_coco_panoptic
 from .masks import decode_segmentation, segment_masks
+from .moving_shapes import MovingShapesDataset, occlusion_clip
 from .opening import DataSplits, open_dataset
 from .problems import DatasetError
 from .recipes import RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
 from .report import DatasetReport, check_dataset
 from .shapes import CATEGORIES, ShapesDataset
+from .video import Frames, VideoDataset, tube_masks
 
 
 __all__ = [
     "CATEGORIES",
     "ShapesDataset",
+    "MovingShapesDataset",
+    "occlusion_clip",
+    "VideoDataset",
+    "Frames",
+    "tube_masks",
     "open_dataset",
     "DataSplits",
     "DatasetReport",
