@@ -12,6 +12,7 @@ from .recipes import RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
 from .report import DatasetReport, check_dataset
 from .shapes import CATEGORIES, ShapesDataset
 from .video import Frames, VideoDataset, tube_masks
+from .youtube_vis import VideoReport, YouTubeVISDataset, open_youtube_vis, write_youtube_vis
 
 
 __all__ = [
@@ -22,6 +23,10 @@ __all__ = [
     "VideoDataset",
     "Frames",
     "tube_masks",
+    "YouTubeVISDataset",
+    "open_youtube_vis",
+    "write_youtube_vis",
+    "VideoReport",
     "open_dataset",
     "DataSplits",
     "DatasetReport",
