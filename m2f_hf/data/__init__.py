@@ -2,19 +2,32 @@
 
 from .augmentation import TrainingTransform, inspect_augmentation
 from .base import SegmentationDataset
+from .clips import ClipTransform, CollateClips, inspect_clips, sample_frames
 from .coco import CocoInstanceDataset, CocoPanopticDataset
 from .coco_panoptic import write_coco_panoptic
 from .masks import decode_segmentation, segment_masks
+from .moving_shapes import MovingShapesDataset, occlusion_clip
 from .opening import DataSplits, open_dataset
 from .problems import DatasetError
-from .recipes import RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
+from .recipes import RECIPES, VIDEO_RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
 from .report import DatasetReport, check_dataset
 from .shapes import CATEGORIES, ShapesDataset
+from .video import Frames, VideoDataset, tube_masks
+from .youtube_vis import VideoReport, YouTubeVISDataset, open_youtube_vis, write_youtube_vis
 
 
 __all__ = [
     "CATEGORIES",
     "ShapesDataset",
+    "MovingShapesDataset",
+    "occlusion_clip",
+    "VideoDataset",
+    "Frames",
+    "tube_masks",
+    "YouTubeVISDataset",
+    "open_youtube_vis",
+    "write_youtube_vis",
+    "VideoReport",
     "open_dataset",
     "DataSplits",
     "DatasetReport",
@@ -28,8 +41,13 @@ __all__ = [
     "DatasetError",
     "TrainingTransform",
     "inspect_augmentation",
+    "ClipTransform",
+    "CollateClips",
+    "sample_frames",
+    "inspect_clips",
     "Recipe",
     "RECIPES",
+    "VIDEO_RECIPES",
     "get_recipe",
     "default_recipe",
     "SizeSchedule",

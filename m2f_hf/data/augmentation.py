@@ -72,6 +72,14 @@ def draw_placement(size: Size, recipe: Recipe, rng: Generator) -> Placement:
     return Placement(is_mirrored, resized, offset, window, recipe.crop_size if recipe.is_padded else window)
 
 
+def place_item(item: Mapping[str, Any], size: Size, recipe: Recipe, rng: Generator) -> Placement:
+    """`draw_placement` for an item of this size; errors name it."""
+    try:
+        return draw_placement(size, recipe, rng)
+    except ValueError as error:
+        raise ValueError(f"{item.get('file_name') or item['image_id']}: {error}") from error
+
+
 def _fit(size: Size, frame: Size, factor: float) -> Size:
     """`size` scaled as large as `factor` times the frame holds."""
     scale = min(factor * outer / inner for outer, inner in zip(frame, size, strict=True))
@@ -318,10 +326,7 @@ class TrainingTransform:
 
     @staticmethod
     def _place(item: Mapping[str, Any], recipe: Recipe, rng: Generator) -> Placement:
-        try:
-            placement = draw_placement(item["image"].size[::-1], recipe, rng)
-        except ValueError as error:
-            raise ValueError(f"{item.get('file_name') or item['image_id']}: {error}") from error
+        placement = place_item(item, item["image"].size[::-1], recipe, rng)
         if recipe.max_category_share < 1:
             for _ in range(CROP_TRIES - 1):
                 if largest_category_share(item, placement) < recipe.max_category_share:
@@ -394,9 +399,15 @@ def inspect_augmentation(
         rows.append([ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) for picture in pictures])
         counts = ", ".join(str(len(sample["class_labels"])) for sample in samples[1:])
         titles.append(f"{item.get('file_name') or item['image_id']}: {len(masks)} targets; in the samples {counts}")
+    return sheet_of(rows, titles, ["as it lies", *(f"sample {k + 1}" for k in range(num_samples))], side)
+
+
+def sheet_of(
+    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], columns: Sequence[str], side: int
+) -> Image.Image:
+    """A contact sheet of pictures that are `side` pixels wide at most, each at the top left of its place."""
     height = max(picture.height for row in rows for picture in row)
-    rows = [[_on_white(picture, (side, height)) for picture in row] for row in rows]
-    return contact_sheet(rows, titles, ["as it lies", *(f"sample {k + 1}" for k in range(num_samples))])
+    return contact_sheet([[_on_white(picture, (side, height)) for picture in row] for row in rows], titles, columns)
 
 
 def _on_white(picture: Image.Image, size: Size) -> Image.Image:

@@ -21,7 +21,7 @@ _OUTSIDE_TOLERANCE = 1.0
 """Pixels that a polygon may reach beyond the image without a word: tools round differently."""
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "text", list: "a list"}
 _SEGMENT_FIELDS = {"id": (int,), "category_id": (int,), "iscrowd": (int, float), "area": (int, float)}
-_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "images": {
         "id": (int, str),
         "file_name": (str,),
@@ -51,22 +51,17 @@ def read_coco_json(path: Path, annotation_keys: Sequence[str]) -> dict[str, Any]
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or lacks one of COCO's three lists.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: expected an annotation file in COCO's form.")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+    content = read_json(path, "COCO's")
     missing = {"images", "annotations", "categories"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"{path} is not in COCO's form: it lacks {', '.join(sorted(missing))}.")
     try:
         for part, keys in (("images", ("id",)), ("annotations", annotation_keys), ("categories", ("id", "name"))):
-            _check_entries(content[part], f"`{part}`", keys, _FIELDS[part])
+            check_entries(content[part], f"`{part}`", keys, FIELDS[part])
         if "segments_info" in annotation_keys:
             for annotation in content["annotations"]:
                 where = f"`segments_info` of {annotation['file_name']}"
-                _check_entries(annotation["segments_info"], where, ("id",), _FIELDS["segments_info"])
+                check_entries(annotation["segments_info"], where, ("id",), FIELDS["segments_info"])
     except ValueError as error:
         raise ValueError(f"{path} is not in COCO's form: {error}.") from error
     nameless = [image["id"] for image in content["images"] if not (image.get("file_name") or image.get("coco_url"))]
@@ -75,7 +70,22 @@ def read_coco_json(path: Path, annotation_keys: Sequence[str]) -> dict[str, Any]
     return content
 
 
-def _check_entries(entries: Any, where: str, needed: Sequence[str], fields: Mapping[str, tuple[type, ...]]) -> None:
+def read_json(path: Path, form: str) -> Any:
+    """The content of an annotation file in a form such as "COCO's".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: expected an annotation file in {form} form.")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def check_entries(entries: Any, where: str, needed: Sequence[str], fields: Mapping[str, tuple[type, ...]]) -> None:
     """Refuse a list of a file whose entries lack a needed key, or hold something else than they should.
 
     Raises:
@@ -182,7 +192,8 @@ def _name(image: Mapping[str, Any]) -> str:
     return name.replace("\\", "/")  # some tools on Windows write their own separators
 
 
-def _check_exists(folder: Path, names: Sequence[str], what: str, fix: str, problems: Problems) -> None:
+def check_exists(folder: Path, names: Sequence[str], what: str, fix: str, problems: Problems) -> None:
+    """Name the files that are not in the folder."""
     for name in names:
         if not os.path.isfile(folder / name):
             problems.error(f"{what} are missing in {folder}: {fix}.", name)
@@ -234,7 +245,7 @@ class CocoInstanceDataset(_CocoDataset):
                 )
         names = [_name(image) for image in images.values()]
         if names:
-            _check_exists(self.image_folder, names, "Images", "put them there, or remove them from the file", problems)
+            check_exists(self.image_folder, names, "Images", "put them there, or remove them from the file", problems)
         for image_id, image in images.items():
             size = (image["height"], image["width"]) if image.get("height") and image.get("width") else None
             kept = [self._segment(a, _name(image), size, problems) for a in by_image.get(image_id, ())]
@@ -252,17 +263,9 @@ class CocoInstanceDataset(_CocoDataset):
         if category is None:
             return None
         where = f"{file_name}: annotation {annotation.get('id')}"
-        segmentation = annotation.get("segmentation")
-        if isinstance(segmentation, Mapping):
-            try:
-                check_rle(segmentation, *(size or (None, None)))
-            except ValueError as error:
-                problems.error("Run lengths do not fit their image: write them anew.", f"{where}: {error}")
-                return None
-        else:
-            segmentation = _polygons(segmentation, size, where, problems)
-            if segmentation is None:
-                return None
+        segmentation = check_segmentation(annotation.get("segmentation"), size, where, problems)
+        if segmentation is None:
+            return None
         kept = {key: annotation[key] for key in ("id", "area", "bbox") if annotation.get(key) is not None}
         return {
             "id": 0,
@@ -276,6 +279,27 @@ class CocoInstanceDataset(_CocoDataset):
         record = self._packed[position]
         path = self.image_folder / record["file_name"]
         return path, {**record, "file_name": str(path)}
+
+
+def check_segmentation(
+    segmentation: Any, size: tuple[int, int] | None, where: str, problems: Problems
+) -> Mapping[str, Any] | list[list[float]] | None:
+    """The run lengths or polygons of an annotation; None, and word of it, where there is no mask in them.
+
+    Args:
+        segmentation: what the annotation has.
+        size: height and width of the image, where known.
+        where: the file and the annotation.
+        problems: collects what is wrong.
+    """
+    if not isinstance(segmentation, Mapping):
+        return _polygons(segmentation, size, where, problems)
+    try:
+        check_rle(segmentation, *(size or (None, None)))
+    except ValueError as error:
+        problems.error("Run lengths do not fit their image: write them anew.", f"{where}: {error}")
+        return None
+    return segmentation
 
 
 def _polygons(
@@ -383,9 +407,9 @@ class CocoPanopticDataset(_CocoDataset):
         if annotations:
             fix = "put them there, or remove them from the file"
             names = [_name(images[image_id]) for image_id in annotations]
-            _check_exists(self.image_folder, names, "Images", fix, problems)
+            check_exists(self.image_folder, names, "Images", fix, problems)
             maps = [annotation["file_name"] for annotation in annotations.values()]
-            _check_exists(self.panoptic_folder, maps, "Panoptic PNGs", fix, problems)
+            check_exists(self.panoptic_folder, maps, "Panoptic PNGs", fix, problems)
         for image_id, annotation in annotations.items():
             segments = []
             ids = [info["id"] for info in annotation["segments_info"]]

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,7 @@ def write_coco_panoptic(
         FileExistsError: if `folder` exists already.
     """
     target = Path(folder)
-    if target.exists():
-        raise FileExistsError(f"{target} exists already: remove it or choose another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        work.chmod(0o755)
+    with new_folder(target) as work:
         (work / "images").mkdir()
         (work / "panoptic").mkdir()
         images, annotations = [], []
@@ -48,8 +44,24 @@ def write_coco_panoptic(
             annotations.append({"image_id": item["image_id"], "file_name": file_name, "segments_info": segments})
         with open(work / "panoptic.json", "w", encoding="utf-8") as file:
             json.dump({"images": images, "annotations": annotations, "categories": list(categories)}, file)
+    return target
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, which takes its name in the end; after an error nothing is left of it.
+
+    Raises:
+        FileExistsError: if `target` exists already.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: remove it or choose another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        work.chmod(0o755)
+        yield work
         os.replace(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    return target

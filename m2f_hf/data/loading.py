@@ -2,7 +2,7 @@
 
 import itertools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from .augmentation import TrainingTransform, pack_masks, unpack_masks
+from .augmentation import pack_masks, unpack_masks
 from .hub_datasets import StreamingDataset
 from .recipes import SizeSchedule
 
@@ -64,7 +64,7 @@ class TrainingStream(Dataset[dict[str, Any]]):
 
     Args:
         dataset: items as the readers of `m2f_hf.data` give them, with a length.
-        transform: what makes samples of them.
+        transform: what makes samples of them: a `TrainingTransform`, or a `ClipTransform` of videos.
         seed: of the order and the samples.
         sizes: shorter side of the samples over training, if not the recipe's throughout.
         images_per_step, total_steps: for `sizes`.
@@ -73,7 +73,7 @@ class TrainingStream(Dataset[dict[str, Any]]):
     def __init__(
         self,
         dataset: Any,
-        transform: TrainingTransform,
+        transform: Callable[[Mapping[str, Any], np.random.Generator, int | None], dict[str, Any]],
         seed: int,
         sizes: SizeSchedule | None = None,
         images_per_step: int = 1,

@@ -138,6 +138,27 @@ RECIPES: Mapping[str, Recipe] = {
 segmentation of ADE20K at 640 pixels."""
 
 
+_YOUTUBE_VIS = Recipe(
+    crop_size=(1333, 1333),  # of nothing: no frame is larger
+    shortest_edges=(360, 480),
+    longest_edge=1333,
+    is_padded=False,
+    color_jitter=False,
+    evaluation_size=(360, 1333),
+    steps=6_000,
+    schedule="multistep",
+    milestones=(2 / 3,),
+    warmup_steps=10,
+)
+
+VIDEO_RECIPES: Mapping[str, Recipe] = {
+    "ytvis2019-instance": _YOUTUBE_VIS,
+    "ytvis2021-instance": replace(_YOUTUBE_VIS, steps=8_000, milestones=(5_500 / 8_000,)),
+}
+"""The original's recipes for videos; images are frames there, which share all that is random, and a batch has 16 clips.
+Evaluation is at 480 pixels with Swin backbones (2021's Swin-L: 360)."""
+
+
 def get_recipe(name: str) -> Recipe:
     """The original's recipe of that name.
 

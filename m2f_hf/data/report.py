@@ -77,11 +77,17 @@ class DatasetReport:
         ]
         for split in self.splits:
             lines += ["", *_split_lines(split)]
-        lines += ["", *_class_lines(self.categories, self.splits)]
-        for title, problems in (("errors", self.problems.errors), ("warnings", self.problems.warnings)):
-            if problems:
-                lines += ["", f"{title}:", *describe(problems)]
-        return "\n".join(lines)
+        lines += ["", *class_lines(self.categories, {split.name: split.counts for split in self.splits}, "segments")]
+        return "\n".join([*lines, *problem_lines(self.problems)])
+
+
+def problem_lines(problems: Problems) -> list[str]:
+    """Errors and warnings, each kind with the first places it was found in."""
+    lines = []
+    for title, found in (("errors", problems.errors), ("warnings", problems.warnings)):
+        if found:
+            lines += ["", f"{title}:", *describe(found)]
+    return lines
 
 
 def _split_lines(split: SplitReport) -> list[str]:
@@ -105,16 +111,16 @@ def _split_lines(split: SplitReport) -> list[str]:
     return lines
 
 
-def _class_lines(categories: Sequence[Mapping[str, Any]], splits: Sequence[SplitReport]) -> list[str]:
-    """A table of the most frequent classes: segments in each split."""
-    totals = sum((split.counts for split in splits), np.zeros(len(categories), dtype=np.int64))
+def class_lines(categories: Sequence[Mapping[str, Any]], counts: Mapping[str, np.ndarray], what: str) -> list[str]:
+    """A table of the most frequent classes: how many of them (`what`) there are in each split, by its name."""
+    totals = sum(counts.values(), np.zeros(len(categories), dtype=np.int64))
     present = [index for index in np.argsort(-totals, kind="stable").tolist() if totals[index]]
     shown = present[:_NUM_CLASSES_SHOWN]
     width = max([len(categories[index]["name"]) for index in shown] + [8])
-    lines = [f"  {'segments':{width}}  kind   " + "".join(f"{split.name:>12}" for split in splits)] if shown else []
+    lines = [f"  {what:{width}}  kind   " + "".join(f"{name:>12}" for name in counts)] if shown else []
     for index in shown:
         kind = {True: "thing", False: "stuff", None: "-"}[categories[index]["isthing"]]
-        cells = "".join(f"{int(split.counts[index]):>12}" for split in splits)
+        cells = "".join(f"{int(of_split[index]):>12}" for of_split in counts.values())
         lines.append(f"  {categories[index]['name']:{width}}  {kind:5}  {cells}")
     if len(shown) < len(present):
         lines.append(f"  … and {len(present) - len(shown)} more classes")

@@ -168,7 +168,12 @@ def crescent(tip: float, depth: float) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_shape(rng: Generator, shape: str, size: int, center: tuple[float, float], diameter: float) -> np.ndarray:
     """Coverage of each pixel by `shape` with its circumscribed circle at `center` (x, y): (size, size) float32."""
-    corners = (outline(rng, shape) * diameter / 2 + np.asarray(center)) * _SUPERSAMPLING
+    return fill_outline(outline(rng, shape), size, center, diameter)
+
+
+def fill_outline(corners: np.ndarray, size: int, center: tuple[float, float], diameter: float) -> np.ndarray:
+    """Coverage of each pixel by an outline (N, 2) in the unit circle, laid at `center` (x, y): (size, size) float32."""
+    corners = (corners * diameter / 2 + np.asarray(center)) * _SUPERSAMPLING
     canvas = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING))
     ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in corners], fill=255)
     return np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32) / 255

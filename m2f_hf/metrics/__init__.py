@@ -1,4 +1,4 @@
-"""Measures of segmentation quality: panoptic quality, mask AP, mean IoU, scores of single masks."""
+"""Measures of segmentation quality: panoptic quality, mask AP, video AP, mean IoU, scores of single masks."""
 
 from .base import Gather, Metric, merged
 from .evaluate_model import evaluate_model
@@ -8,6 +8,7 @@ from .mean_iou import MeanIoU
 from .modules import module_path
 from .panoptic_quality import PanopticQuality
 from .pixel_scores import PixelScores
+from .video_ap import VideoAP
 
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "merged",
     "PanopticQuality",
     "MaskAP",
+    "VideoAP",
     "MeanIoU",
     "PixelScores",
     "module_path",

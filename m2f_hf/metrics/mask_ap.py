@@ -1,5 +1,7 @@
 """Mask average precision as COCO defines it (Lin et al., arXiv 1405.0312; https://cocodataset.org/#detection-eval).
 
+Objects are small below 32 x 32 pixels, and large from 96 x 96 on.
+
 Each image's detections are matched to its objects when it is added, and only the outcome is kept: a score and, per size
 range and IoU threshold, two bits for each detection. Matching and averaging are pycocotools' own code, or that of
 faster-coco-eval where it is installed.
@@ -18,7 +20,7 @@ from .base import Metric, names_of
 
 ENGINES = ("faster_coco_eval", "pycocotools")
 SIZES = {"small": 1, "medium": 2, "large": 3}
-"""Objects below 32 x 32 pixels, below 96 x 96, and above: positions among COCO's four ranges, the first being all."""
+"""Positions among the four ranges of areas, the first being all."""
 MOST = (1, 10, 100)
 """Numbers of detections for a class of an image."""
 NUM_IOUS = 10
@@ -39,6 +41,15 @@ class Outcome(NamedTuple):
     scores: np.ndarray
 
 
+def area_ranges(medium: int, large: int) -> list[list[float]]:
+    """Smallest and largest area, in pixels, of all objects, the small, the medium and the large ones.
+
+    Args:
+        medium, large: sides of the squares from which on objects are medium and large.
+    """
+    return [[0, 1e5**2], [0, medium**2], [medium**2, large**2], [large**2, 1e5**2]]
+
+
 class MaskAP(Metric):
     """AP and AR of instance masks over all images: the mean over IoU thresholds 0.5, 0.55, …, 0.95, and over classes.
 
@@ -53,6 +64,9 @@ class MaskAP(Metric):
         ImportError: if neither engine is installed.
         ValueError: if two categories have one id, or an engine does not exist.
     """
+
+    area_ranges = area_ranges(32, 96)
+    _unit = "image"
 
     def __init__(self, categories: Sequence[Mapping[str, Any]], engine: str | None = None) -> None:
         names = names_of(categories)
@@ -84,12 +98,21 @@ class MaskAP(Metric):
         Raises:
             ValueError: an image that was added before, a mask of another size, an unknown class, a score that is NaN.
         """
-        if image_id in self.images:
+        self._add(image_id, size, predictions, targets)
+
+    def _add(
+        self,
+        key: Hashable,
+        size: tuple[int, ...],
+        predictions: Iterable[Mapping[str, Any]],
+        targets: Iterable[Mapping[str, Any]],
+    ) -> None:
+        if key in self.images:
             raise ValueError(
-                f"Image {image_id!r} was added before: give every image its own id, and every process its own images "
-                "(a loader that repeats some to make shares even must not: `even_batches=False`)."
+                f"{self._unit.capitalize()} {key!r} was added before: give every {self._unit} its own id, and every "
+                f"process its own {self._unit}s (a loader that repeats some to make shares even must not: "
+                "`even_batches=False`)."
             )
-        mask_api = _ENGINES[self.engine].mask_api()
         truths: dict[int, list[dict[str, Any]]] = {}
         guesses: dict[int, list[dict[str, Any]]] = {}
         for side, entries, by_class in (("target", targets, truths), ("prediction", predictions, guesses)):
@@ -97,23 +120,35 @@ class MaskAP(Metric):
                 category = self._category_of(entry, side)
                 if category is None:
                     continue
-                rle = to_rle(entry["segmentation"], size)
-                pixels = int(mask_api.area(rle))
-                own = {"id": number, "image_id": 0, "category_id": category, "segmentation": rle, "area": pixels}
+                rle, area = self._mask_of(entry, size, is_target=side == "target")
+                own = {"id": number, "image_id": 0, "category_id": category, "segmentation": rle, "area": area}
                 if side == "target":
                     crowd = int(bool(entry.get("iscrowd", 0)))
-                    own |= {"area": entry.get("area", pixels), "iscrowd": crowd, "ignore": crowd}
+                    own |= {"iscrowd": crowd, "ignore": crowd}
                 else:
                     own["score"] = _finite(entry["score"])
                 by_class.setdefault(category, []).append(own)
-        self.images[image_id] = _ENGINES[self.engine].match(truths, guesses)
+        self.images[key] = _ENGINES[self.engine].match(truths, guesses, self.area_ranges)
+
+    @property
+    def _mask_api(self) -> Any:
+        return _ENGINES[self.engine].mask_api()
+
+    def _mask_of(
+        self, entry: Mapping[str, Any], size: tuple[int, ...], is_target: bool
+    ) -> tuple[Mapping[str, Any], float]:
+        """The compressed run-length encoding of an entry's mask, and the area by which it is small or large."""
+        rle = to_rle(entry["segmentation"], (size[0], size[1]))
+        pixels = int(self._mask_api.area(rle))
+        return rle, entry.get("area", pixels) if is_target else pixels
 
     def merge(self, other: "MaskAP") -> None:
         twice = self.images.keys() & other.images.keys()
         if twice:
             raise ValueError(
-                f"Images {sorted(map(str, twice))[:5]} were evaluated by more than one process: give every image to "
-                "one (`even_batches=False` for a loader that repeats some to make shares even)."
+                f"{self._unit.capitalize()}s {sorted(map(str, twice))[:5]} were evaluated by more than one process: "
+                f"give every {self._unit} to one (`even_batches=False` for a loader that repeats some to make shares "
+                "even)."
             )
         self.images |= other.images
 
@@ -239,7 +274,9 @@ class _Pycocotools:
         return mask
 
     @staticmethod
-    def match(truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]]) -> dict[int, Outcome]:
+    def match(
+        truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]], areas: list[list[float]]
+    ) -> dict[int, Outcome]:
         from pycocotools.cocoeval import COCOeval
 
         evaluator = COCOeval(iouType="segm")
@@ -251,7 +288,7 @@ class _Pycocotools:
                 guesses.get(category, []),
             )
             evaluator.ious[0, category] = evaluator.computeIoU(0, category)
-            of_sizes = [evaluator.evaluateImg(0, category, area, MOST[-1]) for area in evaluator.params.areaRng]
+            of_sizes = [evaluator.evaluateImg(0, category, area, MOST[-1]) for area in areas]
             outcomes[category] = Outcome(
                 np.stack([entry["dtMatches"] for entry in of_sizes]) > 0,
                 np.stack([entry["dtIgnore"] for entry in of_sizes]).astype(bool),
@@ -271,7 +308,9 @@ class _FasterCocoEval:
         return mask
 
     @staticmethod
-    def match(truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]]) -> dict[int, Outcome]:
+    def match(
+        truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]], areas: list[list[float]]
+    ) -> dict[int, Outcome]:
         from faster_coco_eval import COCOeval_faster
         from faster_coco_eval.core import faster_eval_api
 
@@ -285,7 +324,7 @@ class _FasterCocoEval:
         ious = [[evaluator.computeIoU(0, category) for category in categories]]
         datasets = evaluator.gt_dataset, evaluator.dt_dataset
         found = faster_eval_api._C.COCOevalEvaluateImages(
-            params.areaRng, MOST[-1], params.iouThrs, ious, *datasets, [0], categories, True
+            areas, MOST[-1], params.iouThrs, ious, *datasets, [0], categories, True
         )
         # What an `ImageEvaluation` holds can be read as what it is pickled as: matches of detections (T * D) and of
         # objects, scores (D), ignored objects (G), ignored detections (T * D), and more.

@@ -1,0 +1,235 @@
+"""Random training samples of videos, as the original makes them: a few frames around one, all placed alike."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from PIL import Image, ImageOps
+
+from .augmentation import (
+    Placement,
+    cut_image,
+    draw_sample,
+    jitter_colors,
+    lay_on_canvas,
+    place_item,
+    place_map,
+    place_mask,
+    sheet_of,
+)
+from .recipes import Recipe
+
+
+NUM_FRAMES, FRAME_RANGE = 2, 20
+"""The original's `SAMPLING_FRAME_NUM` and `SAMPLING_FRAME_RANGE`."""
+
+
+def sample_frames(length: int, num_frames: int, frame_range: int, rng: Generator) -> list[int]:
+    """Positions of the frames of a training clip, ascending: a random one, and others at most `frame_range` from it.
+
+    No frame comes twice unless there are too few. (The original draws the others with repetition, which makes a
+    difference from three frames on.)
+
+    Args:
+        length: frames of the video.
+        num_frames: frames of the clip.
+    """
+    reference = int(rng.integers(length))
+    near = [
+        frame
+        for frame in range(max(0, reference - frame_range), min(length, reference + frame_range + 1))
+        if frame != reference
+    ] or [reference]
+    others = rng.choice(near, num_frames - 1, replace=len(near) < num_frames - 1)
+    return sorted([reference, *others.tolist()])
+
+
+def place_tubes(item: Mapping[str, Any], frames: Sequence[int], placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """Masks and classes of the instances that land on the canvas in one of the frames or more, crowds left out.
+
+    Args:
+        item: of a `VideoDataset`.
+        frames: positions of T frames.
+        placement: where each of them lands.
+
+    Returns:
+        (N, T, height, width) bool and (N,) int64, in the order of `segments_info`; N may be 0. In frames where an
+        instance is not seen its mask is empty.
+    """
+    segments = [info for info in item["segments_info"] if not info.get("iscrowd")]
+    masks = np.zeros((len(segments), len(frames), *placement.canvas), dtype=bool)
+    for t, frame in enumerate(frames):
+        if "segmentation_maps" in item:
+            ids = place_map(item["segmentation_maps"][frame], placement)
+            for tube, info in zip(masks, segments, strict=True):
+                np.equal(ids, info["id"], out=tube[t])
+            continue
+        for tube, info in zip(masks, segments, strict=True):
+            segmentation = info["segmentations"][frame]
+            if segmentation:
+                tube[t] = place_mask(segmentation, (item["height"], item["width"]), placement)
+    is_kept = masks.any(axis=(1, 2, 3))
+    classes = np.array([info["category_id"] for info in segments], dtype=np.int64)
+    return masks[is_kept], classes[is_kept]
+
+
+class ClipTransform:
+    """Items of a data set of videos to random training clips, by a recipe: size, place, mirroring and colours are drawn
+    once for all frames of a clip.
+
+    Args:
+        recipe: How. Those of the original are in `m2f_hf.data.recipes.VIDEO_RECIPES`; those for images do, too.
+        num_frames: Frames of a clip.
+        frame_range: How far from the first one drawn the others may be.
+
+    Raises:
+        ValueError: with fewer than one frame, or a recipe that draws windows by the share of a class.
+    """
+
+    def __init__(self, recipe: Recipe, num_frames: int = NUM_FRAMES, frame_range: int = FRAME_RANGE) -> None:
+        if num_frames < 1 or frame_range < 1:
+            raise ValueError(f"num_frames and frame_range must be 1 or more, got {num_frames} and {frame_range}.")
+        if recipe.max_category_share < 1:
+            raise ValueError("max_category_share is for semantic maps of images: give clips a recipe with 1.0.")
+        self.recipe, self.num_frames, self.frame_range = recipe, num_frames, frame_range
+
+    def __call__(self, item: Mapping[str, Any], rng: Generator, size: int | None = None) -> dict[str, Any]:
+        """One clip of an item. The same state of `rng` gives the same clip. Other frames are not read.
+
+        Args:
+            item: of a `VideoDataset`.
+            rng: Where everything random comes from.
+            size: Shorter side of the crops in pixels, other than the recipe's.
+
+        Returns:
+            `pixel_values_videos` (T, 3, height, width) uint8, `mask_labels` (N, T, height, width) bool, `class_labels`
+            (N,) int64, and `frame_indices` (T,) int64, the positions of the frames. N counts the instances that are
+            seen in one of the frames or more, maybe 0. `CollateClips` makes batches.
+
+        Raises:
+            ValueError: if the frames are too elongated, or an annotation does not fit them.
+        """
+        recipe = self.recipe if size is None else self.recipe.at_size(size)
+        frames = sample_frames(len(item["frames"]), self.num_frames, self.frame_range, rng)
+        placement = place_item(item, (item["height"], item["width"]), recipe, rng)
+        pixels = []
+        for frame in frames:
+            window = cut_image(item["frames"][frame], placement)
+            if recipe.color_jitter:
+                window = jitter_colors(window, copy.deepcopy(rng))
+            pixels.append(lay_on_canvas(window, placement.canvas))
+        masks, classes = place_tubes(item, frames, placement)
+        return {
+            "pixel_values_videos": np.stack(pixels).transpose(0, 3, 1, 2),
+            "mask_labels": masks,
+            "class_labels": classes,
+            "frame_indices": np.array(frames, dtype=np.int64),
+        }
+
+
+class CollateClips:
+    """A list of clips with as many frames each -> a batch of the model's inputs.
+
+    Args:
+        processor: an `M2FImageProcessor`, or what has its arguments; it normalises the frames and pads them, at the
+            bottom and right, to the largest of the batch and its `size_divisor`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Batch clips.
+
+        Returns:
+            `pixel_values_videos` (B, T, 3, H, W) float32, `pixel_mask` (B, H, W) int64, 0 on padding; for each clip
+            `mask_labels` (N, T, H, W) bool, False on padding, and `class_labels` (N,) int64; `file_names` where known.
+        """
+        length = len(samples[0]["pixel_values_videos"])
+        inputs = self.processor(
+            [torch.from_numpy(frame) for sample in samples for frame in sample["pixel_values_videos"]],
+            mask_labels=[masks for sample in samples for masks in sample["mask_labels"].swapaxes(0, 1)],
+            class_labels=[sample["class_labels"] for sample in samples for _ in range(length)],
+            do_resize=False,
+            return_tensors="pt",
+        )
+        of_frames = inputs["mask_labels"]
+        return {
+            "pixel_values_videos": inputs["pixel_values"].unflatten(0, (len(samples), length)),
+            "pixel_mask": inputs["pixel_mask"][::length],
+            "mask_labels": [
+                torch.stack(of_frames[start : start + length], dim=1) for start in range(0, len(of_frames), length)
+            ],
+            "class_labels": inputs["class_labels"][::length],
+            "file_names": [str(sample.get("file_name", "")) for sample in samples],
+        }
+
+
+# --- inspection ---
+
+
+def draw_clip(
+    sample: Mapping[str, Any],
+    id2label: Mapping[int, str] | None = None,
+    colors: Mapping[int, Sequence[int]] | None = None,
+) -> list[Image.Image]:
+    """A clip's frames with its targets drawn over them; an instance has the same colour in all of them.
+
+    Args:
+        sample: What `ClipTransform` returns.
+        id2label: Names of the classes.
+        colors: RGB of classes.
+    """
+    return [
+        draw_sample(
+            {"image": pixels.transpose(1, 2, 0), "mask_labels": masks, "class_labels": sample["class_labels"]},
+            id2label,
+            colors,
+        )
+        for pixels, masks in zip(sample["pixel_values_videos"], sample["mask_labels"].swapaxes(0, 1), strict=True)
+    ]
+
+
+def inspect_clips(
+    dataset: Any,
+    transform: ClipTransform,
+    categories: Sequence[Mapping[str, Any]] = (),
+    indices: Sequence[int] = (0, 1),
+    num_samples: int = 2,
+    seed: int = 0,
+    size: int | None = None,
+    side: int = 320,
+) -> Image.Image:
+    """A contact sheet of random clips with their targets: one strip of frames for each, several for each video.
+
+    Args:
+        dataset: Videos as the readers of `m2f_hf.data` give them.
+        transform: What makes the clips.
+        categories: Dicts of `id`, `name` and maybe `color` (RGB), for names and colours of classes.
+        indices: Which videos.
+        num_samples: How many clips of each.
+        seed: Of the clips.
+        size: Shorter side of the crops in pixels, other than the recipe's.
+        side: Pixels that a frame's longer side is shown with.
+
+    Raises:
+        ValueError: without a video to show.
+    """
+    if not len(indices) or num_samples < 1:
+        raise ValueError("Nothing to show: give at least one index of the data set, and one sample.")
+    id2label = {category["id"]: category["name"] for category in categories}
+    colors = {category["id"]: category["color"] for category in categories if category.get("color")}
+    rows, titles = [], []
+    for index in indices:
+        item = dataset[index]
+        for number in range(num_samples):
+            sample = transform(item, np.random.default_rng((seed, index, number)), size)
+            pictures = draw_clip(sample, id2label, colors)
+            rows.append([ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) for picture in pictures])
+            positions = ", ".join(map(str, sample["frame_indices"].tolist()))
+            count = len(sample["class_labels"])
+            titles.append(f"{item['file_name']}, frames {positions} of {len(item['frames'])}: {count} targets")
+    return sheet_of(rows, titles, [f"frame {t + 1}" for t in range(transform.num_frames)], side)
