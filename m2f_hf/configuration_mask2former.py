@@ -1,4 +1,4 @@
-"""Configuration of the image model: typed defaults in one place, impossible combinations refused when it is built."""
+"""Configurations of the image and the video model: typed defaults, impossible combinations refused when built."""
 
 import math
 from copy import deepcopy
@@ -18,6 +18,7 @@ _DEFAULT_BACKBONE: dict[str, Any] = {
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }
 PIXEL_DECODERS = ("msdeform", "fpn")
+LABEL_FRAMES = ("any", "last")
 NUM_NORM_GROUPS = 32  # groups of every GroupNorm in the pixel decoders
 
 
@@ -272,6 +273,51 @@ class Mask2FormerConfig(PreTrainedConfig):
             )
 
 
+@strict
+class Mask2FormerVideoConfig(Mask2FormerConfig):
+    r"""
+    Configuration of [`Mask2FormerForVideoSegmentation`]: that of the image model and two fields for clips.
+
+    A configuration of an image model (ours or `transformers`') is read as it is, and its weights fit.
+
+    Args:
+        label_frame: what a query is to say of an instance that is absent (has no pixel) in a clip's last frame. "any":
+            its class, as it is in some frame. "last": "no object", as the original trains.
+        frames_per_batch: how many frames the backbone and the pixel decoder read at a time where no gradients are
+            wanted: memory against launches. None: one on the CPU, where a frame alone is fastest, and 8 elsewhere.
+
+    Raises:
+        As [`Mask2FormerConfig`].
+    """
+
+    model_type = "m2f_video"
+
+    label_frame: str = "any"
+    frames_per_batch: int | None = None
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As the image model's, whose configurations are read as ones with fewer fields."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == Mask2FormerConfig.model_type:
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
+
+    def validate_architecture(self) -> None:
+        """As the image model's, and the fields for clips.
+
+        Raises:
+            ValueError: naming the field at fault and a value that works.
+        """
+        super().validate_architecture()
+        if self.label_frame not in LABEL_FRAMES:
+            raise ValueError(f"`label_frame`={self.label_frame!r} is not known; use one of {list(LABEL_FRAMES)}.")
+        if self.frames_per_batch is not None and self.frames_per_batch < 1:
+            raise ValueError(f"`frames_per_batch`={self.frames_per_batch} must be at least 1, or None.")
+
+
 def _to_id2label(labels: Any) -> dict[int, str]:
     """Labels by whole number; a JSON file has these as text."""
     try:
@@ -287,4 +333,4 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-__all__ = ["Mask2FormerConfig"]
+__all__ = ["Mask2FormerConfig", "Mask2FormerVideoConfig"]

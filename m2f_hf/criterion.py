@@ -26,7 +26,7 @@ class Mask2FormerLoss(nn.Module):
     - `loss_cross_entropy`: mean over all queries of the classes' cross-entropy, weighted with `empty_weight` of the
       target class; unmatched queries are to say "no object".
     - `loss_mask`, `loss_dice`: binary cross-entropy (mean over points) and dice loss of the matched masks, summed and
-      divided by the number of targets.
+      divided by the number of targets. The masks of a clip count frame by frame, its targets once.
 
     Computed in float32 whatever the model's dtype, autocast or not. Where `torch.distributed` is initialised, the
     number of targets and the sum of class weights are averaged over the processes, hence the mean of the processes'
@@ -38,7 +38,7 @@ class Mask2FormerLoss(nn.Module):
 
     Args:
         config: Uses `num_labels`, `no_object_weight`, `class_weight`, `mask_weight`, `dice_weight`,
-            `train_num_points`, `oversample_ratio`, `importance_sample_ratio`.
+            `train_num_points`, `oversample_ratio`, `importance_sample_ratio`; of clips also `label_frame`.
         weight_dict: What the model multiplies `loss_cross_entropy`, `loss_mask` and `loss_dice` with.
 
     Attributes:
@@ -52,6 +52,8 @@ class Mask2FormerLoss(nn.Module):
         super().__init__()
         self.num_labels = config.num_labels
         self.weight_dict = weight_dict
+        last_frame_decides = getattr(config, "label_frame", "any") == "last"
+        self.absent_class = config.num_labels if last_frame_decides else None
         empty_weight = torch.ones(config.num_labels + 1)
         empty_weight[-1] = config.no_object_weight
         self.register_buffer("empty_weight", empty_weight)
@@ -82,9 +84,9 @@ class Mask2FormerLoss(nn.Module):
         Args:
             class_queries_logits: (L, B, Q, num_labels+1), the last class is "no object".
             mask_embeddings: (L, B, Q, C); a query's mask logits are its embedding times the mask features.
-            mask_features: (B, C, H, W).
-            mask_labels: For each image (N, height, width), bool or 0 and 1 in another dtype, at the padded input size
-                (any size that covers the same area will do). N may be 0, or exceed Q.
+            mask_features: (B, C, H, W), or of clips (B, T, C, H, W).
+            mask_labels: For each image (N, height, width), or clip (N, T, height, width), bool or 0 and 1 in another
+                dtype, at the padded input size (any size that covers the same area will do). N may be 0, or exceed Q.
             class_labels: For each image (N,) integers from 0 to num_labels-1.
 
         Returns:
@@ -95,11 +97,11 @@ class Mask2FormerLoss(nn.Module):
             ValueError: If targets don't fit the batch or each other, or are out of range.
             ImportError: If SciPy is not installed.
         """
-        batch_size, device = mask_features.shape[0], mask_features.device
-        targets = pack_targets(mask_labels, class_labels, batch_size, device)
+        (batch_size, *clip), device = mask_features.shape[:-3], mask_features.device
+        targets = pack_targets(mask_labels, class_labels, batch_size, device, clip, self.absent_class)
         with torch.autocast(device.type, enabled=False):
             class_queries_logits, mask_embeddings = class_queries_logits.float(), mask_embeddings.float()
-            mask_features = mask_features.float()
+            mask_features = mask_features.flatten(0, -4).float()
             matching = self.matcher(class_queries_logits, mask_embeddings, mask_features, targets, self.draw_points)
             cross_entropy, class_weight = self.loss_labels(class_queries_logits, targets, matching)
             mask, dice = self.loss_masks(mask_embeddings, mask_features, targets, matching)
@@ -123,7 +125,7 @@ class Mask2FormerLoss(nn.Module):
         """Weighted cross-entropies, summed over images and queries, and the sums of the weights: two of (L,)."""
         classes = class_queries_logits.new_full(class_queries_logits.shape[:3], self.num_labels, dtype=torch.int64)
         layers = torch.arange(len(classes), device=classes.device)[:, None]  # (L, 1), broadcast with (L, M)
-        classes[layers, matching.images, matching.queries] = targets.labels[matching.targets]
+        classes[layers, matching.images, matching.queries] = targets.classes[matching.targets]
         weight = self.empty_weight.float()
         # (L, B, Q, K+1) -> (L, B*Q, K+1) -> (L, K+1, B*Q), where cross_entropy looks for the classes
         cross_entropy = F.cross_entropy(
@@ -135,9 +137,11 @@ class Mask2FormerLoss(nn.Module):
         self, mask_embeddings: Tensor, mask_features: Tensor, targets: Targets, matching: Matching
     ) -> tuple[Tensor, Tensor]:
         """Binary cross-entropies and dice losses at points, summed over the matched masks: two of (L,)."""
-        images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
+        num_frames = len(mask_features) // len(matching.counts)
         layers = torch.arange(len(mask_embeddings), device=mask_features.device)[:, None]  # beside (L, M)
         matched = mask_embeddings[layers, matching.images, matching.queries]  # (L, M, C)
+        matching = by_frame(matching, num_frames)
+        images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
         point_logits, points = MatchedMasksAtPoints.apply(
             mask_features, matched, matching.counts, lambda logits, layer: self.select_points(logits, layer, images)
         )
@@ -178,6 +182,19 @@ class Mask2FormerLoss(nn.Module):
         return select_uncertain_points(logits, candidates, random, self.num_uncertain)
 
 
+def by_frame(matching: Matching, num_frames: int) -> Matching:
+    """The pairs of clips as pairs of their frames' masks: each pair's frames after another, T times as many."""
+    if num_frames == 1:
+        return matching
+    frames = torch.arange(num_frames, device=matching.targets.device)
+    return Matching(
+        images=matching.images.repeat_interleave(num_frames),
+        queries=matching.queries.repeat_interleave(num_frames, dim=1),
+        targets=(matching.targets[..., None] * num_frames + frames).flatten(1),
+        counts=[count * num_frames for count in matching.counts],
+    )
+
+
 class MatchedMasksAtPoints(torch.autograd.Function):
     """Mask logits of matched queries at points that are chosen by them, of all outputs of the decoder.
 
@@ -196,24 +213,23 @@ class MatchedMasksAtPoints(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            mask_features: (B, C, H, W) float32.
+            mask_features: (B, C, H, W) float32, of clips (B * T, C, H, W).
             embeddings: (L, M, C) float32, of the matched queries, image after image.
-            counts: how many of the M belong to each image.
-            choose: makes (M, P, 2) points of an output's (M, 1, H, W) logits and its number.
+            counts: how many masks belong to each image: of the M, of clips T times as many.
+            choose: makes (M * T, P, 2) points of an output's (M * T, 1, H, W) logits and its number.
 
         Returns:
-            (L, M, P) logits and their points (L, M, P, 2).
+            (L, M * T, P) logits and their points (L, M * T, P, 2).
         """
         point_logits, points = [], []
-        for part in outputs_at_once(mask_features, embeddings):
-            # (L' * M', C) x (C, H * W), of all images -> (L', M, H, W)
-            logits = torch.cat(
-                [
-                    (of_image.flatten(0, 1) @ features.flatten(1)).view(*of_image.shape[:2], *features.shape[1:])
-                    for of_image, features in zip(embeddings[part].split(counts, 1), mask_features, strict=True)
-                ],
-                dim=1,
-            )
+        pairs = list(pairs_of_frames(mask_features, counts))
+        size = mask_features.shape[2:]
+        for part in outputs_at_once(mask_features, sum(counts), len(embeddings)):
+            logits = embeddings.new_empty(part.stop - part.start, sum(counts), *size)
+            for features, of_frame, masks in pairs:
+                rows = embeddings[part, of_frame]
+                # (L' * M', C) x (C, H * W) -> (L', M', H, W)
+                logits[:, masks] = (rows.flatten(0, 1) @ features.flatten(1)).view(*rows.shape[:2], *size)
             for layer, of_layer in enumerate(logits[:, :, None], start=part.start):
                 points.append(choose(of_layer, layer))
                 point_logits.append(sample_points(of_layer, points[-1])[:, 0])
@@ -227,27 +243,35 @@ class MatchedMasksAtPoints(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
         mask_features, embeddings, points = ctx.saved_tensors
-        features_grad, embeddings_grad = torch.zeros_like(mask_features), torch.empty_like(embeddings)
+        features_grad, embeddings_grad = torch.zeros_like(mask_features), torch.zeros_like(embeddings)
         size = mask_features.shape[2:]
-        for part in outputs_at_once(mask_features, embeddings):
+        for part in outputs_at_once(mask_features, grad.shape[1], len(embeddings)):
             masks_grad = spread_to_maps(
                 grad[part].flatten(0, 1)[:, None], points[part].flatten(0, 1), (grad[part].shape[:2].numel(), 1, *size)
-            ).view(*grad[part].shape[:2], size.numel())  # (L', M, H * W)
-            first = 0
-            for image, count in enumerate(ctx.counts):
-                of_image = masks_grad[:, first : first + count].flatten(0, 1)
-                rows = embeddings[part, first : first + count]
-                features = mask_features[image].flatten(1)
-                embeddings_grad[part, first : first + count] = (of_image @ features.T).view(rows.shape)
-                features_grad[image].flatten(1).addmm_(rows.flatten(0, 1).T, of_image)
-                first += count
+            ).view(*grad[part].shape[:2], size.numel())  # (L', M * T, H * W)
+            for frame, (features, of_frame, masks) in enumerate(pairs_of_frames(mask_features, ctx.counts)):
+                frame_grad = masks_grad[:, masks].flatten(0, 1)
+                rows = embeddings[part, of_frame]
+                embeddings_grad[part, of_frame] += (frame_grad @ features.flatten(1).T).view(rows.shape)
+                features_grad[frame].flatten(1).addmm_(rows.flatten(0, 1).T, frame_grad)
         return features_grad, embeddings_grad, None, None
 
 
-def outputs_at_once(mask_features: Tensor, embeddings: Tensor) -> Iterator[slice]:
+def pairs_of_frames(mask_features: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, slice, slice]]:
+    """For each image, or each frame of a clip: its features (C, H, W), its queries among the matched, their masks."""
+    num_frames = len(mask_features) // len(counts)
+    first = 0
+    for image, count in enumerate(counts):
+        queries = slice(first // num_frames, (first + count) // num_frames)
+        for frame in range(num_frames):
+            features = mask_features[image * num_frames + frame]
+            yield features, queries, slice(first + frame, first + count, num_frames)
+        first += count
+
+
+def outputs_at_once(mask_features: Tensor, num_masks: int, num_layers: int) -> Iterator[slice]:
     """Cut the L outputs so that the matched masks of each piece have about `_LOGITS_AT_ONCE` pixels."""
-    num_layers, num_matched, _ = embeddings.shape
-    step = max(1, _LOGITS_AT_ONCE // max(1, num_matched * mask_features.shape[2:].numel()))
+    step = max(1, _LOGITS_AT_ONCE // max(1, num_masks * mask_features.shape[2:].numel()))
     for start in range(0, num_layers, step):
         yield slice(start, min(start + step, num_layers))
 

@@ -23,16 +23,19 @@ _LABELS_AT_ONCE = 1 << 23  # values of targets at points, 32 MB
 
 
 class Targets(NamedTuple):
-    """The targets of a batch, image after image.
+    """The targets of a batch, image after image (or clip after clip).
 
     Attributes:
-        masks: For each image its (N, H, W), in the dtype they came in.
-        labels: (N,) int64, contiguous class ids.
+        masks: For each image its (N, H, W), in the dtype they came in; of a clip (N * T, H, W), each target's frames
+            after another.
+        labels: (N,) int64, contiguous class ids, as they were given.
+        classes: (N,) int64, what matched queries are to say: the labels, or the number of labels for "no object".
         counts: How many of them belong to each image.
     """
 
     masks: list[Tensor]
     labels: Tensor
+    classes: Tensor
     counts: list[int]
 
 
@@ -53,7 +56,12 @@ class Matching(NamedTuple):
 
 
 def pack_targets(
-    mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor], batch_size: int, device: torch.device
+    mask_labels: Sequence[Tensor],
+    class_labels: Sequence[Tensor],
+    batch_size: int,
+    device: torch.device,
+    clip: Sequence[int] = (),
+    absent_class: int | None = None,
 ) -> Targets:
     """Puts a batch's targets together on the device.
 
@@ -62,6 +70,9 @@ def pack_targets(
         class_labels: For each image (N,), integers; tensors, arrays or lists.
         batch_size: Number of images that the model saw.
         device: Where the predictions are.
+        clip: `(T,)` where these are clips of T frames, whose masks are (N, T, H, W).
+        absent_class: What matched queries are to say of targets without a pixel in a clip's last frame; None: their
+            label.
 
     Raises:
         ValueError: If lengths or shapes don't fit each other, or class labels aren't integers.
@@ -75,16 +86,23 @@ def pack_targets(
         [torch.as_tensor(of_image) for of_image in all_] for all_ in (mask_labels, class_labels)
     )
     for image, (masks, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
-        if masks.ndim != 3 or labels.ndim != 1 or len(masks) != len(labels):
+        expected = (len(labels), *clip, *masks.shape[-2:])
+        if masks.ndim != len(expected) or labels.ndim != 1 or masks.shape != expected:
             raise ValueError(
-                f"Image {image}: `mask_labels` must be (N, H, W) and `class_labels` (N,) with the same N, "
+                f"{'Clip' if clip else 'Image'} {image}: `mask_labels` must be (N, {''.join(f'{t}, ' for t in clip)}H, "
+                "W) and `class_labels` (N,) with the same N, "
                 f"but they are {tuple(masks.shape)} and {tuple(labels.shape)}."
             )
         if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
             raise ValueError(f"Image {image}: `class_labels` must be integers, but are {labels.dtype}.")
     labels = torch.cat([labels.to(device, torch.int64, non_blocking=True) for labels in class_labels])
     on_device = [masks.to(device, non_blocking=True) for masks in mask_labels]
-    return Targets(on_device, labels, [len(labels) for labels in class_labels])
+    classes = labels
+    if absent_class is not None:
+        is_present = torch.cat([masks[:, -1].flatten(1).any(1) for masks in on_device])
+        classes = labels.where(is_present, absent_class)
+    flat = [masks.flatten(0, -3) for masks in on_device]
+    return Targets(flat, labels, classes, [len(labels) for labels in class_labels])
 
 
 class Mask2FormerHungarianMatcher(nn.Module):
@@ -97,7 +115,8 @@ class Mask2FormerHungarianMatcher(nn.Module):
 
     Args:
         cost_class, cost_mask, cost_dice: Weights of the three costs, not all 0.
-        num_points: Number of points. Each image and output has its own, shared by all of its queries and targets.
+        num_points: Number of points. Each image and output has its own, shared by all of its queries and targets; in a
+            clip, by all of its frames too, and the means and sums of the costs run over the frames.
     """
 
     def __init__(
@@ -125,7 +144,7 @@ class Mask2FormerHungarianMatcher(nn.Module):
         Args:
             class_queries_logits: (L, B, Q, K+1), the last class is "no object".
             mask_embeddings: (L, B, Q, C); a query's mask logits are its embedding times the mask features.
-            mask_features: (B, C, H, W).
+            mask_features: (B, C, H, W), of clips (B * T, C, H, W).
             targets: The targets of the B images.
             draw_points: Where points come from.
 
@@ -174,12 +193,13 @@ class Mask2FormerHungarianMatcher(nn.Module):
         targets mean nothing."""
         device = mask_features.device
         num_layers, batch_size, _, num_classes = class_queries_logits.shape
+        num_frames = mask_features.shape[0] // batch_size
         positions = [(image, slot) for image, count in enumerate(targets.counts) for slot in range(count)]
         image, slot = torch.tensor(positions).T.to(device, non_blocking=True)
 
         # Out-of-range labels are reported later; on a GPU indexing with them would abort the process.
         labels = torch.zeros(batch_size, max(targets.counts), dtype=torch.int64, device=device)
-        labels[image, slot] = targets.labels.clamp(0, num_classes - 2)
+        labels[image, slot] = targets.classes.clamp(0, num_classes - 1)
         probabilities = class_queries_logits.float().softmax(-1)
         features = PointRows(mask_features)
 
@@ -188,15 +208,20 @@ class Mask2FormerHungarianMatcher(nn.Module):
         )  # (L, B, P, 2)
         costs = []
         # Several outputs at a time, as each turns the masks into floats; few enough for their values at all points.
-        step = max(1, _LABELS_AT_ONCE // (labels.numel() * self.num_points))
+        step = max(1, _LABELS_AT_ONCE // (labels.numel() * num_frames * self.num_points))
         for start in range(0, num_layers, step):
             part = points[start : start + step]
-            part_labels = part.new_zeros(*labels.shape, len(part) * self.num_points)  # (B, N, L' * P)
+            part_labels = part.new_zeros(*labels.shape, len(part), num_frames, self.num_points)
             for of_image, masks, at in zip(part_labels, targets.masks, part.unbind(1), strict=True):
-                of_image[: len(masks)] = sample_masks_alike(masks, at.flatten(0, 1))
-            for layer, point_labels in enumerate(part_labels.split(self.num_points, dim=2), start=start):
-                # (B, Q, C) x (B, P, C) -> (B, Q, P)
-                point_logits = mask_embeddings[layer].float() @ features.sample(points[layer]).mT
+                sampled = sample_masks_alike(masks, at.flatten(0, 1))  # (N * T, L' * P)
+                of_image[: len(masks) // num_frames] = sampled.view(
+                    -1, num_frames, len(part), self.num_points
+                ).transpose(1, 2)
+            for layer, point_labels in enumerate(part_labels.flatten(3).unbind(2), start=start):
+                # The frames' points count as further points: (B * T, P, C) -> (B, T * P, C), labels (B, N, T * P)
+                sampled = features.sample(points[layer].repeat_interleave(num_frames, 0)).unflatten(0, (batch_size, -1))
+                # (B, Q, C) x (B, T * P, C) -> (B, Q, T * P)
+                point_logits = mask_embeddings[layer].float() @ sampled.flatten(1, 2).mT
                 costs.append(
                     self.cost_mask * pairwise_cross_entropy(point_logits, point_labels)
                     + self.cost_dice * pairwise_dice(point_logits, point_labels)

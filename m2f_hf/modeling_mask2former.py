@@ -77,7 +77,7 @@ class Mask2FormerPixelLevelModuleOutput(ModelOutput):
     """
     Args:
         encoder_last_hidden_state: the backbone's coarsest map (B, C, H/32, W/32).
-        encoder_hidden_states: the backbone's four maps, finest first.
+        encoder_hidden_states: the backbone's four maps, finest first; with `output_hidden_states`.
         decoder_last_hidden_state: mask features (B, mask_feature_size, H/4, W/4).
         decoder_hidden_states: the pixel decoder's three maps, coarsest first.
     """
@@ -235,6 +235,8 @@ class SamplingOffsets(nn.Linear):
 class Mask2FormerSinePositionEmbedding(nn.Module):
     """Sine position encoding of DETR, normalised to 2 pi over each image; y before x, sine and cosine interleaved.
 
+    In a clip, an encoding of the frame's number is added, over all channels and normalised likewise.
+
     Args:
         num_position_features: channels for each of y and x.
     """
@@ -248,7 +250,10 @@ class Mask2FormerSinePositionEmbedding(nn.Module):
         self.num_position_features = num_position_features
 
     def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
-        """For a map (B, C, H, W) -> (1 or B, 2 * num_position_features, H, W) in its dtype; B with padding."""
+        """For a map (B, C, H, W), encoding (1 or B, 2 * num_position_features, H, W) in its dtype; B with padding.
+
+        For a clip (B, T, C, H, W), with the same padding (B, H, W) in all frames: (1 or B, T, …, H, W).
+        """
         height, width = features.shape[-2:]
         device = features.device
         y = torch.arange(1, height + 1, device=device, dtype=torch.float32)
@@ -256,16 +261,21 @@ class Mask2FormerSinePositionEmbedding(nn.Module):
         last_y, last_x = y[-1:], x[-1:]
         if padding is not None:
             last_y, last_x = ((~side).sum(1, keepdim=True).float() for side in (padding[:, :, 0], padding[:, 0]))
-        y_angles = self._angles(y / (last_y + self.eps) * self.scale)  # (1 or B, H, F), (F,) without a batch
-        x_angles = self._angles(x / (last_x + self.eps) * self.scale)
+        y_angles = self._angles(y / (last_y + self.eps) * self.scale, self.num_position_features)  # (1 or B, H, F)
+        x_angles = self._angles(x / (last_x + self.eps) * self.scale, self.num_position_features)
         y_part = y_angles.transpose(1, 2)[..., None].expand(-1, -1, -1, width)
         x_part = x_angles.transpose(1, 2)[..., None, :].expand(-1, -1, height, -1)
-        return torch.cat([y_part, x_part], dim=1).to(features.dtype)
+        encoding = torch.cat([y_part, x_part], dim=1)
+        if features.dim() == 5:
+            frame = torch.arange(1, features.shape[1] + 1, device=device, dtype=torch.float32)
+            angles = self._angles(frame / (frame[-1:] + self.eps) * self.scale, 2 * self.num_position_features)
+            encoding = encoding[:, None] + angles[..., None, None]
+        return encoding.to(features.dtype)
 
-    def _angles(self, positions: Tensor) -> Tensor:
-        """(n,) or (B, n) -> (1 or B, n, num_position_features)."""
-        pair = torch.arange(self.num_position_features // 2, device=positions.device, dtype=torch.float32)
-        frequency = self.temperature ** (2 * pair / self.num_position_features)
+    def _angles(self, positions: Tensor, num_features: int) -> Tensor:
+        """(n,) or (B, n) -> (1 or B, n, num_features)."""
+        pair = torch.arange(num_features // 2, device=positions.device, dtype=torch.float32)
+        frequency = self.temperature ** (2 * pair / num_features)
         angles = positions.view(-1, positions.shape[-1], 1) / frequency
         return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
@@ -546,9 +556,14 @@ class Mask2FormerFPNPixelDecoder(nn.Module):
 PIXEL_DECODER_CLASSES = {"msdeform": Mask2FormerPixelDecoder, "fpn": Mask2FormerFPNPixelDecoder}
 
 
+def to_tokens(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C), or a clip's (B, T, C, H, W) -> (B, T * H * W, C)."""
+    return features.movedim(-3, -1).flatten(1, -2)
+
+
 def flatten_levels(maps: list[Tensor]) -> Tensor:
     """Maps (B, C, H, W) -> (B, S, C), one after another."""
-    return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+    return torch.cat([to_tokens(level) for level in maps], dim=1)
 
 
 class Mask2FormerPixelLevelModule(nn.Module):
@@ -598,8 +613,13 @@ class Mask2FormerPixelLevelModule(nn.Module):
                         f"{tuple(pixel_values.shape[2:])}; choose its stages with `out_features` in `backbone_config`."
                     )
 
-    def forward(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Mask2FormerPixelLevelModuleOutput:
-        """(B, 3, H, W); with (B, 2) image sizes, padding beyond each image's own multiple of 32 is hidden."""
+    def forward(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, output_hidden_states: bool = False
+    ) -> Mask2FormerPixelLevelModuleOutput:
+        """(B, 3, H, W); with (B, 2) image sizes, padding beyond each image's own multiple of 32 is hidden.
+
+        Only with `output_hidden_states` are the backbone's maps returned, of which the decoder needs none.
+        """
         self.padding_hider.image_sizes = image_sizes
         self.padding_hider.input_size = (pixel_values.shape[2], pixel_values.shape[3])
         features = self.encoder(pixel_values).feature_maps
@@ -614,7 +634,7 @@ class Mask2FormerPixelLevelModule(nn.Module):
         decoded = self.decoder(features, paddings)
         return Mask2FormerPixelLevelModuleOutput(
             encoder_last_hidden_state=features[-1],
-            encoder_hidden_states=tuple(features),
+            encoder_hidden_states=tuple(features) if output_hidden_states else None,
             decoder_last_hidden_state=decoded.mask_features,
             decoder_hidden_states=decoded.multi_scale_features,
         )
@@ -923,17 +943,22 @@ class Mask2FormerTransformerModule(nn.Module):
         image_sizes: Tensor | None = None,
         output_attentions: bool = False,
     ) -> Mask2FormerMaskedAttentionDecoderOutput:
-        """Three maps (B, feature_size, H, W), coarsest first, and mask features (B, mask_feature_size, H/4, W/4)."""
+        """Three maps (B, feature_size, H, W), coarsest first, and mask features (B, mask_feature_size, H/4, W/4).
+
+        Of a clip, whose queries read all frames at once, (B, T, …) each; its frames have one size and padding.
+        """
+        leading = mask_features.shape[:-3]  # (B,), of clips (B, T)
         sources, encodings, level_features, paddings = [], [], [], []
         for index, features in enumerate(multi_scale_features):
-            size = (features.shape[2], features.shape[3])
+            size = (features.shape[-2], features.shape[-1])
             padding = None if image_sizes is None else hidden_padding(image_sizes, PADDING_DIVISOR >> index, size)
-            encodings.append(self.position_embedder(features, padding).flatten(2).transpose(1, 2))
+            encodings.append(to_tokens(self.position_embedder(features, padding)))
             # The level embedding joins the source, so it reaches keys and values.
-            projected = self.input_projections[index](features).flatten(2).transpose(1, 2)
-            sources.append(projected + self.level_embed.weight[index])
-            level_features.append(shrink(mask_features.detach(), size).flatten(2))
-            paddings.append(None if padding is None else padding.flatten(1))
+            projected = self.input_projections[index](features.flatten(0, -4)).unflatten(0, leading)
+            sources.append(to_tokens(projected) + self.level_embed.weight[index])
+            shrunk = shrink(mask_features.detach().flatten(0, -4), size).unflatten(0, leading)
+            level_features.append(to_tokens(shrunk).transpose(1, 2))
+            paddings.append(None if padding is None else padding.flatten(1).repeat(1, math.prod(leading[1:])))
         return self.decoder(
             self.queries_features.weight.expand(mask_features.shape[0], -1, -1),
             self.queries_embedder.weight,
@@ -1103,10 +1128,11 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
 
     # Checkpoints are those of the next class: what they have beyond this one is no surprise.
     _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\.", r"\.relative_position_index$"]  # noqa: RUF012
+    pixel_level_class = Mask2FormerPixelLevelModule
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config)
-        self.pixel_level_module = Mask2FormerPixelLevelModule(config)
+        self.pixel_level_module = self.pixel_level_class(config)
         self.transformer_module = Mask2FormerTransformerModule(in_features=config.feature_size, config=config)
         self.post_init()
 
@@ -1145,7 +1171,7 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
         # Processors give float32; a model in half precision takes it.
         pixel_values = pixel_values.to(self.dtype)
         hidden_sizes = image_sizes if may_hide_padding(pixel_values, pixel_mask, image_sizes) else None
-        pixel_level = self.pixel_level_module(pixel_values, hidden_sizes)
+        pixel_level = self.pixel_level_module(pixel_values, hidden_sizes, bool(output_hidden_states))
         mask_features = pixel_level.decoder_last_hidden_state
         decoded = self.transformer_module(
             pixel_level.decoder_hidden_states, mask_features, hidden_sizes, output_attentions=bool(output_attentions)
@@ -1155,13 +1181,14 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
             encoder_last_hidden_state=pixel_level.encoder_last_hidden_state,
             pixel_decoder_last_hidden_state=mask_features,
             transformer_decoder_last_hidden_state=decoded.last_hidden_state,
-            encoder_hidden_states=pixel_level.encoder_hidden_states if output_hidden_states else None,
+            encoder_hidden_states=pixel_level.encoder_hidden_states,
             pixel_decoder_hidden_states=pixel_level.decoder_hidden_states if output_hidden_states else None,
             transformer_decoder_hidden_states=decoded.hidden_states if output_hidden_states else None,
             transformer_decoder_intermediate_states=decoded.intermediate_hidden_states,
-            # (B, Q, C) x (B, C, H, W) -> (B, Q, H, W), of one prediction unless all are wanted. The loss does not read
-            # it, but callers of either mode expect an output to have its masks.
-            masks_queries_logits=tuple(torch.einsum("bqc,bchw->bqhw", queries, mask_features) for queries in wanted),
+            # (B, Q, C) x (B, C, H, W) -> (B, Q, H, W), of a clip (B, T, C, H, W) -> (B, Q, T, H, W); of one prediction
+            # unless all are wanted. The loss does not read it, but callers of either mode expect an output to have its
+            # masks.
+            masks_queries_logits=tuple(torch.einsum("bqc,b...chw->bq...hw", q, mask_features) for q in wanted),
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
             mask_embeddings=decoded.mask_embeddings,
@@ -1192,9 +1219,11 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
 class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
     """[`Mask2FormerModel`] with a class head and the losses, for panoptic, instance and semantic segmentation."""
 
+    model_class = Mask2FormerModel
+
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config)
-        self.model = Mask2FormerModel(config)
+        self.model = self.model_class(config)
         self.weight_dict: dict[str, float] = {
             "loss_cross_entropy": config.class_weight,
             "loss_mask": config.mask_weight,

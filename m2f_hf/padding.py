@@ -24,7 +24,7 @@ def may_hide_padding(pixel_values: Tensor, pixel_mask: Tensor | None, image_size
         return False
     if image_sizes.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return True
-    return bool((padded_sizes(image_sizes) < torch.tensor(pixel_values.shape[2:])).any())
+    return bool((padded_sizes(image_sizes) < torch.tensor(pixel_values.shape[-2:])).any())
 
 
 def padded_sizes(image_sizes: Tensor) -> Tensor:
