@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from detectron2_config import UnsupportedOptionError, config_from_yaml, processor_from_yaml, read_config, read_labels
+from detectron2_config import config_from_yaml, is_video, processor_from_yaml, read_config, read_labels
 from detectron2_mapping import MisfitError, convert_state_dict, differences
 from download import default_cache_dir, digest_in_name, download, md5_of
 from PIL import Image
@@ -22,7 +22,13 @@ from released import RELEASED, Released
 from safe_pickle import load_state_dict
 from safetensors import safe_open
 
-from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerForVideoSegmentation,
+    Mask2FormerVideoConfig,
+    Mask2FormerVideoProcessor,
+)
 from m2f_hf.cli import Segmenter, describe
 from m2f_hf.hub import model_card
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
@@ -86,8 +92,13 @@ def convert(
     output = _free(output)
     options = read_config(config_file)
     labels = read_labels(labels_file, options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]) if labels_file else None
-    config = Mask2FormerConfig(**config_from_yaml(options, labels))
-    processor = M2FImageProcessor(**processor_from_yaml(options, labels))
+    config_class, processor_class = (
+        (Mask2FormerVideoConfig, Mask2FormerVideoProcessor)
+        if is_video(options)
+        else (Mask2FormerConfig, M2FImageProcessor)
+    )
+    config = config_class(**config_from_yaml(options, labels))
+    processor = processor_class(**processor_from_yaml(options, labels))
     return _convert(checkpoint, config, processor, output, {}, photo)
 
 
@@ -109,16 +120,11 @@ def convert_released(
         cache_dir: Where a download is kept; default: `default_cache_dir()`.
 
     Raises:
-        UnsupportedOptionError: It is a video checkpoint.
         DownloadError: see `download`.
         ValueError: `checkpoint` is called as the released file and is another, or it is that of another variant.
         And what `convert` raises.
     """
     output = _free(output)
-    if row.is_video:
-        raise UnsupportedOptionError(
-            f"{row.name} is a video checkpoint, and there is no video model here yet. Image checkpoints convert."
-        )
     if checkpoint is None:
         checkpoint = download(row.url, cache_dir or default_cache_dir())
         return _convert(checkpoint, row.config(), row.processor(), output, row.card(), photo)
@@ -239,7 +245,9 @@ def is_unused(name: str) -> bool:
 def _load_strictly(
     converted: Mapping[str, torch.Tensor], config: Mask2FormerConfig
 ) -> Mask2FormerForUniversalSegmentation:
-    model, loading = Mask2FormerForUniversalSegmentation.from_pretrained(
+    is_of_clips = isinstance(config, Mask2FormerVideoConfig)
+    model_class = Mask2FormerForVideoSegmentation if is_of_clips else Mask2FormerForUniversalSegmentation
+    model, loading = model_class.from_pretrained(
         None, config=config, state_dict=dict(converted), output_loading_info=True, ignore_mismatched_sizes=True
     )
     missing = [name for name in loading["missing_keys"] if not is_unused(name)]

@@ -96,10 +96,11 @@ DEFAULTS: dict[str, Any] = {
 
 # The only values that our model has an equivalent of, and why. Lists of features may be in any order, as the original
 # sorts them. Options of a part that the model hasn't don't matter.
+_VIDEO_ARCHITECTURE = "VideoMaskFormer"
 _FOUR_STAGES = ["res2", "res3", "res4", "res5"]
 _SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "INPUT.FORMAT": (("RGB", "BGR"), "Pictures come in three channels."),
-    "MODEL.META_ARCHITECTURE": (("MaskFormer",), "Other architectures are other models."),
+    "MODEL.META_ARCHITECTURE": (("MaskFormer", _VIDEO_ARCHITECTURE), "Other architectures are other models."),
     "MODEL.BACKBONE.NAME": (
         ("build_resnet_backbone", "D2SwinTransformer"),
         "Other backbones have other parameters.",
@@ -110,7 +111,7 @@ _SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
         "That of MaskFormer's first version has another encoder.",
     ),
     "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": (
-        ("MultiScaleMaskedTransformerDecoder",),
+        ("MultiScaleMaskedTransformerDecoder", "VideoMultiScaleMaskedTransformerDecoder"),
         "MaskFormer's first version has no masked attention.",
     ),
     "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": (
@@ -143,7 +144,6 @@ _SUPPORTED_SWIN: dict[str, tuple[tuple[Any, ...], str]] = {
     "MODEL.SWIN.OUT_FEATURES": ((_FOUR_STAGES,), "The pixel decoder reads four levels."),
 }
 _SIZE_DIVISOR = 32  # what the model takes an image's own padding to be
-_VIDEO_ARCHITECTURE = "VideoMaskFormer"
 _PIXEL_DECODERS = {"MSDeformAttnPixelDecoder": "msdeform", "BasePixelDecoder": "fpn"}
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 _RESNETS = {
@@ -290,8 +290,13 @@ def config_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None 
     }
 
 
+def is_video(options: Mapping[str, Any]) -> bool:
+    """Whether the config is one of a video model, whose classes are `Mask2FormerVideoConfig` and so on."""
+    return options["MODEL.META_ARCHITECTURE"] == _VIDEO_ARCHITECTURE
+
+
 def processor_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> dict[str, Any]:
-    """Give the arguments of `M2FImageProcessor` for a config that `read_config` returned.
+    """Give the arguments of `M2FImageProcessor`, or the video processor, for a config that `read_config` returned.
 
     The task is the widest that is switched on for tests, or that of a known data set of things alone.
 
@@ -305,7 +310,8 @@ def processor_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | No
         "label_ids_to_fuse": _stuff_ids(options, labels) if task == "panoptic" else None,
         "threshold": test["OBJECT_MASK_THRESHOLD"],
         "overlap_mask_area_threshold": test["OVERLAP_THRESHOLD"],
-        "max_detections": options["TEST.DETECTIONS_PER_IMAGE"],
+        # For clips the original writes 10 into its code.
+        "max_detections": 10 if is_video(options) else options["TEST.DETECTIONS_PER_IMAGE"],
         # The original never keeps the padded frame when it also has instances or segments to tell.
         "semantic_resize_before_inference": bool(
             test["SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE"] or test["PANOPTIC_ON"] or test["INSTANCE_ON"]
@@ -415,10 +421,6 @@ def _section(options: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_supported(options: Mapping[str, Any]) -> None:
-    if options["MODEL.META_ARCHITECTURE"] == _VIDEO_ARCHITECTURE:
-        raise UnsupportedOptionError(
-            f"MODEL.META_ARCHITECTURE is {_VIDEO_ARCHITECTURE}: a video checkpoint. Only image checkpoints convert."
-        )
     supported = {**_SUPPORTED, **(_SUPPORTED_SWIN if _is_swin(options) else _SUPPORTED_RESNET)}
     if _has_deformable_encoder(options):
         supported |= _SUPPORTED_DEFORMABLE

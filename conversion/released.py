@@ -261,17 +261,19 @@ class Released:
         """The model's config, with the data set's labels and colours."""
         from detectron2_config import config_from_yaml
 
-        from m2f_hf import Mask2FormerConfig
+        from m2f_hf import Mask2FormerConfig, Mask2FormerVideoConfig
 
-        return Mask2FormerConfig(**config_from_yaml(self.options()))
+        config_class = Mask2FormerVideoConfig if self.is_video else Mask2FormerConfig
+        return config_class(**config_from_yaml(self.options()))
 
     def processor(self) -> M2FImageProcessor:
         """The processor, for the task that the figures are reported for."""
         from detectron2_config import processor_from_yaml
 
-        from m2f_hf import M2FImageProcessor
+        from m2f_hf import M2FImageProcessor, Mask2FormerVideoProcessor
 
-        return M2FImageProcessor(**processor_from_yaml(self.options()))
+        processor_class = Mask2FormerVideoProcessor if self.is_video else M2FImageProcessor
+        return processor_class(**processor_from_yaml(self.options()))
 
     def card(self) -> dict[str, Any]:
         """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""
@@ -449,6 +451,4 @@ def listing(words: Sequence[str] = ()) -> str:
         for row in (heading, *rows)
     ]
     lines.append(f"{len(rows)} checkpoint{'s' if len(rows) > 1 else ''}")
-    if any(row[3].startswith("video") for row in rows):
-        lines.append("Those of a video task don't convert yet: there is no video model here.")
     return "\n".join(lines)

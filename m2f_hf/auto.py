@@ -11,21 +11,25 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_mask2former import Mask2FormerConfig
+from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
 from .hub import register_push_to_hub
 from .image_processing_mask2former import M2FImageProcessor
 from .modeling_mask2former import Mask2FormerForUniversalSegmentation, Mask2FormerModel
+from .modeling_mask2former_video import Mask2FormerForVideoSegmentation, Mask2FormerVideoModel
 from .pipeline import M2FImageSegmentationPipeline
 
 
 def register() -> None:
-    """Register `model_type` "m2f" with the Auto classes, our pipeline and `push_to_hub`; again changes nothing.
+    """Register "m2f" and "m2f_video" with the Auto classes, our pipeline and `push_to_hub`; again changes nothing.
 
     `exist_ok` is needed because `transformers` compares configuration classes by name and has a `Mask2FormerConfig` of
     its own; it looks models up by class, so the two do not meet.
     """
     AutoConfig.register(Mask2FormerConfig.model_type, Mask2FormerConfig, exist_ok=True)
     AutoModel.register(Mask2FormerConfig, Mask2FormerModel, exist_ok=True)
+    AutoConfig.register(Mask2FormerVideoConfig.model_type, Mask2FormerVideoConfig, exist_ok=True)
+    AutoModel.register(Mask2FormerVideoConfig, Mask2FormerVideoModel, exist_ok=True)
+    AutoModelForUniversalSegmentation.register(Mask2FormerVideoConfig, Mask2FormerForVideoSegmentation, exist_ok=True)
     # The segmentation pipeline builds a model given by name through AutoModelForImageSegmentation.
     for auto_class in (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation):
         auto_class.register(Mask2FormerConfig, Mask2FormerForUniversalSegmentation, exist_ok=True)

@@ -33,7 +33,7 @@ from huggingface_hub.utils import yaml_dump
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .configuration_mask2former import Mask2FormerConfig
+from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
 from .image_processing_mask2former import M2FImageProcessor
 from .modeling_mask2former import (
     Mask2FormerForUniversalSegmentation,
@@ -131,7 +131,7 @@ def model_card(
     name = title or repo_id.split("/")[-1]
     task = processor.task if processor else None
     data = ModelCardData(
-        pipeline_tag="image-segmentation",
+        pipeline_tag=None if isinstance(config, Mask2FormerVideoConfig) else "image-segmentation",
         library_name="transformers",
         license=license,
         base_model=base_model,
@@ -143,7 +143,8 @@ def model_card(
     parts = [f"# {name}", description or _description(config, processor)]
     if example_image:
         parts.append(f"![A picture with its segments drawn over it]({example_image})")
-    parts += _usage(processor, repo_id)
+    is_video = isinstance(config, Mask2FormerVideoConfig)
+    parts += ["## Use", _python(*_ours_of_clips(repo_id))] if is_video else _usage(processor, repo_id)
     parts += ["## Labels", *_labels(config, processor)]
     if figures:
         parts += ["## Results", _figure_table(figures)]
@@ -229,6 +230,22 @@ def _usage(processor: M2FImageProcessor | None, repo_id: str) -> Iterator[str]:
         f'segmenter = pipeline("image-segmentation", model="{repo_id}", trust_remote_code=True)',
         *_pipeline_call(processor),
     )
+
+
+def _ours_of_clips(repo_id: str) -> list[str]:
+    return [
+        "import torch",
+        "from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor",
+        "",
+        f'model = Mask2FormerForVideoSegmentation.from_pretrained("{repo_id}").eval()',
+        f'processor = Mask2FormerVideoProcessor.from_pretrained("{repo_id}")',
+        "",
+        "with torch.inference_mode():",
+        '    outputs = model(**processor("folder-of-frames", return_tensors="pt"))',
+        "tracks = processor.post_process_video_instance_segmentation(outputs)[0]",
+        'for track, masks in zip(tracks["segments_info"], tracks["segmentation"]):  # masks: (frames, height, width)',
+        '    print(model.config.id2label[track["label_id"]], round(track["score"], 2), track["areas"])',
+    ]
 
 
 def _ours(processor: M2FImageProcessor | None, repo_id: str) -> list[str]:

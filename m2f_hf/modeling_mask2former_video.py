@@ -59,11 +59,11 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
         )
 
     @staticmethod
-    def _maps(output: Mask2FormerPixelLevelModuleOutput) -> list[Tensor]:
+    def _maps(output: Mask2FormerPixelLevelModuleOutput) -> list[Any]:
         return [
             output.decoder_last_hidden_state,
             output.encoder_last_hidden_state,
-            *output.decoder_hidden_states,
+            *(output.decoder_hidden_states or ()),
             *(output.encoder_hidden_states or ()),
         ]
 
@@ -126,7 +126,7 @@ class Mask2FormerForVideoSegmentation(Mask2FormerForUniversalSegmentation):
     input_modalities = ["video"]  # noqa: RUF012
     model_class = Mask2FormerVideoModel
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pixel_values_videos: Tensor,
         mask_labels: list[Tensor] | None = None,

@@ -23,8 +23,9 @@ DrawPoints = Callable[[str, int, Sequence[int], int, torch.device], Tensor]
 `purpose` is "matching" (one row per image), "candidates" (one row per matched mask, of which the most uncertain points
 are kept) or "random" (one row per matched mask, kept as they are). `layer` counts the stacked outputs, 0 the raw
 queries. `images` is the position in the batch of each row's image; the rows of one image follow each other, with the
-query index ascending. Of clips, "image" means clip, and a matched mask has a row for each of its frames in turn. Being told what a draw is for, and for which image, a replacement can replay recorded points, or
-make them independent of how a batch is split over processes (`SeededPoints`).
+query index ascending. Of clips, "image" means clip, and a matched mask has a row for each of its frames in turn. Being
+told what a draw is for, and for which image, a replacement can replay recorded points, or make them independent of how
+a batch is split over processes (`SeededPoints`).
 """
 
 

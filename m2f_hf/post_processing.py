@@ -511,6 +511,86 @@ def post_process_instance_segmentation(
     ]
 
 
+class ClipOutputs(NamedTuple):
+    """What the model said about one clip: logits (Q, K+1) and (Q, T, h, w), and the frames' sizes (height, width)."""
+
+    class_logits: Tensor
+    mask_logits: Tensor
+    image_size: Size
+    target_size: Size
+
+
+def video_instance_segmentation(
+    clip: ClipOutputs,
+    *,
+    threshold: float = 0.0,
+    mask_threshold: float = 0.5,
+    max_detections: int = 10,
+    use_mask_quality: bool = False,
+    return_coco_annotation: bool = False,
+) -> dict[str, Any]:
+    """The best (query, class) pairs of one clip, each with a mask in every frame; masks may overlap.
+
+    As the original's (arXiv 2112.10764): the `max_detections` most probable pairs, scored by class probability alone,
+    whether or not their masks have a pixel. Where `use_mask_quality` is set, the score is times the mean mask
+    probability inside the mask, over all frames, as for images. Pairs below `threshold` are left out.
+
+    Returns:
+        `segments_info`, by falling score, ids counting up from 0: `id`, `label_id`, `score` (0 to 1) and `areas`, the
+        pixels in each frame; and `segmentation`: (N, T, height, width) bool, or with `return_coco_annotation` for each
+        of the N a list of T COCO run-length encodings, None for a frame without a pixel.
+    """
+    class_probs = clip.class_logits.float().softmax(-1)[:, :-1]
+    scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
+    # Masks are at most certain, so a pair below the threshold now will be below it later.
+    scores, pairs = scores[scores >= threshold], pairs[scores >= threshold]
+    labels = pairs % class_probs.shape[1]
+    queries, of_pair = torch.unique(pairs // class_probs.shape[1], return_inverse=True)
+    frames = [
+        ImageOutputs(clip.class_logits, of_frame, clip.image_size, clip.target_size)
+        for of_frame in clip.mask_logits[queries].unbind(1)
+    ]
+    if use_mask_quality:
+        statistics = [_mask_statistics(frame, frame.mask_logits, mask_threshold) for frame in frames]
+        areas = torch.stack([of_frame.area for of_frame in statistics])  # (T, queries)
+        sums = torch.stack([of_frame.mean_prob for of_frame in statistics]) * areas
+        scores = scores * (sums.sum(0) / areas.sum(0).clamp(min=1))[of_pair]
+    kept = (scores >= threshold).nonzero()[:, 0]
+    kept = kept[scores[kept].argsort(descending=True, stable=True)]
+
+    queries, of_track = torch.unique(of_pair[kept], return_inverse=True)  # classes may share a query
+    own = torch.arange(len(queries), device=queries.device)
+    areas_of_tracks: list[Tensor] = []
+    masks: list[Any] = []
+    for frame in frames:
+        maps = _binary_maps(frame, frame.mask_logits[queries], own, mask_threshold)
+        areas_of_tracks.append(maps.flatten(1).sum(1)[of_track])
+        masks.append([encode_rle(mask) if mask.any() else None for mask in maps] if return_coco_annotation else maps)
+    segments = [
+        {"id": index, "label_id": label, "score": round(score, 6), "areas": of_frames}
+        for index, (label, score, of_frames) in enumerate(
+            zip(labels[kept].tolist(), scores[kept].tolist(), torch.stack(areas_of_tracks, 1).tolist(), strict=True)
+        )
+    ]
+    segmentation: Tensor | list[Any]
+    if return_coco_annotation:
+        segmentation = [[of_frame[track] for of_frame in masks] for track in of_track.tolist()]
+    else:
+        segmentation = torch.stack(masks, 1)[of_track]
+    return {"segmentation": segmentation, "segments_info": segments}
+
+
+def post_process_video_instance_segmentation(
+    outputs: Any, target_sizes: Sequence[Size] | Tensor | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """`video_instance_segmentation` of every clip of a batch; `settings` go to it.
+
+    Raises:
+        ValueError: as `split_batch`.
+    """
+    return [video_instance_segmentation(ClipOutputs(*clip), **settings) for clip in split_batch(outputs, target_sizes)]
+
+
 # --- forms of a mask ---
 
 

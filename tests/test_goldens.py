@@ -10,7 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f_hf import Mask2FormerForUniversalSegmentation, multi_scale_deformable_attention
+from m2f_hf import (
+    M2FImageProcessor,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerForVideoSegmentation,
+    multi_scale_deformable_attention,
+)
 
 
 GOLDENS = (
@@ -19,6 +24,7 @@ GOLDENS = (
     "coco_instance_swin",
     "ade20k_semantic_swinl",
     "fpn_basepixeldecoder",
+    "ytvis2019_r50",
 )
 # A ReLU of the recorded run sits on its kink: (encoder layer, index into its fc1 output). In double precision its input
 # is 6e-7 below zero; in single precision rounding decides, and so the number of threads does: with two it comes out
@@ -33,13 +39,31 @@ class Golden:
 
     def __init__(self, folder, converted):
         self.folder = folder
-        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(converted)
+        self.is_video = folder.name.startswith("ytvis")
+        model_class = Mask2FormerForVideoSegmentation if self.is_video else Mask2FormerForUniversalSegmentation
+        self.model = model_class.from_pretrained(converted)
         self.intermediate = self.arrays("intermediate")
         self.outputs = self.stages = None
 
     def arrays(self, name):
         with np.load(self.folder / f"{name}.npz") as arrays:
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+    @property
+    def pixel_values(self):
+        """(B, 3, H, W), or the frames of one clip (1, T, 3, H, W)."""
+        return self.intermediate["input"][None] if self.is_video else self.intermediate["input"]
+
+    def training_pixel_values(self):
+        """The images again, or two other clips."""
+        if not self.is_video:
+            return self.pixel_values
+        processor = M2FImageProcessor(do_resize=False)
+        clips = [
+            processor([np.load(self.folder / f"train_video{clip}_frame{frame}.npy") for frame in range(3)])
+            for clip in range(2)
+        ]
+        return torch.from_numpy(np.stack([np.stack(clip["pixel_values"]) for clip in clips]))
 
     def run(self):
         """Outputs, and by the original's names every intermediate stage that hooks can see."""
@@ -58,15 +82,17 @@ class Golden:
             for name, module in watched.items():
                 module.register_forward_hook(lambda module, args, out, name=name: stages.__setitem__(name, out))
             with torch.no_grad():
-                outputs = self.model(
-                    self.intermediate["input"], output_hidden_states=True, output_auxiliary_logits=True
-                )
+                # Stages of clips are seen by hooks, all frames at once.
+                self.model.config.frames_per_batch = 3
+                outputs = self.model(self.pixel_values, output_hidden_states=True, output_auxiliary_logits=True)
             stages |= {f"backbone_res{i + 2}": value for i, value in enumerate(outputs.encoder_hidden_states)}
             stages |= {f"multi_scale_{i}": value for i, value in enumerate(outputs.pixel_decoder_hidden_states)}
             stages["mask_features"] = outputs.pixel_decoder_last_hidden_state
             for name in watched:
                 if name.startswith("decoder_layer_out"):
                     stages[name] = stages[name][0].transpose(0, 1)
+            if self.is_video:
+                stages = {name: stage[0] if stage.dim() == 5 else stage for name, stage in stages.items()}
             self.outputs, self.stages = outputs, stages
         return self.outputs, self.stages
 
@@ -116,7 +142,7 @@ def test_deformable_attention_by_gathering_gives_the_same_logits(golden, monkeyp
     """At the sizes of the recordings the other form is the faster one, and taken."""
     monkeypatch.setattr(multi_scale_deformable_attention, "_gathers", lambda value: True)
     with torch.no_grad():
-        outputs = golden.model(golden.intermediate["input"])
+        outputs = golden.model(golden.pixel_values)
     expected = golden.arrays("outputs_raw")
     for ours, theirs in (("class_queries_logits", "pred_logits"), ("masks_queries_logits", "pred_masks")):
         torch.testing.assert_close(outputs[ours], expected[theirs], atol=2e-4, rtol=0)
@@ -126,15 +152,21 @@ def test_losses_and_gradients_of_a_training_step_are_the_originals(golden):
     recorded = golden.arrays("loss")
     facts = json.loads((golden.folder / "loss.json").read_text())
     targets = golden.arrays("targets")
-    pixel_values = golden.intermediate["input"]
+    pixel_values = golden.training_pixel_values()
     size = pixel_values.shape[-2:]
     masks, labels = [], []
     for i in range(len(pixel_values)):
-        mask = targets[f"masks_{i}"]
-        masks.append(torch.nn.functional.pad(mask, (0, size[1] - mask.shape[2], 0, size[0] - mask.shape[1])))
-        labels.append(targets[f"labels_{i}"])
+        mask, of_image = targets[f"masks_{i}"], targets[f"labels_{i}"]
+        mask = torch.nn.functional.pad(mask, (0, size[1] - mask.shape[-1], 0, size[0] - mask.shape[-2]))
+        if golden.is_video:  # labels by frame, "no object" where an instance is absent
+            of_image = of_image.min(1).values
+            is_seen = of_image < golden.model.config.num_labels
+            mask, of_image = mask[is_seen], of_image[is_seen]
+        masks.append(mask)
+        labels.append(of_image)
     model = golden.model.train()
     model.config.train_num_points = 112
+    model.config.label_frame = "last"
     criterion = type(model.criterion)(model.config, model.weight_dict)
     first = {draw["what"]: draw["first"] for draw in facts["draws"]}
     layers = model.config.decoder_layers

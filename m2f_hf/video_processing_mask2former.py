@@ -1,0 +1,205 @@
+"""Frames to the video model's input, and its outputs back to tracks, with the image processor's arithmetic."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+
+from .image_processing_mask2former import M2FImageProcessor
+from .images import Size, list_of_images, read_image
+from .post_processing import post_process_video_instance_segmentation
+
+
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+class Mask2FormerVideoProcessor(M2FImageProcessor):
+    """Prepares clips for [`Mask2FormerForVideoSegmentation`], and turns its outputs into tracks.
+
+    Args:
+        max_detections: most tracks of a clip; the original's 10.
+        instance_threshold: least score of a track, 0 to 1; the original has none.
+        kwargs: as [`M2FImageProcessor`]'s, whose saved settings it reads, too.
+
+    Raises:
+        ValueError: a setting that does not exist.
+    """
+
+    model_input_names = ["pixel_values_videos", "pixel_mask"]  # noqa: RUF012
+    size: Any = {"shortest_edge": 360, "longest_edge": 1333}  # noqa: RUF012
+
+    def __init__(self, *, max_detections: int = 10, instance_threshold: float = 0.0, **kwargs: Any) -> None:
+        kwargs.setdefault("task", "instance")
+        super().__init__(max_detections=max_detections, instance_threshold=instance_threshold, **kwargs)
+
+    def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        """As `preprocess`."""
+        return self.preprocess(videos, **kwargs)
+
+    def preprocess(  # type: ignore[override]
+        self, videos: Any, mask_labels: Any = None, class_labels: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        """
+        Args:
+            videos: one or a list of clips, each a folder of frames (by name), a video file (read with PyAV), an array
+                or tensor (T, H, W, 3) or (T, 3, H, W), or a sequence of images in any form that `M2FImageProcessor`
+                takes. The frames of a clip have one size, those of a batch one number of frames.
+            mask_labels: for each clip (N, T, H, W) masks of the frames' size, and
+            class_labels: their classes (N,).
+            kwargs: settings for this call only, and `return_tensors`.
+
+        Returns:
+            `pixel_values_videos` (B, T, 3, H, W) float32; `pixel_mask` (B, H, W) int64, 1 on the frames and 0 on
+            padding; and with labels `mask_labels`, a list of (N, T, H, W) bool, False on padding, and `class_labels`, a
+            list of (N,) int64. Tensors with `return_tensors="pt"`, otherwise arrays.
+
+        Raises:
+            ValueError: no frames, frames of different sizes or clips of different lengths, what is not an image or not
+                a mask; each says what to do.
+            FileNotFoundError: a path that leads nowhere.
+            ImportError: a video file without PyAV.
+        """
+        clips = [read_frames(clip) for clip in list_of_clips(videos)]
+        lengths = [len(clip) for clip in clips]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"the clips of a batch must have one number of frames, but these have {lengths}")
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("mask_labels and class_labels go together: give both or neither")
+        labels: dict[str, Any] = {}
+        if mask_labels is not None:
+            # (N, T, H, W) -> one (N, H, W) for each frame, as of the batch of images that all frames are.
+            masks = [np.asarray(of_clip) for of_clip in mask_labels]
+            for index, (of_clip, length) in enumerate(zip(masks, lengths, strict=True)):
+                if of_clip.ndim != 4 or of_clip.shape[1] != length:
+                    raise ValueError(
+                        f"mask_labels of clip {index} must be (N, {length}, H, W), but are {of_clip.shape}"
+                    )
+            labels["mask_labels"] = [of_clip[:, frame] for of_clip in masks for frame in range(of_clip.shape[1])]
+            labels["class_labels"] = [
+                of_clip for of_clip, length in zip(class_labels, lengths, strict=True) for _ in range(length)
+            ]
+        batch = super().preprocess([frame for clip in clips for frame in clip], **labels, **kwargs)
+        return self._to_clips(batch, lengths)
+
+    @staticmethod
+    def _to_clips(batch: BatchFeature, lengths: list[int]) -> BatchFeature:
+        """A batch of frames -> one of clips."""
+        num_frames = lengths[0]
+        stack: Any = torch.stack if isinstance(batch["pixel_values"], torch.Tensor) else np.stack
+        starts = range(0, len(lengths) * num_frames, num_frames)
+        data: dict[str, Any] = {
+            "pixel_values_videos": stack(
+                [stack(list(batch["pixel_values"][start : start + num_frames])) for start in starts]
+            ),
+            "pixel_mask": stack([batch["pixel_mask"][start] for start in starts]),
+        }
+        if "mask_labels" in batch:
+            data["mask_labels"] = [stack(batch["mask_labels"][start : start + num_frames], 1) for start in starts]
+            data["class_labels"] = [batch["class_labels"][start] for start in starts]
+        return BatchFeature(data=data)
+
+    def post_process_video_instance_segmentation(
+        self,
+        outputs: Any,
+        threshold: float | None = None,
+        mask_threshold: float | None = None,
+        target_sizes: list[Size] | torch.Tensor | None = None,
+        max_detections: int | None = None,
+        use_mask_quality: bool = False,
+        return_coco_annotation: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Tracks by falling score, each with its own masks; see `post_processing.video_instance_segmentation`.
+
+        Args:
+            outputs: the model's, of a batch of clips.
+            threshold: least score; None: the processor's `instance_threshold`.
+            mask_threshold: None: the processor's.
+            target_sizes: height and width of each clip's result; by default the size it had before padding.
+            max_detections: None: the processor's.
+            use_mask_quality: multiply scores with the mean mask probability inside the mask.
+            return_coco_annotation: run-length encodings for each track and frame instead of (N, T, height, width) bool.
+        """
+        return post_process_video_instance_segmentation(
+            outputs,
+            target_sizes,
+            threshold=self.instance_threshold if threshold is None else threshold,
+            mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
+            max_detections=self.max_detections if max_detections is None else max_detections,
+            use_mask_quality=use_mask_quality,
+            return_coco_annotation=return_coco_annotation,
+        )
+
+
+# --- frames ---
+
+
+def list_of_clips(videos: Any) -> list[Any]:
+    """One clip or several, as a list."""
+    if isinstance(videos, str | Path):
+        return [videos]
+    if isinstance(videos, np.ndarray | torch.Tensor):
+        return list(videos) if videos.ndim == 5 else [videos]
+    videos = list(videos)
+    if not videos:
+        raise ValueError("there are no frames: give at least one clip")
+    holds_clips = (
+        isinstance(videos[0], list | tuple)
+        or getattr(videos[0], "ndim", 0) == 4
+        or (isinstance(videos[0], str | Path) and Path(videos[0]).is_dir())
+        or (isinstance(videos[0], str | Path) and Path(videos[0]).suffix.lower() not in FRAME_SUFFIXES)
+    )
+    return videos if holds_clips else [videos]
+
+
+def read_frames(clip: Any) -> list[Any]:
+    """The frames of one clip, each an upright (3, H, W) array or what came in.
+
+    A frame that cannot be read, in the middle of a folder or a sequence of files, is warned of by name and left out.
+
+    Raises:
+        ValueError: there is no frame, or their sizes differ.
+        FileNotFoundError, ImportError: as `Mask2FormerVideoProcessor.preprocess`.
+    """
+    name = str(clip) if isinstance(clip, str | Path) else "the clip"
+    frames = _files_of(Path(clip)) if isinstance(clip, str | Path) else list_of_images(list(clip))
+    arrays, damaged = [], []
+    for index, frame in enumerate(frames):
+        try:
+            arrays.append(read_image(frame))
+        except (ValueError, OSError) as error:
+            if not isinstance(frame, str | Path) or isinstance(error, FileNotFoundError):
+                raise
+            damaged.append(f"frame {index} ({error})")
+    if damaged:
+        warnings.warn(f"{name} goes on without what cannot be read: {'; '.join(damaged)}", stacklevel=2)
+    if not arrays:
+        raise ValueError(f"{name} has no frames: give at least one image ({', '.join(FRAME_SUFFIXES)} in a folder)")
+    first_of = {array.shape[-2:]: index for index, array in reversed(list(enumerate(arrays)))}
+    if len(first_of) > 1:
+        places = sorted((index, size) for size, index in first_of.items())
+        found = ", ".join(f"{height}x{width} in frame {index}" for index, (height, width) in places)
+        raise ValueError(f"the frames of {name} differ in size ({found}): resize or split them first")
+    return arrays
+
+
+def _files_of(path: Path) -> Sequence[Any]:
+    """The frames of a folder in the order of their names, or those of a video file."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder or video file {path}")
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            f"reading the video file {path} needs PyAV: pip install 'm2f_hf[video]', or give a folder of its frames"
+        ) from error
+    try:
+        with av.open(str(path)) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} is no video file that can be read ({error})") from error

@@ -1,0 +1,415 @@
+"""Clips: the video model, its processor and its tracks. Its logits and losses are compared in test_goldens.py."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+
+from m2f_hf import (
+    M2FImageProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerForVideoSegmentation,
+    Mask2FormerVideoConfig,
+    Mask2FormerVideoProcessor,
+)
+from m2f_hf.modeling_mask2former import Mask2FormerSinePositionEmbedding
+from m2f_hf.point_sampling import SeededPoints
+from m2f_hf.post_processing import ClipOutputs, encode_rle, video_instance_segmentation
+
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+TINY = {
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 12, 16, 20],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": STAGES,
+    },
+    "feature_size": 32,
+    "mask_feature_size": 32,
+    "hidden_dim": 32,
+    "encoder_feedforward_dim": 32,
+    "dim_feedforward": 32,
+    "num_attention_heads": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 4,
+    "num_queries": 6,
+    "num_labels": 5,
+    "train_num_points": 64,
+}
+SIZE = (64, 96)
+
+
+def tiny_model(**kwargs):
+    torch.manual_seed(0)
+    model = Mask2FormerForVideoSegmentation(Mask2FormerVideoConfig(**{**TINY, **kwargs})).eval()
+    with torch.no_grad():  # masks that differ, and change from frame to frame
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def clips(batch=1, frames=3, size=SIZE, seed=1):
+    return torch.randn(batch, frames, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, pixel_values, **kwargs):
+    with torch.no_grad():
+        return model(pixel_values, **kwargs)
+
+
+def assert_same(outputs, expected, atol=1e-4):
+    for name in ("class_queries_logits", "masks_queries_logits"):
+        torch.testing.assert_close(outputs[name], expected[name], atol=atol, rtol=1e-4)
+
+
+# --- the model ---
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_a_query_has_one_class_and_a_mask_in_every_frame(frames):
+    outputs = run(tiny_model(), clips(2, frames))
+    assert outputs.class_queries_logits.shape == (2, 6, 6)
+    assert outputs.masks_queries_logits.shape == (2, 6, frames, SIZE[0] // 4, SIZE[1] // 4)
+    assert outputs.image_sizes.tolist() == [list(SIZE)] * 2
+
+
+def test_clips_of_a_batch_do_not_see_each_other():
+    model, pixel_values = tiny_model(), clips(2)
+    outputs = run(model, pixel_values)
+    for clip in range(2):
+        alone = run(model, pixel_values[clip : clip + 1])
+        assert_same({name: outputs[name][clip : clip + 1] for name in alone if name != "image_sizes"}, alone)
+
+
+@pytest.mark.parametrize("frames_per_batch", [1, 2, None])
+def test_frames_read_a_few_at_a_time_are_frames_read_together(frames_per_batch):
+    model = tiny_model(frames_per_batch=frames_per_batch)
+    with torch.enable_grad():
+        together = model(clips(2), output_hidden_states=True)
+    outputs = run(model, clips(2), output_hidden_states=True)
+    assert_same(outputs, together)
+    for maps in ("encoder_hidden_states", "pixel_decoder_hidden_states"):
+        for ours, expected in zip(outputs[maps], together[maps], strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_of_a_clip_does_not_move_its_result():
+    """Frames of 40 rows are padded to 64 either way; what the batch adds beyond that is hidden."""
+    model = tiny_model()
+    frames = clips(1, 3, (40, 96))
+    own = torch.nn.functional.pad(frames, (0, 0, 0, 24))
+    more = torch.nn.functional.pad(frames, (0, 0, 0, 56))
+    mask = torch.zeros(1, 96, 96, dtype=torch.int64)
+    mask[:, :40] = 1
+    outputs, expected = run(model, more, pixel_mask=mask), run(model, own, pixel_mask=mask[:, :64])
+    torch.testing.assert_close(outputs.class_queries_logits, expected.class_queries_logits, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        outputs.masks_queries_logits[..., :16, :], expected.masks_queries_logits, atol=1e-3, rtol=1e-3
+    )
+    assert outputs.image_sizes.tolist() == [[40, 96]]
+
+
+def test_a_clip_backwards_gives_masks_backwards_but_for_the_encoding_of_time(monkeypatch):
+    """Time enters through the position encoding alone: without it a clip is a set of frames, in no order."""
+    model, pixel_values = tiny_model(), clips(1, 4)
+    forwards, backwards = run(model, pixel_values), run(model, pixel_values.flip(1))
+    differs = (backwards.masks_queries_logits.flip(2) - forwards.masks_queries_logits).abs().max()
+    assert differs > 1e-3
+
+    plain = Mask2FormerSinePositionEmbedding.forward
+    monkeypatch.setattr(
+        Mask2FormerSinePositionEmbedding,
+        "forward",
+        lambda self, features, padding=None: (
+            plain(self, features[:, 0], padding)[:, None].expand(-1, features.shape[1], -1, -1, -1)
+            if features.dim() == 5
+            else plain(self, features, padding)
+        ),
+    )
+    forwards, backwards = run(model, pixel_values), run(model, pixel_values.flip(1))
+    torch.testing.assert_close(backwards.class_queries_logits, forwards.class_queries_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        backwards.masks_queries_logits.flip(2), forwards.masks_queries_logits, atol=1e-3, rtol=1e-3
+    )
+
+
+def test_frames_encoding_is_the_originals_formula():
+    """Of (T, H, W): the plane's encoding, and that of frame t of T, z / (T + eps) * 2 pi, over all channels."""
+    embedder = Mask2FormerSinePositionEmbedding(8)
+    encoding = embedder(torch.zeros(1, 3, 16, 4, 5))
+    plane = embedder(torch.zeros(1, 16, 4, 5))
+    for frame in range(3):
+        z = (frame + 1) / (3 + 1e-6) * 2 * np.pi
+        for channel in range(16):
+            angle = z / 10000 ** (2 * (channel // 2) / 16)
+            expected = np.sin(angle) if channel % 2 == 0 else np.cos(angle)
+            torch.testing.assert_close(
+                encoding[0, frame, channel], plane[0, channel] + expected, atol=1e-5, rtol=1e-5, check_dtype=False
+            )
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    model = tiny_model(label_frame="last")
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "m2f_video"
+    loaded, report = Mask2FormerForVideoSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.label_frame == "last"
+    assert torch.equal(run(loaded, clips()).masks_queries_logits, run(model, clips()).masks_queries_logits)
+
+
+def test_the_auto_classes_know_clips(tmp_path):
+    from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation
+
+    tiny_model().save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is Mask2FormerVideoConfig
+    assert AutoModel.from_pretrained(tmp_path).main_input_name == "pixel_values_videos"
+    assert type(AutoModelForUniversalSegmentation.from_pretrained(tmp_path)) is Mask2FormerForVideoSegmentation
+
+
+def test_an_image_checkpoint_is_a_start(tmp_path):
+    torch.manual_seed(0)
+    image_model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY)).eval()
+    image_model.save_pretrained(tmp_path)
+    model, report = Mask2FormerForVideoSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model.config) is Mask2FormerVideoConfig
+    state = image_model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+    model, report = Mask2FormerForVideoSegmentation.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+    assert {name for name, *_ in report["mismatched_keys"]} == {
+        "class_predictor.weight",
+        "class_predictor.bias",
+        "criterion.empty_weight",
+    }
+    assert run(model, clips()).class_queries_logits.shape == (1, 6, 4)
+
+
+def test_shapes_that_are_no_clips_are_refused():
+    with pytest.raises(ValueError, match=r"expected \(batch, frames, channels, height, width\).*\[None\]"):
+        run(tiny_model(), clips()[0])
+    with pytest.raises(ValueError, match="at least one frame"):
+        run(tiny_model(), clips(1, 3)[:, :0])
+    with pytest.raises(StrictDataclassError, match="label_frame"):
+        tiny_model(label_frame="first")
+    with pytest.raises(StrictDataclassError, match="frames_per_batch"):
+        tiny_model(frames_per_batch=0)
+
+
+# --- losses ---
+
+
+def targets(frames=3):
+    """Two instances; the second is gone in the last frame."""
+    masks = torch.zeros(2, frames, *SIZE, dtype=torch.bool)
+    masks[0, :, :30, :40] = True
+    masks[1, :-1, 20:50, 50:90] = True
+    return {"mask_labels": [masks], "class_labels": [torch.tensor([1, 3])]}
+
+
+def losses(model, pixel_values, labels):
+    model.criterion.draw_points = SeededPoints(0)
+    return model(pixel_values, **labels)
+
+
+def test_an_instance_gone_in_the_last_frame_is_learned_or_is_no_object():
+    by_rule = {rule: losses(tiny_model(label_frame=rule).train(), clips(), targets()) for rule in ("any", "last")}
+    terms = {rule: outputs.loss_dict["loss_cross_entropy"] for rule, outputs in by_rule.items()}
+    assert not torch.isclose(terms["any"], terms["last"])
+    everywhere = targets()
+    everywhere["mask_labels"][0][1, -1, 20:50, 50:90] = True
+    same = {rule: losses(tiny_model(label_frame=rule).train(), clips(), everywhere).loss for rule in ("any", "last")}
+    assert torch.equal(same["any"], same["last"])
+
+
+def test_targets_in_another_order_cost_the_same_and_every_parameter_learns():
+    model = tiny_model().train()
+    loss = losses(model, clips(), targets()).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    swapped = {name: [value[0].flip(0)] for name, value in targets().items()}
+    torch.testing.assert_close(losses(model, clips(), swapped).loss, loss, atol=1e-3, rtol=1e-4)
+
+
+def test_a_clip_of_one_frame_costs_what_the_image_does():
+    video, image = tiny_model().train(), Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY)).train()
+    image.load_state_dict(video.state_dict())
+    # An image has no time to encode; that of frame 1 of 1 (sine 0, cosine 1, nearly) is taken from the clip's.
+    embedder = video.model.transformer_module.position_embedder
+    plain = embedder.forward
+    embedder.forward = lambda features, padding=None: plain(features[:, 0], padding)[:, None]
+    of_clip, of_image = targets(1), targets(1)
+    of_clip["mask_labels"] = [torch.ones(2, 1, *SIZE, dtype=torch.bool)]
+    of_image["mask_labels"] = [torch.ones(2, *SIZE, dtype=torch.bool)]
+    ours = losses(video, clips(1, 1), of_clip)
+    expected = losses(image, clips(1, 1)[:, 0], of_image)
+    torch.testing.assert_close(ours.loss, expected.loss, atol=1e-3, rtol=1e-4)
+
+
+def test_masks_of_another_number_of_frames_are_refused():
+    with pytest.raises(ValueError, match=r"Clip 0: `mask_labels` must be \(N, 3, H, W\)"):
+        tiny_model()(clips(), **targets(2))
+
+
+# --- tracks ---
+
+
+def test_tracks_are_the_originals(goldens, repository, tmp_path):
+    sys.path.insert(0, str(repository / "conversion"))
+    from converter import convert
+
+    folder = goldens / "ytvis2019_r50"
+    convert(folder / "model.pkl", folder / "config.yaml", tmp_path / "converted")
+    model = Mask2FormerForVideoSegmentation.from_pretrained(tmp_path / "converted")
+    processor = Mask2FormerVideoProcessor.from_pretrained(tmp_path / "converted")
+    assert processor.max_detections == 10 and processor.instance_threshold == 0
+    frames = [np.load(folder / f"frame_{frame}.npy") for frame in range(3)]
+    inputs = processor(frames, do_resize=False, return_tensors="pt")
+    recorded = np.load(folder / "intermediate.npz")["input"]
+    np.testing.assert_array_equal(inputs["pixel_values_videos"][0], recorded)
+    outputs = run(model, inputs["pixel_values_videos"], pixel_mask=inputs["pixel_mask"])
+    (tracks,) = processor.post_process_video_instance_segmentation(outputs, target_sizes=[(120, 160)])
+    with np.load(folder / "final.npz") as final:
+        order = np.argsort(-final["scores"], kind="stable")
+        assert [track["label_id"] for track in tracks["segments_info"]] == final["labels"][order].tolist()
+        scores = [track["score"] for track in tracks["segments_info"]]
+        np.testing.assert_allclose(scores, final["scores"][order], atol=1e-5)
+        differing = tracks["segmentation"].numpy() != final["masks"][order]
+    assert differing.mean() < 1e-5  # near-ties of a logit with 0
+    assert tracks["segmentation"].sum((2, 3)).tolist() == [track["areas"] for track in tracks["segments_info"]]
+
+
+def clip_outputs(queries=5, labels=3, frames=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: 3 * torch.randn(shape, generator=generator)
+    return ClipOutputs(normal(queries, labels + 1), normal(queries, frames, 8, 12), (30, 45), (50, 75))
+
+
+@pytest.mark.parametrize("use_mask_quality", [False, True])
+def test_tracks_follow_their_definition(use_mask_quality):
+    clip = clip_outputs()
+    result = video_instance_segmentation(clip, max_detections=4, use_mask_quality=use_mask_quality)
+    logits = torch.nn.functional.interpolate(clip.mask_logits, (32, 48), mode="bilinear")[..., :30, :45]
+    logits = torch.nn.functional.interpolate(logits, (50, 75), mode="bilinear")
+    found = []
+    probs = clip.class_logits.softmax(-1)[:, :-1]
+    for score, pair in zip(*probs.flatten().topk(4), strict=True):
+        mask = logits[pair // 3] > 0
+        quality = (logits[pair // 3].sigmoid()[mask]).mean() if use_mask_quality else 1.0
+        found.append((float(score * quality), int(pair % 3), mask))
+    found.sort(key=lambda track: -track[0])
+    assert [track["label_id"] for track in result["segments_info"]] == [label for _, label, _ in found]
+    for track, masks, (score, _, expected) in zip(result["segments_info"], result["segmentation"], found, strict=True):
+        assert track["score"] == pytest.approx(score, abs=1e-4)
+        assert (masks != expected).float().mean() < 1e-3
+    assert result["segmentation"].shape == (4, 2, 50, 75)
+
+
+def test_tracks_as_encodings_and_none_at_all():
+    clip = clip_outputs()
+    clip.mask_logits[:, 1] = -1  # nothing in the second frame
+    maps = video_instance_segmentation(clip)
+    encoded = video_instance_segmentation(clip, return_coco_annotation=True)
+    assert encoded["segments_info"] == maps["segments_info"]
+    for of_frames, masks in zip(encoded["segmentation"], maps["segmentation"], strict=True):
+        assert of_frames == [encode_rle(masks[0]), None]
+    nothing = video_instance_segmentation(clip, threshold=1.0)
+    assert nothing["segmentation"].shape == (0, 2, 50, 75) and nothing["segments_info"] == []
+
+
+# --- frames ---
+
+
+def pictures(number=3, size=(40, 60)):
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)) for _ in range(number)]
+
+
+def test_frames_come_in_many_forms(tmp_path):
+    frames = pictures()
+    for index, frame in enumerate(frames):
+        frame.save(tmp_path / f"{index:03d}.png")
+    arrays = np.stack([np.asarray(frame) for frame in frames])
+    processor = Mask2FormerVideoProcessor()
+    expected = processor(frames, return_tensors="pt")
+    assert expected["pixel_values_videos"].shape == (1, 3, 3, 384, 544)
+    assert expected["pixel_mask"].sum() == 360 * 540
+    forms = [tmp_path, str(tmp_path), arrays, torch.from_numpy(arrays).permute(0, 3, 1, 2), [frames], tuple(frames)]
+    forms.append(sorted(tmp_path.iterdir()))
+    for form in forms:
+        assert torch.equal(processor(form, return_tensors="pt")["pixel_values_videos"], expected["pixel_values_videos"])
+    both = processor([frames, tmp_path], return_tensors="pt")["pixel_values_videos"]
+    assert torch.equal(both, expected["pixel_values_videos"].expand(2, -1, -1, -1, -1))
+
+
+def test_each_frame_is_treated_as_an_image():
+    frames = pictures()
+    clip = Mask2FormerVideoProcessor()(frames, return_tensors="pt")
+    images = M2FImageProcessor(size={"shortest_edge": 360, "longest_edge": 1333})(frames, return_tensors="pt")
+    assert torch.equal(clip["pixel_values_videos"][0], images["pixel_values"])
+    assert torch.equal(clip["pixel_mask"][0], images["pixel_mask"][0])
+
+
+def test_masks_go_with_their_frames():
+    masks = np.zeros((2, 3, 40, 60), dtype=bool)
+    masks[0, 1, :20] = True
+    masks[1, 2, :, 30:] = True
+    batch = Mask2FormerVideoProcessor(do_resize=False)(
+        pictures(), mask_labels=[masks], class_labels=[[4, 2]], return_tensors="pt"
+    )
+    assert batch["mask_labels"][0].shape == (2, 3, 64, 64) and batch["mask_labels"][0].dtype == torch.bool
+    assert np.array_equal(batch["mask_labels"][0][..., :40, :60], masks)
+    assert batch["mask_labels"][0].sum() == masks.sum()
+    assert batch["class_labels"][0].tolist() == [4, 2]
+
+
+def test_the_processor_is_saved_and_reads_an_image_checkpoints_settings(tmp_path):
+    Mask2FormerVideoProcessor(max_detections=7, instance_threshold=0.25).save_pretrained(tmp_path / "video")
+    loaded = Mask2FormerVideoProcessor.from_pretrained(tmp_path / "video")
+    assert type(loaded) is Mask2FormerVideoProcessor
+    assert (loaded.max_detections, loaded.instance_threshold, loaded.task) == (7, 0.25, "instance")
+
+
+def test_a_clip_that_cannot_be_read_says_why(tmp_path):
+    processor = Mask2FormerVideoProcessor()
+    with pytest.raises(ValueError, match="no frames"):
+        processor([])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty has no frames.*\.png"):
+        processor(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no folder or video file"):
+        processor(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"differ in size .*40x60 in frame 0, 50x60 in frame 2"):
+        processor([*pictures(2), *pictures(1, (50, 60))])
+    with pytest.raises(ValueError, match=r"one number of frames.*\[2, 3\]"):
+        processor([pictures(2), pictures(3)])
+    with pytest.raises(ValueError, match="go together"):
+        processor(pictures(), class_labels=[[1]])
+
+
+def test_a_damaged_frame_is_named_and_the_others_are_kept(tmp_path):
+    for index, frame in enumerate(pictures()):
+        frame.save(tmp_path / f"{index}.png")
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=r"goes on without what cannot be read: frame 1 \("):
+        batch = Mask2FormerVideoProcessor()(tmp_path, return_tensors="pt")
+    assert batch["pixel_values_videos"].shape[1] == 2
+
+
+def test_a_video_file_needs_pyav_or_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"no video")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"needs PyAV: pip install 'm2f_hf\[video\]'.*folder of its frames"):
+        Mask2FormerVideoProcessor()(path)
