@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from detectron2_config import config_from_yaml, is_video, processor_from_yaml, read_config, read_labels
+from detectron2_config import (
+    UnsupportedOptionError,
+    config_from_yaml,
+    is_video,
+    processor_from_yaml,
+    read_config,
+    read_labels,
+)
 from detectron2_mapping import MisfitError, convert_state_dict, differences
 from download import default_cache_dir, digest_in_name, download, md5_of
 from PIL import Image
@@ -177,6 +184,8 @@ def _convert(
     card: Mapping[str, Any],
     photo: Image.Image | None,
 ) -> Report:
+    if photo and isinstance(config, Mask2FormerVideoConfig):
+        raise UnsupportedOptionError("--verify segments a photo, and this is a video checkpoint: leave it out.")
     original = load_state_dict(checkpoint)
     converted = convert_state_dict(original, config)
     model = _load_strictly(converted, config)

@@ -16,9 +16,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerVideoConfig,
+    Mask2FormerVideoProcessor,
+)
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
 from m2f_hf.label_sets import Label, label_set
 
@@ -227,7 +233,7 @@ def test_released_and_training_checkpoints_hold_the_same_parameters(goldens):
         assert np.array_equal(value, plain) and value.dtype == plain.dtype
 
 
-def test_video_checkpoint_is_refused(goldens, tmp_path, capsys):
+def test_video_checkpoint_gives_a_video_model(goldens, tmp_path, capsys):
     folder = goldens / "ytvis2019_r50"
     arguments = [
         "--checkpoint",
@@ -237,9 +243,15 @@ def test_video_checkpoint_is_refused(goldens, tmp_path, capsys):
         "--output",
         tmp_path / "o",
     ]
-    assert convert_detectron2.main([str(argument) for argument in arguments]) == 1
-    assert "MODEL.META_ARCHITECTURE is VideoMaskFormer" in capsys.readouterr().err
+    photo = goldens.parent / "data" / "video_clip" / "00000100.jpg"
+    assert convert_detectron2.main([str(argument) for argument in [*arguments, "--verify", "--photo", photo]]) == 1
+    assert "a video checkpoint" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    assert convert_detectron2.main([str(argument) for argument in arguments]) == 0
+    assert type(AutoConfig.from_pretrained(tmp_path / "o")) is Mask2FormerVideoConfig
+    assert Mask2FormerVideoProcessor.from_pretrained(tmp_path / "o").size["shortest_edge"] == 360
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert "Mask2FormerForVideoSegmentation.from_pretrained" in card and "pipeline(" not in card
 
 
 # --- the mapping, without recordings ---

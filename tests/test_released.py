@@ -34,7 +34,7 @@ import download as download_module
 import released
 from account_released import account, read_shapes
 from converter import Report
-from detectron2_config import DEFAULTS, UnsupportedOptionError, read_config
+from detectron2_config import DEFAULTS, is_video, read_config
 from detectron2_mapping import differences, invert_state_dict
 from download import DownloadError, digest_in_name, download, md5_of
 from released import BACKBONES, RELEASED, find_released, listing
@@ -166,11 +166,8 @@ def test_config_and_processor_carry_what_a_checkpoint_knows(zoo, shared):
 def test_yaml_of_a_row_reads_back_as_the_row(name, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(nested(RELEASED[name].options())))
-    if RELEASED[name].is_video:
-        with pytest.raises(UnsupportedOptionError, match="VideoMaskFormer"):
-            read_config(path)
-    else:
-        assert read_config(path) == RELEASED[name].options()
+    assert read_config(path) == RELEASED[name].options()
+    assert is_video(RELEASED[name].options()) == RELEASED[name].is_video
 
 
 def test_a_card_explains_its_metrics_and_claims_no_measurement():
@@ -184,12 +181,11 @@ def test_list_shows_all_or_those_asked_for(repository):
     page = (repository / "docs" / "conversion.md").read_text(encoding="utf-8")
     assert f"```text\n{listing(['ade20k', 'instance'])}\n```" in page
     lines = listing().splitlines()
-    assert len(lines) == 62
-    assert lines[-2] == "59 checkpoints" and lines[-1].startswith("Those of a video task don't convert yet")
+    assert len(lines) == 61 and lines[-1] == "59 checkpoints"
     assert all(lines[1 + i].startswith(f"{name} ") for i, name in enumerate(RELEASED))
     assert any("coco-panoptic-swin-large" in line and "PQ 57.8" in line and "COCO" in line for line in lines)
     assert listing(["cityscapes", "SEMANTIC"]).endswith("6 checkpoints")
-    assert listing(["video"]).splitlines()[-2:] == ["12 checkpoints", lines[-1]]
+    assert listing(["video"]).endswith("12 checkpoints")
     with pytest.raises(ValueError, match="'pascal'"):
         listing(["pascal"])
 
@@ -545,14 +541,6 @@ def test_photo_that_cannot_be_read_is_told_before_anything_is_fetched(small_rele
     assert "photo.jpg" in capsys.readouterr().err
     assert server.asked == []
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
-
-
-def test_video_variant_says_that_there_is_no_video_model_and_fetches_nothing(server, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(released, "DOWNLOADS", server.address)
-    assert run("--variant", "ytvis2019-instance-r50", "--output", tmp_path / "out") == 1
-    assert "no video model" in capsys.readouterr().err
-    assert server.asked == []
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
