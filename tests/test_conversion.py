@@ -585,7 +585,7 @@ def test_failure_while_writing_leaves_nothing(tiny_original, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("MODEL.META_ARCHITECTURE", "VideoMaskFormer"),
+        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
         ("MODEL.BACKBONE.NAME", "build_resnet_deeplab_backbone"),
         ("MODEL.SWIN.APE", True),
