@@ -586,7 +586,6 @@ def test_failure_while_writing_leaves_nothing(tiny_original, tmp_path, monkeypat
     ("option", "value"),
     [
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
-        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
         ("MODEL.BACKBONE.NAME", "build_resnet_deeplab_backbone"),
         ("MODEL.SWIN.APE", True),
         ("MODEL.SWIN.PATCH_NORM", False),
