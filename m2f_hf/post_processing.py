@@ -3,13 +3,13 @@
 Pure functions of the model's outputs; the thresholds a checkpoint knows live in the image processor. The arithmetic is
 that of the original code: mask logits are enlarged to the padded input (four times their size), the padding is cropped,
 the rest is resized to the target, and only then is anything decided (Mask2Former, arXiv 2112.01527, and the merging of
-MaskFormer, arXiv 2107.06278, section 3.4). Both resizings are done for a few rows of the target at a time, so that no
-tensor of queries x target pixels is ever written down.
+MaskFormer, arXiv 2107.06278, section 3.4). Both resizings are done for a tile of the target at a time and for the
+queries that may change what is decided there, so that no tensor of queries x target pixels is ever written down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,16 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 
+from .mask_tiles import MASK_STRIDE, MaskTiles, Size
 
-# The pixel decoder's mask features have stride 4, so the padded input is four times the mask logits.
-MASK_STRIDE = 4
 
-# Elements of the largest strip. On a CPU a strip should stay in the cache; on an accelerator launches are what costs.
-STRIP_ELEMENTS = {"cpu": 2**20}
-STRIP_ELEMENTS_ACCELERATOR = 2**25
+# Of the two numbers that are added or multiplied to a score, and of `sigmoid`, relative.
+SCORE_ROUNDING = 1e-5
 
-Size = tuple[int, int]
-Taps = tuple[Tensor, Tensor, Tensor]
+# Masks that change no semantic score by more, all together, count as constant within a tile. Rounding in a sum of a
+# hundred terms in float32 is no less.
+NEGLIGIBLE = 1e-6
+
+ROWS_AT_ONCE = 32
 
 
 class ImageOutputs(NamedTuple):
@@ -78,90 +79,29 @@ def _to_sizes(sizes: Sequence[Size] | Tensor) -> list[Size]:
     return [(int(height), int(width)) for height, width in rows]
 
 
-# --- the two successive bilinear resizings, a strip of target rows at a time ---
+# --- decisions in a tile ---
+
+# Comparisons and reductions of booleans take a CPU ten times as long as arithmetic in float32. In a tile, therefore,
+# 1.0 stands for True, and indices are floats.
 
 
-def _bilinear_taps(size: int, new_size: int) -> Taps:
-    """Lower neighbour, upper neighbour and the upper's weight for each of `new_size` positions, half-pixel centres.
-
-    In float32, as `torch.nn.functional.interpolate` computes them: with large sizes the rounding of the position shows.
-    """
-    scale = torch.tensor(size, dtype=torch.float32) / new_size
-    position = ((torch.arange(new_size, dtype=torch.float32) + 0.5) * scale - 0.5).clamp(min=0)
-    low = position.long().clamp(max=size - 1)
-    weight = position - low
-    return low, torch.where(weight > 0, low + 1, low).clamp(max=size - 1), weight
+def _is_positive(values: Tensor) -> Tensor:
+    """1 where a value is above 0, and else 0; in place."""
+    return values.sign_().clamp_min_(0)
 
 
-def _resize_rows(masks: Tensor, taps: Taps) -> Tensor:
-    """(N, h, w) -> (N, rows, w); in float32, as the weights are."""
-    low, high, weight = (tap.to(masks.device) for tap in taps)
-    weight = weight[:, None]
-    return masks.index_select(1, low) * (1 - weight) + masks.index_select(1, high) * weight
-
-
-def _resize_columns(masks: Tensor, width: int) -> Tensor:
-    """(N, rows, w) -> (N, rows, width)."""
-    if masks.shape[-1] == width:
-        return masks
-    return F.interpolate(masks, size=width, mode="linear", align_corners=False)
-
-
-class Strip(NamedTuple):
-    """Rows of the target, the queries that are in it (N',) int64, and their values (N' or C, rows, width) float32."""
-
-    rows: slice
-    queries: Tensor
-    values: Tensor
-
-
-def resized_strips(
-    mask_logits: Tensor,
-    image_size: Size,
-    target_size: Size,
-    *,
-    num_channels: int | None = None,
-    at_padded_size: Callable[[Tensor], Tensor] | None = None,
-    above: float | None = None,
-) -> Iterator[Strip]:
-    """Enlarges mask logits to the padded input, crops the padding and resizes to the target, by horizontal strips.
+def _least_label_of_the_largest(values: Tensor, labels: Tensor) -> Tensor:
+    """What the largest of N values is called at each pixel, and the least name where several are the largest.
 
     Args:
-        mask_logits: (N, h, w), any floating dtype; the computation is in float32.
-        image_size: height and width before padding, at most (4 h, 4 w).
-        target_size: height and width of the result.
-        num_channels: the most channels that the caller makes of the N, to bound the strip's memory by.
-        at_padded_size: applied between the two resizings, (N, rows, width) -> (C, rows, width).
-        above: where given, queries that nowhere in a strip exceed it are left out of that strip.
+        values: (N, rows, columns) float32, overwritten.
+        labels: (N, rows, columns) or (N, 1, 1) float32, whole numbers from 0 to 2**22.
 
-    Yields:
-        Strips in the order of rows. The largest tensor has about `STRIP_ELEMENTS` elements, or one row of every channel
-        where that is more.
+    Returns:
+        (rows, columns) float32.
     """
-    channels = max(len(mask_logits), num_channels or 1, 1)
-    queries = torch.arange(len(mask_logits), device=mask_logits.device)
-    padded_width = MASK_STRIDE * mask_logits.shape[-1]
-    strip_elements = STRIP_ELEMENTS.get(mask_logits.device.type, STRIP_ELEMENTS_ACCELERATOR)
-    rows_per_strip = max(1, strip_elements // (channels * max(target_size[1], padded_width)))
-
-    to_padded = _bilinear_taps(mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-2])
-    to_target = _bilinear_taps(image_size[0], target_size[0])
-    for start in range(0, target_size[0], rows_per_strip):
-        rows = slice(start, min(start + rows_per_strip, target_size[0]))
-        low, high, weight = (tap[rows] for tap in to_target)
-        # `source`: the rows of the padded input that this strip reads, each once.
-        source, place = torch.unique(torch.stack([low, high]), return_inverse=True)
-        values = _resize_rows(mask_logits, (to_padded[0][source], to_padded[1][source], to_padded[2][source]))
-        if above is not None:
-            # Every value to come is a weighted mean of these, so it exceeds nothing that they do not.
-            queries = (values.amax((1, 2)) > above).nonzero()[:, 0]
-            values = values[queries]
-        values = _resize_columns(values, padded_width)[..., : image_size[1]]
-        if at_padded_size is not None:
-            values = at_padded_size(values)
-        if image_size[0] != target_size[0]:
-            values = _resize_rows(values, (place[0], place[1], weight))
-        yield Strip(rows, queries, _resize_columns(values, target_size[1]))
+    is_less = values.sub_(values.amax(0)).sign_()  # -1; 0 for the largest
+    return torch.add(labels, is_less, alpha=-(2.0**23)).amin(0)
 
 
 # --- semantic ---
@@ -183,27 +123,63 @@ def semantic_segmentation(
     """
     class_probs = image.class_logits.float().softmax(-1)[:, :-1]
     num_labels = class_probs.shape[1]
-
-    def product(mask_logits: Tensor) -> Tensor:
-        # (Q, K) x (Q, rows, width) -> (K, rows, width)
-        return torch.einsum("qk,qhw->khw", class_probs, mask_logits.sigmoid())
-
     device = image.mask_logits.device
     segmentation = torch.empty(image.target_size, dtype=torch.int64, device=device)
     all_scores = torch.empty(num_labels, *image.target_size, device=device) if return_scores else None
-    strips = resized_strips(
-        image.mask_logits,
-        image.image_size,
-        image.target_size,
-        num_channels=num_labels,
-        at_padded_size=None if resize_before_inference else product,
-    )
-    for rows, _, values in strips:
-        scores = product(values) if resize_before_inference else values
-        segmentation[rows] = scores.max(0).indices  # several times faster than argmax over the first axis
+    labels = torch.arange(num_labels, dtype=torch.float32, device=device)
+    tiles = MaskTiles(image.mask_logits, image.image_size, image.target_size, num_labels)
+    contest = _semantic_contest(tiles, class_probs.cpu(), everything=return_scores)
+    rest = contest.rest.to(device)
+    members = tiles.members(contest.can_win), tiles.members(contest.matters)
+    for index, (tile, classes, queries) in enumerate(zip(tiles, *members, strict=True)):
+        if len(classes) == 1 and not return_scores:
+            segmentation[tile.place] = classes
+            continue
+        # (c, n), and what the other queries add for each class
+        weights = class_probs.index_select(0, queries).index_select(1, classes).T
+        rest_of_tile = rest[:, index].index_select(0, classes)[:, None]
+
+        def product(mask_logits: Tensor, weights: Tensor = weights, rest_of_tile: Tensor = rest_of_tile) -> Tensor:
+            # (c, n) x (n, rows, columns) -> (c, rows, columns)
+            scores = torch.addmm(rest_of_tile, weights, mask_logits.sigmoid_().flatten(1))
+            return scores.unflatten(1, mask_logits.shape[1:])
+
+        if resize_before_inference:
+            scores = product(tiles.logits(tile, queries))
+        else:
+            scores = tiles.logits(tile, queries, at_padded_size=product)
         if all_scores is not None:
-            all_scores[:, rows] = scores
+            all_scores[(slice(None), *tile.place)] = scores
+        segmentation[tile.place] = _least_label_of_the_largest(scores, labels.index_select(0, classes)[:, None, None])
     return segmentation, all_scores
+
+
+class _SemanticContest(NamedTuple):
+    can_win: Tensor  # (K, tile rows, tile columns) bool
+    matters: Tensor  # (Q, tile rows, tile columns) bool
+    rest: Tensor  # (K, tiles) float32: what the queries that do not matter add to the scores
+
+
+def _semantic_contest(tiles: MaskTiles, class_probs: Tensor, everything: bool) -> _SemanticContest:
+    """Which classes can be the best of a tile, and which queries' masks matter to that.
+
+    A class cannot, if its score is everywhere less than the least of another's. Masks of so little weight, or so little
+    change in the tile, that all of them together move no score by more than `NEGLIGIBLE` count as their mean.
+    """
+    # In float64, whose rounding is nothing beside the margins: (Q, tiles)
+    low, high = (bound.flatten(1).double().sigmoid() for bound in (tiles.low, tiles.high))
+    class_probs = class_probs.double()
+    if everything:
+        can_win, is_negligible = low.new_ones(class_probs.shape[1], low.shape[1]).bool(), torch.zeros_like(low).bool()
+    else:
+        upper = class_probs.T @ high  # (K, tiles)
+        can_win = upper * (1 + SCORE_ROUNDING) + 2 * NEGLIGIBLE >= (class_probs.T @ low).amax(0)
+        half_ranges, order = (class_probs.amax(1, keepdim=True) * (high - low) / 2).sort(0)
+        is_negligible = torch.empty_like(low, dtype=torch.bool)
+        is_negligible.scatter_(0, order, half_ranges.cumsum(0) <= NEGLIGIBLE)
+    rest = class_probs.T @ ((low + high) / 2 * is_negligible)
+    grid = tiles.pixels.shape
+    return _SemanticContest(can_win.unflatten(1, grid), ~is_negligible.unflatten(1, grid), rest.float())
 
 
 def post_process_semantic_segmentation(
@@ -265,11 +241,12 @@ def panoptic_segmentation(
     kept = (labels != num_labels) & (scores > threshold)
     scores, labels = scores[kept], labels[kept]
 
-    winners, own_area, won_area, visible_area = _compete(image, image.mask_logits[kept], scores, mask_threshold)
-    segment_of_query = [0] * len(scores) + [0]  # the last: pixels that no query covers
+    segmentation, contest = _compete(image, image.mask_logits[kept], scores, mask_threshold)
+    areas = (area.tolist() for area in (contest.own_area, contest.won_area, contest.rows.sum(1)))
+    segment_of_query = [0] * len(scores)
     segments: list[dict[str, Any]] = []
     fused: dict[int, dict[str, Any]] = {}
-    queries = zip(scores.tolist(), labels.tolist(), own_area, won_area, visible_area, strict=True)
+    queries = zip(scores.tolist(), labels.tolist(), *areas, strict=True)
     for query, (score, label, own, won, visible) in enumerate(queries):
         if visible == 0 or won / own < overlap_mask_area_threshold:
             continue
@@ -291,38 +268,78 @@ def panoptic_segmentation(
         segment["area"] += visible
         segment_of_query[query] = segment["id"]
 
-    segmentation = torch.tensor(segment_of_query, dtype=torch.int32, device=winners.device)[winners]
     for segment in segments:
-        mask = segmentation == segment["id"]
-        segment["bbox"] = _box(mask.any(1), mask.any(0))
+        of_segment = [query for query, of_query in enumerate(segment_of_query) if of_query == segment["id"]]
+        segment["bbox"] = _box(contest.rows[of_segment].any(0), contest.columns[of_segment].any(0))
+    ids = torch.tensor([[segment, 0] for segment in segment_of_query], dtype=torch.int32, device=segmentation.device)
+    for rows in segmentation.split(ROWS_AT_ONCE) if len(scores) else ():
+        rows.copy_(ids.flatten().index_select(0, rows.flatten()).view_as(rows))
     return {"segmentation": segmentation, "segments_info": segments}
+
+
+class _PanopticContest(NamedTuple):
+    own_area: Tensor  # (N,) pixels of each query's mask
+    won_area: Tensor  # (N,) those it wins
+    rows: Tensor  # (N, height) those it wins inside its mask, row by row
+    columns: Tensor  # (N, width)
 
 
 def _compete(
     image: ImageOutputs, mask_logits: Tensor, scores: Tensor, mask_threshold: float
-) -> tuple[Tensor, list[int], list[int], list[int]]:
+) -> tuple[Tensor, _PanopticContest]:
     """Which of N queries gets each pixel, and what each has.
 
     Returns:
-        The winning query per pixel, (height, width) int32, N where its mask probability is below `mask_threshold`; and
-        per query the pixels of its mask, those it wins, and those it wins inside its mask.
+        (height, width) int32, twice the index of the query that wins, and 1 more outside of its mask; 0 if N is.
     """
-    num_queries = len(scores)
-    device = scores.device
-    winners = torch.full(image.target_size, num_queries, dtype=torch.int32, device=device)
+    num_queries, device = len(scores), scores.device
+    codes = torch.zeros(image.target_size, dtype=torch.int32, device=device)
     if num_queries == 0:
-        return winners, [], [], []
-    own_area = torch.zeros(num_queries, dtype=torch.int64, device=device)
-    won_area, visible_area = torch.zeros_like(own_area), torch.zeros_like(own_area)
-    for rows, _, values in resized_strips(mask_logits, image.image_size, image.target_size):
-        probs = values.sigmoid()  # (N, rows, width)
-        best = (probs * scores[:, None, None]).max(0).indices
-        is_inside = probs.gather(0, best[None])[0] >= mask_threshold
-        own_area += (probs >= mask_threshold).sum((1, 2))
-        won_area += best.flatten().bincount(minlength=num_queries)
-        visible_area += best[is_inside].bincount(minlength=num_queries)
-        winners[rows] = best.masked_fill(~is_inside, num_queries).int()
-    return winners, own_area.tolist(), won_area.tolist(), visible_area.tolist()
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return codes, _PanopticContest(nothing, nothing, nothing[:, None], nothing[:, None])
+    tiles = MaskTiles(mask_logits, image.image_size, image.target_size)
+    threshold = _to_logit(mask_threshold)
+
+    # What the bounds decide. A tile is settled if only one query can win it, and its mask has all of it or nothing.
+    is_full, is_empty = tiles.low >= threshold, tiles.high < threshold
+    low, high = (bound.sigmoid() * scores.cpu()[:, None, None] for bound in (tiles.low, tiles.high))
+    can_win = high * (1 + SCORE_ROUNDING) >= low.amax(0)
+    is_settled = (can_win.sum(0) == 1) & (can_win & (is_full | is_empty)).any(0)
+    wins_all = can_win & is_settled
+    plays = can_win & ~is_settled
+    own_area = (tiles.pixels * (is_full & ~plays)).sum((1, 2)).to(device)
+    won_area = (tiles.pixels * wins_all).sum((1, 2)).to(device)
+    rows, columns = (
+        spread(((wins_all & is_full) * sides).sum(axis))
+        for spread, sides, axis in ((tiles.rows_of, tiles.widths, 2), (tiles.columns_of, tiles.heights[:, None], 1))
+    )
+    code_of_settled = (2 * wins_all.int().argmax(0) + (wins_all & is_empty).any(0)).flatten().tolist()
+
+    # What has to be looked at.
+    only_covers = tiles.members(~(is_full | is_empty | plays))
+    labels = 2.0 * torch.arange(num_queries, device=device)
+    offsets = torch.arange(tiles.side, device=device) * 2 * num_queries
+    for tile, code, of_cover, queries in zip(tiles, code_of_settled, only_covers, tiles.members(plays), strict=True):
+        if len(of_cover):
+            is_inside = 1 - _is_positive(threshold - tiles.logits(tile, of_cover))
+            own_area.index_add_(0, of_cover, is_inside.sum((1, 2)).long())
+        if not len(queries):
+            codes[tile.place] = code
+            continue
+        logits = tiles.logits(tile, queries)  # (n, rows, columns)
+        is_outside = _is_positive(threshold - logits)  # 0 or 1
+        own_area.index_add_(0, queries, (is_outside[0].numel() - is_outside.sum((1, 2))).long())
+        values = logits.sigmoid_().mul_(scores.index_select(0, queries)[:, None, None])
+        best = _least_label_of_the_largest(values, is_outside.add_(labels.index_select(0, queries)[:, None, None]))
+        codes[tile.place] = best
+        best = best.long()
+        in_row = (best + offsets[: best.shape[0], None]).flatten().bincount(minlength=best.shape[0] * 2 * num_queries)
+        in_column = (best + offsets[: best.shape[1]]).flatten().bincount(minlength=best.shape[1] * 2 * num_queries)
+        in_row, in_column = in_row.view(-1, num_queries, 2), in_column.view(-1, num_queries, 2)
+        won_area += in_row.sum((0, 2))
+        rows[:, tile.place[0]] += in_row[..., 0].T
+        columns[:, tile.place[1]] += in_column[..., 0].T
+    return codes, _PanopticContest(own_area, won_area, rows, columns)
 
 
 def post_process_panoptic_segmentation(
@@ -417,66 +434,77 @@ def instance_segmentation(
         encodings = [_encode_query(image, mask_logits[i], mask_threshold) for i in range(len(queries))]
         segmentation = [encodings[i] for i in of_instance.tolist()]
     elif return_binary_maps:
-        segmentation = _binary_maps(image, mask_logits, of_instance, mask_threshold)
+        segmentation = _binary_maps(image, image.mask_logits[queries[of_instance]], mask_threshold)
     else:
         segmentation = _instance_map(image, mask_logits, of_instance, mask_threshold)
     return {"segmentation": segmentation, "segments_info": segments}
 
 
-def _strips_above(
-    image: ImageOutputs, mask_logits: Tensor, mask_threshold: float, num_channels: int = 1
-) -> Iterator[tuple[Strip, Tensor]]:
-    """Strips with the queries whose mask has a pixel there, and True where it has, (N', rows, width)."""
-    # Compared as logits, since just above 0 a logit's sigmoid rounds to 0.5.
-    threshold = torch.logit(torch.tensor(mask_threshold, dtype=torch.float64)).item()
-    sizes = image.image_size, image.target_size
-    for strip in resized_strips(mask_logits, *sizes, num_channels=num_channels, above=threshold):
-        if len(strip.queries):
-            yield strip, strip.values > threshold
-
-
 def _mask_statistics(image: ImageOutputs, mask_logits: Tensor, mask_threshold: float) -> _MaskStatistics:
-    num_queries, (height, width) = len(mask_logits), image.target_size
-    area_of_row = torch.zeros(num_queries, height, dtype=torch.int64, device=mask_logits.device)
-    prob_sum = torch.zeros(num_queries, device=mask_logits.device)
-    has_column = torch.zeros(num_queries, width, dtype=torch.bool, device=mask_logits.device)
-    for (rows, queries, values), is_inside in _strips_above(image, mask_logits, mask_threshold):
-        area_of_row[queries, rows] = is_inside.sum(2)
-        prob_sum[queries] += (values.sigmoid() * is_inside).sum((1, 2))
-        has_column[queries] |= is_inside.any(1)
-    area = area_of_row.sum(1)
-    return _MaskStatistics(area, prob_sum / (area + 1e-6), area_of_row > 0, has_column)
+    num_queries, device = len(mask_logits), mask_logits.device
+    tiles = MaskTiles(mask_logits, image.image_size, image.target_size)
+    threshold = _to_logit(mask_threshold)
+    rows, columns = (torch.zeros(num_queries, side, device=device) for side in image.target_size)
+    prob_sums = torch.zeros(num_queries, tiles.pixels.numel(), device=device)
+    for index, (tile, queries) in enumerate(zip(tiles, tiles.members(tiles.high > threshold), strict=True)):
+        if not len(queries):
+            continue
+        logits = tiles.logits(tile, queries)  # (n, rows, columns)
+        is_inside = _is_positive(logits - threshold)
+        rows[:, tile.place[0]].index_add_(0, queries, is_inside.sum(2))
+        columns[:, tile.place[1]].index_add_(0, queries, is_inside.sum(1))
+        prob_sums[:, index].index_add_(0, queries, logits.sigmoid_().mul_(is_inside).sum((1, 2)))
+    area = rows.long().sum(1)
+    return _MaskStatistics(area, prob_sums.sum(1) / (area + 1e-6), rows > 0, columns > 0)
 
 
 def _instance_map(image: ImageOutputs, mask_logits: Tensor, of_instance: Tensor, mask_threshold: float) -> Tensor:
     """(height, width) int32: at each pixel the first instance whose mask covers it, -1 where none does."""
     num_instances, device = len(of_instance), mask_logits.device
     segmentation = torch.full(image.target_size, -1, dtype=torch.int32, device=device)
+    if num_instances == 0:
+        return segmentation
     ranks = torch.arange(num_instances, dtype=torch.int32, device=device)
     first = torch.full((len(mask_logits),), num_instances, dtype=torch.int32, device=device)
     first = first.scatter_reduce(0, of_instance, ranks, "amin")
-    for (rows, queries, _), is_inside in _strips_above(image, mask_logits, mask_threshold):
-        # (N', 1, 1) where (N', rows, width) -> (rows, width)
-        best = torch.where(is_inside, first[queries, None, None], num_instances).amin(0)
-        segmentation[rows] = best.masked_fill(best == num_instances, -1)
+
+    tiles = MaskTiles(mask_logits, image.image_size, image.target_size)
+    threshold = _to_logit(mask_threshold)
+    first_of_query = first.cpu()[:, None, None]
+    # The first that has all of a tile hides those after it.
+    first_full = torch.where(tiles.low > threshold, first_of_query, num_instances).amin(0)
+    members = tiles.members((tiles.high > threshold) & (first_of_query < first_full))
+    for tile, whole, queries in zip(tiles, first_full.flatten().tolist(), members, strict=True):
+        if len(queries):
+            is_inside = _is_positive(tiles.logits(tile, queries).sub_(threshold))
+            # How many come after it, from 1 on, and 0 outside of the mask: (n, rows, columns)
+            behind = is_inside.mul_((num_instances - first.index_select(0, queries))[:, None, None])
+            most = behind.amax(0).clamp_min_(num_instances - whole)
+            segmentation[tile.place] = num_instances - F.threshold(most, 0.5, num_instances + 1)  # 0 becomes -1
+        elif whole < num_instances:
+            segmentation[tile.place] = whole
     return segmentation
 
 
-def _binary_maps(image: ImageOutputs, mask_logits: Tensor, of_instance: Tensor, mask_threshold: float) -> Tensor:
-    """(instances, height, width) bool; `of_instance` (instances,) says whose mask each instance has."""
-    maps = torch.zeros(len(of_instance), *image.target_size, dtype=torch.bool, device=mask_logits.device)
-    strips = _strips_above(image, mask_logits, mask_threshold, num_channels=len(of_instance))
-    for (rows, queries, _), is_inside in strips:
-        of_all = is_inside.new_zeros(len(mask_logits), *is_inside.shape[1:])
-        of_all[queries] = is_inside
-        maps[:, rows] = of_all[of_instance]
+def _binary_maps(image: ImageOutputs, mask_logits: Tensor, mask_threshold: float) -> Tensor:
+    """(N, height, width) bool."""
+    maps = torch.zeros(len(mask_logits), *image.target_size, dtype=torch.bool, device=mask_logits.device)
+    tiles = MaskTiles(mask_logits, image.image_size, image.target_size)
+    threshold = _to_logit(mask_threshold)
+    is_full = tiles.low > threshold
+    members = tiles.members(is_full), tiles.members((tiles.high > threshold) & ~is_full)
+    for tile, full, mixed in zip(tiles, *members, strict=True):
+        of_tile = maps[(slice(None), *tile.place)]
+        if len(full):
+            of_tile.index_fill_(0, full, True)
+        if len(mixed):
+            of_tile.index_copy_(0, mixed, tiles.logits(tile, mixed) > threshold)
     return maps
 
 
 def _encode_query(image: ImageOutputs, mask_logits: Tensor, mask_threshold: float) -> dict[str, Any]:
     """One query's mask, (h, w) logits, as run-length encoding; only this one is ever at full size."""
-    own = torch.zeros(1, dtype=torch.int64, device=mask_logits.device)
-    return encode_rle(_binary_maps(image, mask_logits[None], own, mask_threshold)[0])
+    return encode_rle(_binary_maps(image, mask_logits[None], mask_threshold)[0])
 
 
 def post_process_instance_segmentation(
@@ -592,6 +620,11 @@ def post_process_video_instance_segmentation(
 
 
 # --- forms of a mask ---
+
+
+def _to_logit(prob: float) -> float:
+    """Masks are compared as logits, since just above 0 a logit's sigmoid rounds to 0.5."""
+    return torch.logit(torch.tensor(prob, dtype=torch.float64)).item()
 
 
 def _box(has_row: Tensor, has_column: Tensor) -> list[int]:
