@@ -21,11 +21,11 @@ from transformers.image_processing_outputs import SemanticSegmentationPostProces
 from .mask_tiles import MASK_STRIDE, MaskTiles, Size
 
 
-# Of the two numbers that are added or multiplied to a score, and of `sigmoid`, relative.
+# Relative: more than a score is rounded by, be it a probability times a sigmoid or a sum of a hundred of them.
 SCORE_ROUNDING = 1e-5
 
-# Masks that change no semantic score by more, all together, count as constant within a tile. Rounding in a sum of a
-# hundred terms in float32 is no less.
+# Masks that move no semantic score by more, all together, count as constant in a tile. The rounding of such a sum in
+# float32 is no less.
 NEGLIGIBLE = 1e-6
 
 ROWS_AT_ONCE = 32
@@ -315,27 +315,33 @@ def _compete(
     )
     code_of_settled = (2 * wins_all.int().argmax(0) + (wins_all & is_empty).any(0)).flatten().tolist()
 
-    # What has to be looked at.
-    only_covers = tiles.members(~(is_full | is_empty | plays))
+    # What has to be looked at: in each tile the queries that play, and after them others with a part of it as mask.
+    only_covers = ~(is_full | is_empty | plays)
+    members = tiles.members(torch.cat([plays, only_covers]))
+    num_players = plays.sum(0).flatten().tolist()
     labels = 2.0 * torch.arange(num_queries, device=device)
-    offsets = torch.arange(tiles.side, device=device) * 2 * num_queries
-    for tile, code, of_cover, queries in zip(tiles, code_of_settled, only_covers, tiles.members(plays), strict=True):
-        if len(of_cover):
-            is_inside = 1 - _is_positive(threshold - tiles.logits(tile, of_cover))
-            own_area.index_add_(0, of_cover, is_inside.sum((1, 2)).long())
-        if not len(queries):
+    offsets = torch.arange(tiles.side, dtype=torch.int32, device=device) * 2 * num_queries
+    for tile, code, count, of_tile in zip(tiles, code_of_settled, num_players, members, strict=True):
+        if count == 0:
             codes[tile.place] = code
+        if len(of_tile) == 0:
             continue
+        queries = of_tile % num_queries
         logits = tiles.logits(tile, queries)  # (n, rows, columns)
         is_outside = _is_positive(threshold - logits)  # 0 or 1
-        own_area.index_add_(0, queries, (is_outside[0].numel() - is_outside.sum((1, 2))).long())
-        values = logits.sigmoid_().mul_(scores.index_select(0, queries)[:, None, None])
-        best = _least_label_of_the_largest(values, is_outside.add_(labels.index_select(0, queries)[:, None, None]))
+        own_area.index_add_(0, queries, (logits[0].numel() - is_outside.sum((1, 2))).long())
+        if count == 0:
+            continue
+        players = queries[:count]
+        values = logits[:count].sigmoid_().mul_(scores.index_select(0, players)[:, None, None])
+        code_of_query = is_outside[:count].add_(labels.index_select(0, players)[:, None, None])
+        best = _least_label_of_the_largest(values, code_of_query).int()
         codes[tile.place] = best
-        best = best.long()
-        in_row = (best + offsets[: best.shape[0], None]).flatten().bincount(minlength=best.shape[0] * 2 * num_queries)
-        in_column = (best + offsets[: best.shape[1]]).flatten().bincount(minlength=best.shape[1] * 2 * num_queries)
-        in_row, in_column = in_row.view(-1, num_queries, 2), in_column.view(-1, num_queries, 2)
+        height, width = best.shape
+        in_row, in_column = (
+            (best + of_line).flatten().bincount(minlength=lines * 2 * num_queries).view(lines, num_queries, 2)
+            for of_line, lines in ((offsets[:height, None], height), (offsets[:width], width))
+        )
         won_area += in_row.sum((0, 2))
         rows[:, tile.place[0]] += in_row[..., 0].T
         columns[:, tile.place[1]] += in_column[..., 0].T
@@ -504,7 +510,10 @@ def _binary_maps(image: ImageOutputs, mask_logits: Tensor, mask_threshold: float
 
 def _encode_query(image: ImageOutputs, mask_logits: Tensor, mask_threshold: float) -> dict[str, Any]:
     """One query's mask, (h, w) logits, as run-length encoding; only this one is ever at full size."""
-    return encode_rle(_binary_maps(image, mask_logits[None], mask_threshold)[0])
+    # Runs go down the columns, so the mask is made lying on its side.
+    (height, width), (target_height, target_width) = image.image_size, image.target_size
+    lying = image._replace(image_size=(width, height), target_size=(target_width, target_height))
+    return encode_rle(_binary_maps(lying, mask_logits.T[None], mask_threshold)[0].T)
 
 
 def post_process_instance_segmentation(
@@ -587,11 +596,10 @@ def video_instance_segmentation(
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
 
     queries, of_track = torch.unique(of_pair[kept], return_inverse=True)  # classes may share a query
-    own = torch.arange(len(queries), device=queries.device)
     areas_of_tracks: list[Tensor] = []
     masks: list[Any] = []
     for frame in frames:
-        maps = _binary_maps(frame, frame.mask_logits[queries], own, mask_threshold)
+        maps = _binary_maps(frame, frame.mask_logits[queries], mask_threshold)
         areas_of_tracks.append(maps.flatten(1).sum(1)[of_track])
         masks.append([encode_rle(mask) if mask.any() else None for mask in maps] if return_coco_annotation else maps)
     segments = [
@@ -643,8 +651,10 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
         characters. `pycocotools.mask.decode` reads it.
     """
     array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    pixels = array.T.astype(bool).ravel()
-    ends = np.flatnonzero(np.diff(pixels, prepend=False))  # a first pixel of 1 gives an empty first run
+    pixels = array.T.astype(bool, order="C", copy=False).ravel()
+    ends = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    if pixels[:1].any():
+        ends = np.concatenate([[0], ends])  # the first run, of zeros, is empty
     runs = np.diff(ends, prepend=0, append=pixels.size).astype(np.int64)
     runs[3:] -= runs[1:-2]  # NumPy reads before it writes where the two overlap
 

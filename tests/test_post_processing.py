@@ -142,19 +142,19 @@ SIZES = [((32, 48), (32, 48)), ((30, 41), (30, 41)), ((30, 41), (47, 83)), ((27,
 # --- the definition ---
 
 
+@pytest.mark.parametrize("elements", [1, 2000, 1 << 20])
 @pytest.mark.parametrize(("image_size", "target_size"), SIZES)
-def test_strips_are_two_bilinear_resizings(image_size, target_size, monkeypatch):
-    monkeypatch.setitem(mask_tiles.TILE_ELEMENTS, "cpu", 2000)
+def test_tiles_are_two_bilinear_resizings_within_their_bounds(image_size, target_size, elements, monkeypatch):
+    monkeypatch.setitem(mask_tiles.TILE_ELEMENTS, "cpu", elements)
     mask_logits = random_outputs().masks_queries_logits[0]
-    strips = list(resized_strips(mask_logits, image_size, target_size))
-    assert len(strips) > 1
-    assert [row for strip in strips for row in range(strip.rows.start, strip.rows.stop)] == list(range(target_size[0]))
-    torch.testing.assert_close(
-        torch.cat([strip.values for strip in strips], dim=1),
-        naive_masks(mask_logits, image_size, target_size),
-        atol=1e-5,
-        rtol=0,
-    )
+    tiles = mask_tiles.MaskTiles(mask_logits, image_size, target_size)
+    queries = torch.arange(len(mask_logits))
+    whole = torch.full((len(mask_logits), *target_size), torch.nan)
+    for tile, low, high in zip(tiles, tiles.low.flatten(1).T, tiles.high.flatten(1).T, strict=True):
+        values = tiles.logits(tile, queries)
+        assert (values >= low[:, None, None]).all() and (values <= high[:, None, None]).all()
+        whole[(slice(None), *tile.place)] = values
+    torch.testing.assert_close(whole, naive_masks(mask_logits, image_size, target_size), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(4))
