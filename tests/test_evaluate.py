@@ -216,38 +216,13 @@ def test_a_coco_file_of_instances_gives_pycocotools_figures(shared):
 # --- modules of the `evaluate` library ---
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """`evaluate.load`, with its caches in a temporary folder."""
-    # The script of the same name lies in examples/; the library must be found first, and is gone again afterwards.
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "evaluate"}
-    for name in before:
-        del sys.modules[name]
-    path = list(sys.path)
-    sys.path[:] = [entry for entry in path if Path(entry) != EXAMPLES]
-    pytest.importorskip("evaluate")
-    import evaluate
-
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
-        patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(cache / "metrics"))
-        yield evaluate.load
-    arrows = list(cache.rglob("*.arrow"))
-    sys.path[:] = path
-    for name in [name for name in sys.modules if name.split(".")[0] in ("evaluate", "evaluate_modules")]:
-        del sys.modules[name]
-    sys.modules.update(before)
-    assert arrows == [], "nothing was stored"
-
-
-def test_panoptic_quality_and_mask_ap_as_evaluate_modules(load, items, processor):
+def test_panoptic_quality_and_mask_ap_as_evaluate_modules(load_measure, items, processor):
     outputs, sizes = oracle_outputs(items), [(64, 64)] * 4
     evaluation = Evaluation("panoptic", processor, CATEGORIES)
     evaluation.update(outputs, items)
     expected = evaluation.compute()
-    quality = load(module_path("panoptic_quality"), categories=CATEGORIES)
-    ap = load(module_path("mask_ap"), categories=CATEGORIES, engine="pycocotools")
+    quality = load_measure(module_path("panoptic_quality"), categories=CATEGORIES)
+    ap = load_measure(module_path("mask_ap"), categories=CATEGORIES, engine="pycocotools")
     panoptic = processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)
     instances = processor.post_process_instance_segmentation(
         outputs, threshold=0.0, target_sizes=sizes, return_coco_annotation=True
@@ -265,13 +240,13 @@ def test_panoptic_quality_and_mask_ap_as_evaluate_modules(load, items, processor
         ap.add(prediction=maps[0], reference=items[0])
 
 
-def test_mean_iou_and_pixel_scores_as_evaluate_modules(load):
+def test_mean_iou_and_pixel_scores_as_evaluate_modules(load_measure):
     rng = np.random.default_rng(0)
     targets = [rng.choice([0, 1, 2, 255], (9, 7)) for _ in range(5)]
     guesses = [rng.integers(0, 3, (9, 7)) for _ in targets]
-    iou, own = load(module_path("mean_iou"), num_classes=3), MeanIoU(3)
-    of_class, scores = load(module_path("pixel_scores"), label=1), PixelScores()
-    masks, soft = load(module_path("pixel_scores"), threshold=0.7), PixelScores(threshold=0.7)
+    iou, own = load_measure(module_path("mean_iou"), num_classes=3), MeanIoU(3)
+    of_class, scores = load_measure(module_path("pixel_scores"), label=1), PixelScores()
+    masks, soft = load_measure(module_path("pixel_scores"), threshold=0.7), PixelScores(threshold=0.7)
     for guess, target in zip(guesses, targets, strict=True):
         own.update(guess, target)
         scores.update(guess == 1, target == 1, target == 255)
@@ -284,8 +259,8 @@ def test_mean_iou_and_pixel_scores_as_evaluate_modules(load):
         masks.compute(predictions=guesses, references=targets)
 
 
-def test_evaluate_modules_gather_and_refuse(load):
-    first, second = (load(module_path("mean_iou"), num_classes=2) for _ in range(2))
+def test_evaluate_modules_gather_and_refuse(load_measure):
+    first, second = (load_measure(module_path("mean_iou"), num_classes=2) for _ in range(2))
     first.add(prediction=[[0, 1]], reference=[[0, 1]])
     second.add(prediction=[[0, 0]], reference=[[1, 1]])
     assert first.compute(gather=lambda own: [*own, second.metric])["pixel_accuracy"] == 0.5
@@ -296,7 +271,7 @@ def test_evaluate_modules_gather_and_refuse(load):
     with pytest.raises(ValueError, match="both or neither"):
         first.compute(predictions=[[[0]]])
     with pytest.raises(ValueError, match="gather=accelerate"):
-        load(module_path("mean_iou"), num_classes=2, num_process=2)
+        load_measure(module_path("mean_iou"), num_classes=2, num_process=2)
     with pytest.raises(ValueError, match="choose one of mask_ap"):
         module_path("accuracy")
 

@@ -196,10 +196,9 @@ def test_bad_input_is_named():
         metric.merge(metric)
 
 
-def test_targets_of_a_data_set_predict_themselves_as_a_module_of_evaluate(tmp_path):
-    evaluate = pytest.importorskip("evaluate")
+def test_targets_of_a_data_set_predict_themselves_as_a_module_of_evaluate(load_measure):
     dataset = MovingShapesDataset(3, num_frames=4, image_size=64)
-    module = evaluate.load(module_path("video_ap"), categories=dataset.categories, cache_dir=str(tmp_path))
+    module = load_measure(module_path("video_ap"), categories=dataset.categories)
     for index in range(3):
         item = dataset[index]
         found = [
