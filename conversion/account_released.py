@@ -23,9 +23,10 @@ from converter import is_unused
 from detectron2_mapping import COUNTER, mapping_for, relative_position_index
 from released import RELEASED, Released
 from tqdm.auto import tqdm
+from transformers import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
 from transformers.core_model_loading import revert_weight_conversion
 
-from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf import Mask2FormerConfig
 
 
 Shape = tuple[int, ...]
@@ -100,7 +101,7 @@ def read_shapes(path: Path) -> dict[str, dict[str, list[int]]]:
 def _model(config: Mask2FormerConfig) -> tuple[dict[str, Shape], int]:
     """What our model saves, shapes by name, and its number of parameters."""
     with torch.device("meta"):
-        model = Mask2FormerForUniversalSegmentation(config)
+        model = MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING[type(config)](config)
     saved = revert_weight_conversion(model, model.state_dict())
     shapes = {name: tuple(value.shape) for name, value in saved.items() if not is_unused(name)}
     return shapes, sum(parameter.numel() for parameter in model.parameters())

@@ -14,28 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from detectron2_config import (
-    UnsupportedOptionError,
-    config_from_yaml,
-    is_video,
-    processor_from_yaml,
-    read_config,
-    read_labels,
-)
+from detectron2_config import UnsupportedOptionError, build_config, build_processor, read_config, read_labels
 from detectron2_mapping import MisfitError, convert_state_dict, differences
 from download import default_cache_dir, digest_in_name, download, md5_of
 from PIL import Image
 from released import RELEASED, Released
 from safe_pickle import load_state_dict
 from safetensors import safe_open
+from transformers import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
 
-from m2f_hf import (
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerForVideoSegmentation,
-    Mask2FormerVideoConfig,
-    Mask2FormerVideoProcessor,
-)
+from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerVideoConfig
 from m2f_hf.cli import Segmenter, describe
 from m2f_hf.hub import model_card
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
@@ -99,14 +87,7 @@ def convert(
     output = _free(output)
     options = read_config(config_file)
     labels = read_labels(labels_file, options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]) if labels_file else None
-    config_class, processor_class = (
-        (Mask2FormerVideoConfig, Mask2FormerVideoProcessor)
-        if is_video(options)
-        else (Mask2FormerConfig, M2FImageProcessor)
-    )
-    config = config_class(**config_from_yaml(options, labels))
-    processor = processor_class(**processor_from_yaml(options, labels))
-    return _convert(checkpoint, config, processor, output, {}, photo)
+    return _convert(checkpoint, build_config(options, labels), build_processor(options, labels), output, {}, photo)
 
 
 def convert_released(
@@ -254,9 +235,7 @@ def is_unused(name: str) -> bool:
 def _load_strictly(
     converted: Mapping[str, torch.Tensor], config: Mask2FormerConfig
 ) -> Mask2FormerForUniversalSegmentation:
-    is_of_clips = isinstance(config, Mask2FormerVideoConfig)
-    model_class = Mask2FormerForVideoSegmentation if is_of_clips else Mask2FormerForUniversalSegmentation
-    model, loading = model_class.from_pretrained(
+    model, loading = MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=dict(converted), output_loading_info=True, ignore_mismatched_sizes=True
     )
     missing = [name for name in loading["missing_keys"] if not is_unused(name)]

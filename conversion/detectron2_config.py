@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, ResNetConfig, SwinConfig
 
+from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerVideoConfig, Mask2FormerVideoProcessor
 from m2f_hf.label_sets import TASKS, Label, LabelSet, label_set
 
 
@@ -94,9 +95,10 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
 }
 
+_VIDEO_ARCHITECTURE = "VideoMaskFormer"
+
 # The only values that our model has an equivalent of, and why. Lists of features may be in any order, as the original
 # sorts them. Options of a part that the model hasn't don't matter.
-_VIDEO_ARCHITECTURE = "VideoMaskFormer"
 _FOUR_STAGES = ["res2", "res3", "res4", "res5"]
 _SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "INPUT.FORMAT": (("RGB", "BGR"), "Pictures come in three channels."),
@@ -291,8 +293,20 @@ def config_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None 
 
 
 def is_video(options: Mapping[str, Any]) -> bool:
-    """Whether the config is one of a video model, whose classes are `Mask2FormerVideoConfig` and so on."""
+    """Whether it is the config of a video model."""
     return options["MODEL.META_ARCHITECTURE"] == _VIDEO_ARCHITECTURE
+
+
+def build_config(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> Mask2FormerConfig:
+    """The model's config, of images or of clips; see `config_from_yaml`."""
+    config_class = Mask2FormerVideoConfig if is_video(options) else Mask2FormerConfig
+    return config_class(**config_from_yaml(options, labels))
+
+
+def build_processor(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> M2FImageProcessor:
+    """The processor that belongs to it; see `processor_from_yaml`."""
+    processor_class = Mask2FormerVideoProcessor if is_video(options) else M2FImageProcessor
+    return processor_class(**processor_from_yaml(options, labels))
 
 
 def processor_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> dict[str, Any]:
@@ -431,6 +445,13 @@ def _check_supported(options: Mapping[str, Any]) -> None:
         if value not in choices:
             known = " or ".join(repr(choice) for choice in choices)
             raise UnsupportedOptionError(f"{name} is {options[name]!r}; only {known} converts. {reason}")
+    decoder = options["MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME"]
+    if decoder.startswith("Video") != is_video(options):
+        raise UnsupportedOptionError(
+            f"MODEL.META_ARCHITECTURE is {options['MODEL.META_ARCHITECTURE']!r} and "
+            f"MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME is {decoder!r}; both must be of images or "
+            "both of video."
+        )
     if not _is_swin(options):
         _check_resnet(_section(options, "MODEL.RESNETS"))
     _check_numbers(options)

@@ -259,21 +259,15 @@ class Released:
 
     def config(self) -> Mask2FormerConfig:
         """The model's config, with the data set's labels and colours."""
-        from detectron2_config import config_from_yaml
+        from detectron2_config import build_config
 
-        from m2f_hf import Mask2FormerConfig, Mask2FormerVideoConfig
-
-        config_class = Mask2FormerVideoConfig if self.is_video else Mask2FormerConfig
-        return config_class(**config_from_yaml(self.options()))
+        return build_config(self.options())
 
     def processor(self) -> M2FImageProcessor:
         """The processor, for the task that the figures are reported for."""
-        from detectron2_config import processor_from_yaml
+        from detectron2_config import build_processor
 
-        from m2f_hf import M2FImageProcessor, Mask2FormerVideoProcessor
-
-        processor_class = Mask2FormerVideoProcessor if self.is_video else M2FImageProcessor
-        return processor_class(**processor_from_yaml(self.options()))
+        return build_processor(self.options())
 
     def card(self) -> dict[str, Any]:
         """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""

@@ -130,8 +130,9 @@ def model_card(
     """
     name = title or repo_id.split("/")[-1]
     task = processor.task if processor else None
+    is_video = isinstance(config, Mask2FormerVideoConfig)
     data = ModelCardData(
-        pipeline_tag=None if isinstance(config, Mask2FormerVideoConfig) else "image-segmentation",
+        pipeline_tag=None if is_video else "image-segmentation",  # its pipeline takes no clips
         library_name="transformers",
         license=license,
         base_model=base_model,
@@ -143,7 +144,6 @@ def model_card(
     parts = [f"# {name}", description or _description(config, processor)]
     if example_image:
         parts.append(f"![A picture with its segments drawn over it]({example_image})")
-    is_video = isinstance(config, Mask2FormerVideoConfig)
     parts += ["## Use", _python(*_ours_of_clips(repo_id))] if is_video else _usage(processor, repo_id)
     parts += ["## Labels", *_labels(config, processor)]
     if figures:

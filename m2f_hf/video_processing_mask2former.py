@@ -83,23 +83,23 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
                 of_clip for of_clip, length in zip(class_labels, lengths, strict=True) for _ in range(length)
             ]
         batch = super().preprocess([frame for clip in clips for frame in clip], **labels, **kwargs)
-        return self._to_clips(batch, lengths)
+        return self._to_clips(batch, len(clips))
 
     @staticmethod
-    def _to_clips(batch: BatchFeature, lengths: list[int]) -> BatchFeature:
-        """A batch of frames -> one of clips."""
-        num_frames = lengths[0]
-        stack: Any = torch.stack if isinstance(batch["pixel_values"], torch.Tensor) else np.stack
-        starts = range(0, len(lengths) * num_frames, num_frames)
+    def _to_clips(batch: BatchFeature, num_clips: int) -> BatchFeature:
+        """A batch of all their frames -> one of clips."""
+        as_arrays = not isinstance(batch["pixel_values"], torch.Tensor)
+        frames, masks = (np.stack(batch[name]) if as_arrays else batch[name] for name in ("pixel_values", "pixel_mask"))
+        length = len(frames) // num_clips
         data: dict[str, Any] = {
-            "pixel_values_videos": stack(
-                [stack(list(batch["pixel_values"][start : start + num_frames])) for start in starts]
-            ),
-            "pixel_mask": stack([batch["pixel_mask"][start] for start in starts]),
+            "pixel_values_videos": frames.reshape(num_clips, length, *frames.shape[1:]),
+            "pixel_mask": masks[::length],
         }
         if "mask_labels" in batch:
-            data["mask_labels"] = [stack(batch["mask_labels"][start : start + num_frames], 1) for start in starts]
-            data["class_labels"] = [batch["class_labels"][start] for start in starts]
+            stack: Any = np.stack if as_arrays else torch.stack
+            of_frames = batch["mask_labels"]
+            data["mask_labels"] = [stack(of_frames[i : i + length], 1) for i in range(0, len(of_frames), length)]
+            data["class_labels"] = batch["class_labels"][::length]
         return BatchFeature(data=data)
 
     def post_process_video_instance_segmentation(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2f_hf import Mask2FormerImageProcessor
+from m2f_hf import Mask2FormerVideoProcessor
 from m2f_hf.data import (
     VIDEO_RECIPES,
     ClipTransform,
@@ -174,7 +174,7 @@ def test_impossible_clips_are_refused(video):
 
 def test_a_batch_pads_clips_to_one_size(video):
     """Frames of a clip are as the processor makes them alone; masks are False on padding, and rows stay instances."""
-    processor = Mask2FormerImageProcessor(size_divisor=32)
+    processor = Mask2FormerVideoProcessor(size_divisor=32)
     clips = [ClipTransform(WHOLE, 3)(item, np.random.default_rng(seed)) for seed, item in enumerate([video] * 3, 5)]
     clips.append(ClipTransform(JITTER, 3)(occlusion_clip(16, 96), np.random.default_rng(8)))
     assert len({clip["pixel_values_videos"].shape for clip in clips}) > 1
@@ -201,7 +201,7 @@ def test_a_batch_has_clips_without_targets_and_instances_that_are_seen_once():
     samples = [ClipTransform(SAME, 2)(clip, np.random.default_rng(seed)) for seed in range(40)]
     once = next(one for one in samples if one["mask_labels"].any((2, 3)).tolist()[0] == [True, False])
     empty = ClipTransform(WHOLE, 2)({**clip, "segments_info": []}, np.random.default_rng(0))
-    batch = CollateClips(Mask2FormerImageProcessor())([once, empty])
+    batch = CollateClips(Mask2FormerVideoProcessor())([once, empty])
     assert [len(labels) for labels in batch["class_labels"]] == [3, 0]
     assert batch["mask_labels"][0][0, 0].any() and not batch["mask_labels"][0][0, 1].any()
     assert batch["mask_labels"][1].shape[:2] == (0, 2)

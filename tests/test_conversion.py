@@ -233,6 +233,15 @@ def test_released_and_training_checkpoints_hold_the_same_parameters(goldens):
         assert np.array_equal(value, plain) and value.dtype == plain.dtype
 
 
+def test_a_decoder_of_clips_in_a_model_of_images_is_refused(tmp_path):
+    for name, value in (
+        ("MODEL.META_ARCHITECTURE", "VideoMaskFormer"),
+        ("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "VideoMultiScaleMaskedTransformerDecoder"),
+    ):
+        with pytest.raises(UnsupportedOptionError, match=r"both must be of images or both of video"):
+            read_config(write_config(tmp_path, {name: value}))
+
+
 def test_video_checkpoint_gives_a_video_model(goldens, tmp_path, capsys):
     folder = goldens / "ytvis2019_r50"
     arguments = [

@@ -82,8 +82,8 @@ class Golden:
             for name, module in watched.items():
                 module.register_forward_hook(lambda module, args, out, name=name: stages.__setitem__(name, out))
             with torch.no_grad():
-                # Stages of clips are seen by hooks, all frames at once.
-                self.model.config.frames_per_batch = 3
+                if self.is_video:  # hooks are to see the stages of all frames at once
+                    self.model.config.frames_per_batch = 3
                 outputs = self.model(self.pixel_values, output_hidden_states=True, output_auxiliary_logits=True)
             stages |= {f"backbone_res{i + 2}": value for i, value in enumerate(outputs.encoder_hidden_states)}
             stages |= {f"multi_scale_{i}": value for i, value in enumerate(outputs.pixel_decoder_hidden_states)}
@@ -191,12 +191,23 @@ def test_losses_and_gradients_of_a_training_step_are_the_originals(golden):
         hooks.append(encoder.layers[KINKS[golden.folder.name][0]].fc1.register_forward_hook(over_the_kink))
     criterion.draw_points = replay
     model.criterion = criterion
+    matchings = []
+    criterion.matcher.register_forward_hook(lambda module, args, matching: matchings.append(matching))
     model.zero_grad()
     output = model(pixel_values, mask_labels=masks, class_labels=labels)
     output.loss.backward()
     model.eval()
     for hook in hooks:
         hook.remove()
+
+    (matching,) = matchings
+    starts = np.cumsum([0, *map(len, labels)])
+    for layer in range(layers):
+        for image in range(len(pixel_values)):
+            found = f"match/call{0 if layer == layers - 1 else layer + 1}/image{image}"
+            rows = matching.images == image
+            assert torch.equal(matching.queries[layer, rows], recorded[f"{found}/src"]), found
+            assert torch.equal(matching.targets[layer, rows] - starts[image], recorded[f"{found}/tgt"]), found
 
     assert output.loss.item() == pytest.approx(float(recorded["total"]), rel=1e-4)
     for key, value in recorded.items():

@@ -683,7 +683,7 @@ def test_queries_below_the_threshold_are_never_resized(task):
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
-def test_strips_do_not_show(task, monkeypatch):
+def test_tiles_do_not_show(task, monkeypatch):
     outputs = random_outputs(4, image_sizes=[(30, 41)])
     processor = M2FImageProcessor(threshold=0.4, instance_threshold=0.1)
 

@@ -244,16 +244,14 @@ def test_targets_in_another_order_cost_the_same_and_every_parameter_learns():
 def test_a_clip_of_one_frame_costs_what_the_image_does():
     video, image = tiny_model().train(), Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY)).train()
     image.load_state_dict(video.state_dict())
-    # An image has no time to encode; that of frame 1 of 1 (sine 0, cosine 1, nearly) is taken from the clip's.
     embedder = video.model.transformer_module.position_embedder
-    plain = embedder.forward
-    embedder.forward = lambda features, padding=None: plain(features[:, 0], padding)[:, None]
-    of_clip, of_image = targets(1), targets(1)
-    of_clip["mask_labels"] = [torch.ones(2, 1, *SIZE, dtype=torch.bool)]
-    of_image["mask_labels"] = [torch.ones(2, *SIZE, dtype=torch.bool)]
-    ours = losses(video, clips(1, 1), of_clip)
-    expected = losses(image, clips(1, 1)[:, 0], of_image)
-    torch.testing.assert_close(ours.loss, expected.loss, atol=1e-3, rtol=1e-4)
+    of_plane = embedder.forward  # an image has no time, so the clip is to have none either
+    embedder.forward = lambda features, padding=None: of_plane(features[:, 0], padding)[:, None]
+    labels = targets(2)
+    first = labels["mask_labels"][0][:, :1]  # both instances are seen
+    ours = losses(video, clips(1, 1), {**labels, "mask_labels": [first]})
+    expected = losses(image, clips(1, 1)[:, 0], {**labels, "mask_labels": [first[:, 0]]})
+    torch.testing.assert_close(ours.loss_dict, expected.loss_dict, atol=1e-4, rtol=1e-4)
 
 
 def test_masks_of_another_number_of_frames_are_refused():
@@ -407,9 +405,28 @@ def test_a_damaged_frame_is_named_and_the_others_are_kept(tmp_path):
     assert batch["pixel_values_videos"].shape[1] == 2
 
 
-def test_a_video_file_needs_pyav_or_is_read(tmp_path, monkeypatch):
+def test_a_video_file_without_pyav(tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"no video")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r"needs PyAV: pip install 'm2f_hf\[video\]'.*folder of its frames"):
         Mask2FormerVideoProcessor()(path)
+
+
+def test_a_video_file_is_read(tmp_path):
+    av = pytest.importorskip("av", reason="needs PyAV")
+    shades = (40, 120, 200)
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for shade in shades:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 64, 3), shade, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    batch = Mask2FormerVideoProcessor(do_resize=False, do_normalize=False)(tmp_path / "clip.mp4", return_tensors="pt")
+    assert batch["pixel_values_videos"].shape == (1, 3, 3, 32, 64)
+    for frame, shade in zip(batch["pixel_values_videos"][0], shades, strict=True):
+        assert (255 * frame - shade).abs().max() < 8
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"broken\.mp4 is no video file that can be read"):
+        Mask2FormerVideoProcessor()(tmp_path / "broken.mp4")

@@ -9,6 +9,7 @@ import torch
 from numpy.random import Generator
 from PIL import Image, ImageOps
 
+from ..video_processing_mask2former import Mask2FormerVideoProcessor
 from .augmentation import (
     Placement,
     cut_image,
@@ -134,11 +135,11 @@ class CollateClips:
     """A list of clips with as many frames each -> a batch of the model's inputs.
 
     Args:
-        processor: an `M2FImageProcessor`, or what has its arguments; it normalises the frames and pads them, at the
-            bottom and right, to the largest of the batch and its `size_divisor`.
+        processor: it normalises the frames and pads them, at the bottom and right, to the largest of the batch and its
+            `size_divisor`.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Mask2FormerVideoProcessor) -> None:
         self.processor = processor
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -148,24 +149,14 @@ class CollateClips:
             `pixel_values_videos` (B, T, 3, H, W) float32, `pixel_mask` (B, H, W) int64, 0 on padding; for each clip
             `mask_labels` (N, T, H, W) bool, False on padding, and `class_labels` (N,) int64; `file_names` where known.
         """
-        length = len(samples[0]["pixel_values_videos"])
         inputs = self.processor(
-            [torch.from_numpy(frame) for sample in samples for frame in sample["pixel_values_videos"]],
-            mask_labels=[masks for sample in samples for masks in sample["mask_labels"].swapaxes(0, 1)],
-            class_labels=[sample["class_labels"] for sample in samples for _ in range(length)],
+            [torch.from_numpy(sample["pixel_values_videos"]) for sample in samples],
+            mask_labels=[sample["mask_labels"] for sample in samples],
+            class_labels=[sample["class_labels"] for sample in samples],
             do_resize=False,
             return_tensors="pt",
         )
-        of_frames = inputs["mask_labels"]
-        return {
-            "pixel_values_videos": inputs["pixel_values"].unflatten(0, (len(samples), length)),
-            "pixel_mask": inputs["pixel_mask"][::length],
-            "mask_labels": [
-                torch.stack(of_frames[start : start + length], dim=1) for start in range(0, len(of_frames), length)
-            ],
-            "class_labels": inputs["class_labels"][::length],
-            "file_names": [str(sample.get("file_name", "")) for sample in samples],
-        }
+        return {**inputs, "file_names": [str(sample.get("file_name", "")) for sample in samples]}
 
 
 # --- inspection ---

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +233,7 @@ class CocoInstanceDataset(_CocoDataset):
 
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:
         images = _unique_images(content, self.annotation_file, problems)
-        by_image: dict[Any, list[Mapping[str, Any]]] = {}
-        for annotation in content["annotations"]:
-            if annotation["image_id"] in images:
-                by_image.setdefault(annotation["image_id"], []).append(annotation)
-            else:
-                problems.error(
-                    f"Annotations are of images that {self.annotation_file} does not list: add them to `images`, or "
-                    "remove the annotations.",
-                    f"annotation {annotation.get('id')} of image {annotation['image_id']}",
-                )
+        by_image = group_annotations(content["annotations"], images, "image", self.annotation_file, problems)
         names = [_name(image) for image in images.values()]
         if names:
             check_exists(self.image_folder, names, "Images", "put them there, or remove them from the file", problems)
@@ -279,6 +270,28 @@ class CocoInstanceDataset(_CocoDataset):
         record = self._packed[position]
         path = self.image_folder / record["file_name"]
         return path, {**record, "file_name": str(path)}
+
+
+def group_annotations(
+    annotations: Iterable[Mapping[str, Any]],
+    listed: Container[Any],
+    kind: str,
+    annotation_file: Path,
+    problems: Problems,
+) -> dict[Any, list[Mapping[str, Any]]]:
+    """The annotations of each image or video (`kind`) by its id; those of one that is not listed are told of."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for annotation in annotations:
+        owner = annotation[f"{kind}_id"]
+        if owner in listed:
+            groups.setdefault(owner, []).append(annotation)
+        else:
+            problems.error(
+                f"Annotations are of {kind}s that {annotation_file} does not list: add them to `{kind}s`, or remove "
+                "the annotations.",
+                f"annotation {annotation.get('id')} of {kind} {owner}",
+            )
+    return groups
 
 
 def check_segmentation(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..post_processing import encode_rle
 from .base import check_pixels, read_image, read_size
 from .categories import make_categories
-from .coco import check_entries, check_segmentation, find_folder, image_folders, read_json
+from .coco import check_entries, check_segmentation, find_folder, group_annotations, image_folders, read_json
 from .coco_panoptic import new_folder
 from .packed import PackedList
 from .problems import IS_MISSING, FileProblem, Problems, named
@@ -179,16 +179,7 @@ class YouTubeVISDataset(VideoDataset):
                     f"{_name(video)}: id {video['id']}",
                 )
             videos[video["id"]] = video
-        by_video: dict[Any, list[Mapping[str, Any]]] = {}
-        for annotation in content["annotations"] or ():
-            if annotation["video_id"] in videos:
-                by_video.setdefault(annotation["video_id"], []).append(annotation)
-            else:
-                problems.error(
-                    f"Annotations are of videos that {self.annotation_file} does not list: add them to `videos`, or "
-                    "remove the annotations.",
-                    f"annotation {annotation.get('id')} of video {annotation['video_id']}",
-                )
+        by_video = group_annotations(content["annotations"] or (), videos, "video", self.annotation_file, problems)
         contiguous = {category["dataset_id"]: category["id"] for category in self.categories}
         for video_id, video in videos.items():
             if not video["file_names"]:
