@@ -5,8 +5,8 @@ fit the cache, and each new tensor of tens of megabytes is fetched from the oper
 map stays in the cache, in memory that is used again for the next piece. Outputs are the same to rounding, as every
 position is treated as before.
 
-Where gradients are wanted everything is kept anyway, compilers make their own pieces, and an exported graph must not
-know how many there are: there a map is one piece.
+Compilers make their own pieces, and an exported graph must not know how many there are: there a map is one piece. Where
+gradients are wanted autograd keeps everything anyway, except for functions that have a backward pass of their own.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,26 @@ def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
         hidden_states.device.type == "cpu"
         and not layer.training
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()
+        and not _is_recorded()
     )
+
+
+def learns_in_pieces(hidden_states: Tensor, weight: Tensor) -> bool:
+    """Whether a function of `hidden_states` and `weight` should use a backward pass that goes piece by piece.
+
+    It adds up the weight's gradient over the pieces, for which half precision is too coarse.
+    """
+    return (
+        hidden_states.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and hidden_states.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not _is_recorded()
+    )
+
+
+def _is_recorded() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def pieces(length: int, width: int) -> Iterator[slice]:

@@ -19,6 +19,7 @@ from .backbone import load_backbone_weights, read_backbone_config
 from .chunking import pieces, works_in_pieces
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
 from .criterion import Mask2FormerLoss
+from .feed_forward import feed_forward
 from .multi_scale_deformable_attention import (
     GatherTable,
     deformable_attention_at_offsets,
@@ -374,8 +375,11 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
     def _finish(self, hidden_states: Tensor) -> Tensor:
         """What follows the attention and its residual, for every position by itself: (…, C) -> (…, C)."""
         hidden_states = self.self_attn_layer_norm(hidden_states)
-        expanded = self._drop(nn.functional.relu(self.fc1(hidden_states), inplace=not torch.is_grad_enabled()))
-        return self.final_layer_norm(hidden_states + self._drop(self.fc2(expanded)))
+        if self.training and self.dropout:
+            update = self._drop(self.fc2(self._drop(nn.functional.relu(self.fc1(hidden_states)))))
+        else:
+            update = feed_forward(hidden_states, self.fc1, self.fc2, "relu")
+        return self.final_layer_norm(hidden_states + update)
 
     def _forward_in_pieces(
         self,

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.swin import modeling_swin
 
 from .chunking import pieces, works_in_pieces
+from .feed_forward import feed_forward
 from .padding import BackbonePaddingHider
 
 
@@ -60,7 +61,12 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         attended, weights = self._attend(rows.reshape(-1, windows.shape[1], rows.shape[2]), regions, **kwargs)
         update = RearrangeRows.apply(attended.reshape(rows.shape), slots, None, inside, blank)
         hidden_states = hidden_states + self.drop_path(self.dropout(update))
-        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states))), weights
+        return hidden_states + self.dropout(self._expand(self.layernorm_after(hidden_states))), weights
+
+    def _expand(self, hidden_states: Tensor) -> Tensor:
+        if self.attention.config.hidden_act != "gelu":
+            return self.mlp(hidden_states)
+        return feed_forward(hidden_states, self.mlp.fc1, self.mlp.fc2, "gelu")
 
     def _attend(self, rows: Tensor, regions: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Attention inside each window: (B * windows, N, C), (windows, N) -> (B * windows, N, C)."""
@@ -106,7 +112,7 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
                 output.index_copy_(0, order, attended.view(-1, channels).add_(rows))
             for piece in pieces(length, widest):
                 rows = output[piece]
-                rows += self.mlp(self.layernorm_after(rows))
+                rows += self._expand(self.layernorm_after(rows))
         return outputs[:, :length]
 
 

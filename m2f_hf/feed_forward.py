@@ -1,0 +1,75 @@
+"""Two linear layers with an activation between them, which learn a piece of a map at a time.
+
+What lies between the layers is several times as wide as what goes in and comes out: in training it is most of what
+autograd keeps of a feed-forward network, twice where the activation's input and output differ. Here the activation is
+computed again in the backward pass, and for large maps its input, too: writing that to fresh memory and reading it back
+takes as long (see `chunking`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .chunking import learns_in_pieces, pieces
+
+
+_NUMBERS_KEPT = 1 << 23  # 32 MB in float32: what is larger comes from the operating system page by page, every time
+
+
+def feed_forward(states: Tensor, fc1: nn.Linear, fc2: nn.Linear, activation: str) -> Tensor:
+    """`fc2(activation(fc1(states)))` for "relu" or "gelu" (exact, with erf): (..., C) -> (..., C)."""
+    if is_plain(fc1) and is_plain(fc2) and learns_in_pieces(states, fc1.weight):
+        output: Tensor = FeedForward.apply(states, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation == "gelu")
+        return output
+    expanded = fc1(states)
+    if activation == "gelu":
+        return fc2(F.gelu(expanded))
+    return fc2(F.relu(expanded, inplace=not torch.is_grad_enabled()))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does what `nn.Linear` does: adapters change its `forward`, other tools hang hooks on it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) and not any(hooks)
+
+
+class FeedForward(torch.autograd.Function):
+    """As `feed_forward`. Nothing of the width of `fc1`'s output outlives a piece, unless it is small: then `expanded`
+    does, the activation's input (the output of a ReLU, from which its gradient follows as well)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, gelu: bool
+    ) -> Tensor:
+        rows = states.flatten(0, -2)
+        output = torch.empty_like(rows)
+        width = len(weight1)
+        expanded = rows.new_empty(len(rows), width) if len(rows) * width <= _NUMBERS_KEPT else None
+        for piece in pieces(len(rows), width):
+            wide = torch.addmm(bias1, rows[piece], weight1.T, out=None if expanded is None else expanded[piece])
+            torch.addmm(bias2, F.gelu(wide) if gelu else wide.relu_(), weight2.T, out=output[piece])
+        ctx.save_for_backward(states, weight1, bias1, weight2, expanded)
+        ctx.gelu = gelu
+        return output.view(states.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight1, bias1, weight2, expanded = ctx.saved_tensors
+        rows, grad_output = states.flatten(0, -2), grad.flatten(0, -2)
+        grad_rows = torch.empty_like(rows)
+        grad_weight1, grad_bias1, grad_weight2 = (torch.zeros_like(one) for one in (weight1, bias1, weight2))
+        for piece in pieces(len(rows), len(weight1)):
+            wide = torch.addmm(bias1, rows[piece], weight1.T) if expanded is None else expanded[piece]
+            activated = F.gelu(wide) if ctx.gelu else wide.relu()
+            grad_weight2.addmm_(grad_output[piece].T, activated)
+            grad_wide = grad_output[piece] @ weight2
+            if ctx.gelu:
+                grad_wide = torch.ops.aten.gelu_backward(grad_wide, wide)
+            else:
+                grad_wide = torch.ops.aten.threshold_backward(grad_wide, activated, 0)
+            grad_weight1.addmm_(grad_wide.T, rows[piece])
+            grad_bias1 += grad_wide.sum(0)
+            torch.mm(grad_wide, weight1, out=grad_rows[piece])
+        return grad_rows.view(states.shape), grad_weight1, grad_bias1, grad_weight2, grad_output.sum(0), None
