@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .point_sampling import DrawPoints, PointRows, draw_uniform_points, sample_masks_alike
+from .point_sampling import DrawPoints, PointRows, draw_uniform_points, in_reading_order, sample_masks_alike
 
 
 try:
@@ -206,6 +206,8 @@ class Mask2FormerHungarianMatcher(nn.Module):
         points = torch.stack(
             [draw_points("matching", layer, range(batch_size), self.num_points, device) for layer in range(num_layers)]
         )  # (L, B, P, 2)
+        if device.type == "cpu":
+            points = in_reading_order(points.flatten(0, 1), mask_features.shape[-2:]).view_as(points)
         costs = []
         # Several outputs at a time, as each turns the masks into floats; few enough for their values at all points.
         step = max(1, _LABELS_AT_ONCE // (labels.numel() * num_frames * self.num_points))

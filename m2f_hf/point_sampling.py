@@ -128,6 +128,17 @@ class PointRows:
         return sampled.view(*points.shape[:2], -1)
 
 
+def in_reading_order(points: Tensor, size: Sequence[int]) -> Tensor:
+    """Points (N, P, 2), each row of them sorted by the pixel of a map of that height and width in which they lie.
+
+    For sums over points, whose order does not matter: on the CPU neighbours find each other's pixels in the cache.
+    """
+    height, width = size
+    column, line = (points * points.new_tensor([width, height])).floor().unbind(-1)
+    order = (line * width + column).argsort(1)
+    return points.gather(1, order[..., None].expand_as(points))
+
+
 def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
     """`sample_points` for targets, each mask at its own points: (N, H, W) of any dtype, (N, P, 2) -> (N, P) float32."""
     sampled = [sample_points(part[:, None], of_part)[:, 0] for part, of_part in _in_floats(masks, points)]
