@@ -21,10 +21,7 @@ _NUMBERS_PER_PIECE = 1 << 20  # 4 MB in float32: of the widest tensor of a layer
 def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
     """Whether a layer should treat `hidden_states` piece by piece."""
     return (
-        hidden_states.device.type == "cpu"
-        and not layer.training
-        and not torch.is_grad_enabled()
-        and not _is_recorded()
+        hidden_states.device.type == "cpu" and not layer.training and not torch.is_grad_enabled() and not _is_recorded()
     )
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.swin import modeling_swin
 
-from .chunking import pieces, works_in_pieces
-from .feed_forward import feed_forward
+from .chunking import learns_in_pieces, pieces, works_in_pieces
+from .feed_forward import feed_forward, is_plain
 from .padding import BackbonePaddingHider
+from .window_attention import WindowAttention, Windows
 
 
 _OUTSIDE = -100.0  # added to the score of a position beyond the edge around which the shifted map wraps
@@ -48,6 +49,10 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         hidden = None if self.padding_hider is None else self.padding_hider.hidden_tokens((height, width))
         if works_in_pieces(self, hidden_states):
             return self._forward_in_pieces(hidden_states, windows, regions, hidden), None
+
+        if self._learns_in_pieces(hidden_states):
+            hidden_states = self._attend_in_pieces(hidden_states, windows, regions, hidden)
+            return hidden_states + self._expand(self.layernorm_after(hidden_states)), None
 
         length = height * width
         order, slots = windows.flatten(), token_slots(windows, length)
@@ -89,6 +94,46 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
             attention, query, key, value, bias, dropout=dropout, scaling=attention.scaling, **kwargs
         )
         return attention.o_proj(output.reshape(rows.shape)), weights
+
+    def _learns_in_pieces(self, hidden_states: Tensor) -> bool:
+        attention = self.attention
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        return (
+            learns_in_pieces(hidden_states, attention.o_proj.weight)
+            and all(map(is_plain, projections))
+            and attention.config._attn_implementation == "sdpa"
+            and not (self.training and (self.dropout.p or attention.attention_dropout))
+        )
+
+    def _attend_in_pieces(
+        self, hidden_states: Tensor, windows: Tensor, regions: Tensor | None, hidden: Tensor | None
+    ) -> Tensor:
+        """The layer's first half: (B, H * W, C) -> (B, H * W, C)."""
+        attention, norm = self.attention, self.layernorm_before
+        batch, length, _ = hidden_states.shape
+        first = torch.arange(batch, device=windows.device)[:, None, None] * length
+        tokens = torch.where(windows == length, batch * length, windows + first).flatten(0, 1)
+        blank = tokens == batch * length
+        if hidden is not None:
+            blank |= torch.cat([hidden.flatten(), hidden.new_zeros(1)])[tokens]
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [projection.bias for projection in projections]
+        keep = self.drop_path(hidden_states.new_ones(batch, 1, 1)).flatten() if self.training else None
+        output: Tensor = WindowAttention.apply(
+            hidden_states,
+            norm.weight,
+            norm.bias,
+            torch.cat([projection.weight for projection in projections]),
+            None if biases[0] is None else torch.cat(biases),
+            attention.relative_position_bias()[0],
+            attention.o_proj.weight,
+            attention.o_proj.bias,
+            keep,
+            Windows(tokens, blank if blank.any() else None, regions),
+            _OUTSIDE,
+            norm.eps,
+        )
+        return output
 
     def _forward_in_pieces(
         self, hidden_states: Tensor, windows: Tensor, regions: Tensor | None, hidden: Tensor | None
