@@ -1,13 +1,14 @@
 """Swin's layers as an index of windows: against `transformers`' own, on maps of any size."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoBackbone, SwinConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
-from m2f_hf import chunking
+from m2f_hf import chunking, feed_forward, swin
 from m2f_hf.padding import BackbonePaddingHider
 from m2f_hf.swin import WindowedSwinLayer, index_windows, token_slots, use_windowed_layers
 
@@ -65,8 +66,7 @@ def test_stochastic_depth_drops_whole_images():
     states = torch.randn(16, 20, 12)
     layer.mlp.fc2.weight.data.zero_()
     layer.mlp.fc2.bias.data.zero_()
-    with torch.no_grad():  # in training, even where pieces would do
-        changed = (layer.train()(states, (4, 5), always_partition=True)[0] != states).flatten(1)
+    changed = (layer.train()(states, (4, 5), always_partition=True)[0] != states).flatten(1)
     assert torch.equal(changed.any(1), changed.all(1))
     assert changed.any() and not changed.all()
 
@@ -79,6 +79,74 @@ def test_pieces_change_nothing(numbers, monkeypatch):
         expected = layer(states, (9, 7), always_partition=True)[0]
         monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
         torch.testing.assert_close(layer(states, (9, 7), always_partition=True)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("numbers", [1, 3 * 12 * 16 * 5, 1 << 20], ids=["one window", "five", "all"])
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("case", ["plain", "hidden padding", "stochastic depth", "no bias"])
+def test_pieces_learn_what_the_whole_learns(case, shift, numbers, monkeypatch):
+    _, layer = make_layer(shift, drop_path_rate=0.5 if case == "stochastic depth" else 0.0)
+    if case == "hidden padding":
+        layer.padding_hider = SimpleNamespace(hidden_tokens=lambda size: torch.arange(63) % 7 > torch.tensor([[3], [5]]))
+    if case == "no bias":
+        for projection in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
+            projection.bias = None
+    images = 6 if case == "stochastic depth" else 2
+    states = torch.randn(images, 63, 12, requires_grad=True)
+    weights = torch.randn(images, 63, 12)
+    results = []
+    for in_pieces in (False, True):
+        if in_pieces:
+            monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+        else:
+            monkeypatch.setattr(swin, "learns_in_pieces", lambda *_: False)
+            monkeypatch.setattr(feed_forward, "learns_in_pieces", lambda *_: False)
+        torch.manual_seed(1)
+        output = layer.train()(states, (9, 7), always_partition=True)[0]
+        assert ("WindowAttentionBackward" in graph_of(output)) == in_pieces
+        results.append((output, *torch.autograd.grad((output * weights).sum(), [states, *layer.parameters()])))
+        monkeypatch.undo()
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5 * max(1, expected.abs().max().item()), rtol=0)
+
+
+def graph_of(tensor):
+    """Names of the nodes of its graph."""
+    names, nodes = set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return names
+
+
+def test_queries_keys_and_values_are_what_attention_keeps():
+    _, layer = make_layer(2)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    states = torch.randn(2, 63, 12, requires_grad=True)
+    windows, regions = index_windows(9, 7, 4, 2, states.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer._attend_in_pieces(states, windows, regions, None)
+    filled = 2 * windows.numel() * 12
+    large = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() > filled // 2]
+    assert sorted(tensor.numel() for tensor in large) == [states.numel(), 3 * filled]
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_an_adapter_on_a_projection_is_heard(name):
+    _, layer = make_layer(0)
+    states = torch.randn(1, 16, 12, requires_grad=True)
+    plain = layer(states, (4, 4), always_partition=True)[0]
+    getattr(layer.attention, name).register_forward_hook(lambda _, inputs, output: output + inputs[0])
+    with_adapter = layer(states, (4, 4), always_partition=True)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(with_adapter, layer.eval()(states, (4, 4), always_partition=True)[0])
+    assert not torch.allclose(with_adapter, plain)
 
 
 def test_pieces_are_for_inference_in_eager_mode_on_the_cpu():
