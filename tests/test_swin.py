@@ -87,7 +87,8 @@ def test_pieces_change_nothing(numbers, monkeypatch):
 def test_pieces_learn_what_the_whole_learns(case, shift, numbers, monkeypatch):
     _, layer = make_layer(shift, drop_path_rate=0.5 if case == "stochastic depth" else 0.0)
     if case == "hidden padding":
-        layer.padding_hider = SimpleNamespace(hidden_tokens=lambda size: torch.arange(63) % 7 > torch.tensor([[3], [5]]))
+        hidden = torch.arange(63) % 7 > torch.tensor([[3], [5]])
+        layer.padding_hider = SimpleNamespace(hidden_tokens=lambda size: hidden)
     if case == "no bias":
         for projection in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
             projection.bias = None
