@@ -117,13 +117,14 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         if hidden is not None:
             blank |= torch.cat([hidden.flatten(), hidden.new_zeros(1)])[tokens]
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [projection.bias for projection in projections if projection.bias is not None]
+        weights: list[Tensor] = [projection.weight for projection in projections]
+        biases: list[Tensor] = [projection.bias for projection in projections if projection.bias is not None]
         keep = self.drop_path(hidden_states.new_ones(batch, 1, 1)).flatten() if self.training else None
         output: Tensor = WindowAttention.apply(
             hidden_states,
             norm.weight,
             norm.bias,
-            torch.cat([projection.weight for projection in projections]),
+            torch.cat(weights),
             torch.cat(biases) if biases else None,
             attention.relative_position_bias()[0],
             attention.o_proj.weight,
