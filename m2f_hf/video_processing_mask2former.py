@@ -1,12 +1,13 @@
 """Frames to the video model's input, and its outputs back to tracks, with the image processor's arithmetic."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 
 from .image_processing_mask2former import M2FImageProcessor
@@ -71,6 +72,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             FileNotFoundError: a path that leads nowhere.
             ImportError: a video file without PyAV.
         """
+        if stray := {"segmentation_maps", "segments_info", "instance_id_to_semantic_id"} & kwargs.keys():
+            raise ValueError(f"{min(stray)} is of images: give the masks of a clip as mask_labels (N, T, H, W)")
         clips = [read_frames(clip) for clip in list_of_clips(videos)]
         lengths = [len(clip) for clip in clips]
         if len(set(lengths)) > 1:
@@ -81,6 +84,11 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         if mask_labels is not None:
             # (N, T, H, W) -> one (N, H, W) for each frame, as of the batch of images that all frames are.
             masks = [np.asarray(of_clip) for of_clip in mask_labels]
+            if not len(masks) == len(class_labels) == len(clips):
+                raise ValueError(
+                    f"mask_labels and class_labels are lists with one entry for each clip: there are {len(clips)} "
+                    f"clips, but {len(masks)} and {len(class_labels)} entries"
+                )
             for index, (of_clip, length) in enumerate(zip(masks, lengths, strict=True)):
                 if of_clip.ndim != 4 or of_clip.shape[1] != length:
                     raise ValueError(
@@ -109,6 +117,16 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             data["mask_labels"] = [stack(of_frames[i : i + length], 1) for i in range(0, len(of_frames), length)]
             data["class_labels"] = batch["class_labels"][::length]
         return BatchFeature(data=data)
+
+    def post_process(self, outputs: Any, task: Any = None, **kwargs: Any) -> Any:
+        """`post_process_video_instance_segmentation`, the one that there is for clips; `kwargs` go to it.
+
+        Raises:
+            ValueError: another task than "instance".
+        """
+        if task not in (None, "instance"):
+            raise ValueError(f"task {task!r} does not exist for clips; there is only 'instance'")
+        return self.post_process_video_instance_segmentation(outputs, **kwargs)
 
     def post_process_video_instance_segmentation(
         self,
@@ -146,7 +164,18 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
 
 
 def list_of_clips(videos: Any) -> list[Any]:
-    """One clip or several, as a list."""
+    """One clip or several, as a list.
+
+    Raises:
+        ValueError: what is no clip, such as a single image.
+    """
+    dimensions = getattr(videos, "ndim", 4)
+    if isinstance(videos, Image.Image) or dimensions < 4:
+        raise ValueError("a single image is no clip: give a list of frames, [image] for one")
+    if dimensions > 5 or isinstance(videos, Mapping) or not isinstance(videos, str | Path | Iterable):
+        raise ValueError(
+            f"{type(videos).__name__} is no clip: give a list of images, an array (T, H, W, 3), a folder or a video"
+        )
     if isinstance(videos, str | Path):
         return [videos]
     if isinstance(videos, np.ndarray | torch.Tensor):
