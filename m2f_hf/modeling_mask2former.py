@@ -1327,7 +1327,7 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
 
     def predict(
         self,
-        outputs: Mask2FormerModelOutput,
+        outputs: Any,  # a Mask2FormerModelOutput, any field of which may be None to a type checker
         mask_labels: list[Tensor] | None = None,
         class_labels: list[Tensor] | None = None,
         output_auxiliary_logits: bool = False,

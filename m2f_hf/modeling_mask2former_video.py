@@ -34,6 +34,8 @@ def frames_at_once(config: Mask2FormerVideoConfig, device: torch.device) -> int:
 class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
     """Backbone and pixel decoder, which know of no time: a few frames after the other."""
 
+    config: Mask2FormerVideoConfig
+
     def forward(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, output_hidden_states: bool = False
     ) -> Mask2FormerPixelLevelModuleOutput:
