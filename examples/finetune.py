@@ -1,12 +1,13 @@
-"""Train Mask2Former on your images: panoptic, instance or semantic segmentation, on one or several processes.
+"""Train Mask2Former on your images or videos, for any of its tasks, on one or several processes.
 
     accelerate launch examples/finetune.py --dataset path/to/data --model path/or/hub/id --output runs/mine
 
-`--dataset` is what `m2f_hf.data.open_dataset` opens (COCO's files, label maps, a data set on the Hub), or "shapes",
-generated scenes. What is not given is chosen from the data and the checkpoint, and printed with the reason. In the
-output folder: `best/`, a checkpoint for `from_pretrained` with its card; `training_log.jsonl`; `predictions/`, pictures
-of predictions beside targets; and the last `checkpoint-…`, from which an interrupted run goes on with `--resume`,
-exactly as if it had not been: what a step draws depends on the seed and the step alone.
+`--dataset` is what `m2f_hf.data.open_dataset` opens (COCO's files, label maps, YouTube-VIS' files, a data set on the
+Hub), or "shapes" or "moving_shapes", generated scenes and videos. What is not given is chosen from the data and the
+checkpoint, and printed with the reason. In the output folder: `best/`, a checkpoint for `from_pretrained` with its
+card; `training_log.jsonl`; `predictions/`, pictures of predictions beside targets; and the last `checkpoint-…`, from
+which an interrupted run goes on with `--resume`, exactly as if it had not been: what a step draws depends on the seed
+and the step alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,12 +47,13 @@ from transformers.utils import logging
 
 from m2f_hf.cli import Segmenter
 from m2f_hf.data.augmentation import TrainingTransform, inspect_augmentation
+from m2f_hf.data.clips import ClipTransform, inspect_clips
 from m2f_hf.data.hub_datasets import StreamingDataset
 from m2f_hf.data.loading import StepSampler, TrainingStream, evaluation_loader, to_model_inputs, training_loader
 from m2f_hf.data.recipes import Recipe, SizeSchedule
 from m2f_hf.hub import CARD, Figure, HubFolder, model_card
 from m2f_hf.metrics import MAIN_FIGURE, Evaluation, evaluate_model
-from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison
+from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison, draw_frames
 from m2f_hf.optimization import (
     ExponentialMovingAverage,
     LossShare,
@@ -78,11 +81,12 @@ from m2f_hf.visualization import draw_segments
 
 
 THRESHOLDS = {"threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "overlap_mask_area_threshold": (0.5, 0.65, 0.8)}
-MEASURED = {"panoptic": ("pq", "miou"), "instance": ("ap",), "semantic": ("miou",)}
+MEASURED = {"panoptic": ("pq", "miou"), "instance": ("ap",), "semantic": ("miou",), "video": ("ap",)}
 """What is measured on the way. (A panoptic model's AP takes longer than everything else: `examples/evaluate.py`.)"""
 FIGURES = {"pq_all": ("panoptic", "PQ"), "pq_things": ("panoptic", "PQ things"), "pq_stuff": ("panoptic", "PQ stuff")}
 FIGURES |= {"ap": ("instance", "AP"), "ap50": ("instance", "AP50"), "miou": ("semantic", "mIoU")}
 NUM_PICTURES = 4
+PICTURE = "predictions/step-{:07d}.jpg"
 LOSSES = ("loss_cross_entropy", "loss_mask", "loss_dice")
 
 
@@ -240,7 +244,7 @@ class Training:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        transform = TrainingTransform(plan.recipe)
+        transform = transform_for(args, self.data, plan.recipe)
         sizes = None if args.sizes is None else SizeSchedule.parse(args.sizes)
         samples = TrainingStream(self.data.train, transform, args.seed, sizes, plan.images_per_step, plan.steps)
         return training_loader(samples, self.sampler, self.processor, plan.num_workers)
@@ -395,7 +399,7 @@ class Training:
         folder = self.args.output / "predictions"
         with self.tolerating_failure("pictures"), telling_of_failure(f"Pictures in {folder}"):
             folder.mkdir(exist_ok=True)
-            pictures.save(folder / f"step-{self.progress.step:07d}.jpg", quality=90)
+            pictures.save(self.args.output / PICTURE.format(self.progress.step), quality=90)
 
 
 def whole(norm: Any) -> torch.Tensor:
@@ -446,7 +450,13 @@ def evaluate(
         before_batch()
         for prediction, item in zip(evaluation.predict(outputs, items), items, strict=True):
             evaluation.add(prediction, item)
-            if accelerator.is_main_process and len(rows) < NUM_PICTURES:
+            if not accelerator.is_main_process or len(rows) >= NUM_PICTURES:
+                continue
+            if data.task == "video":
+                found, named = draw_frames(item, prediction, evaluation, id2label, colors, NUM_PICTURES)
+                rows.extend(found)
+                titles.extend(named)
+            else:
                 rows.append(draw_comparison(item, prediction, evaluation, id2label, colors))
                 titles.append(str(item.get("file_name", f"image {item['image_id']}")))
 
@@ -492,42 +502,67 @@ def choose_thresholds(model: Any, processor: Any, data: Data, args: argparse.Nam
 # --- the card, and to the Hub ---
 
 
+def transform_for(args: argparse.Namespace, data: Data, recipe: Recipe) -> Any:
+    """What makes training samples of the data's items."""
+    if data.task == "video":
+        return ClipTransform(recipe, args.num_frames, args.frame_range)
+    return TrainingTransform(recipe)
+
+
 def measured(output: Path, data: Data, step: int) -> list[Figure]:
     """What the run measured of the step that was kept; in percent, as the field gives them."""
     rows = read_log(output / "training_log.jsonl")
     best = next(row for row in rows if row["step"] == step and MAIN_FIGURE[data.task] in row)
     source = "the training run, which chose its step by them"
     return [
-        Figure(task, data.name, "validation", metric, round(100 * best[key], 2), source, data.hub_id)
+        Figure(
+            "video" if data.task == "video" else task,
+            data.name,
+            "validation",
+            metric,
+            round(100 * best[key], 2),
+            source,
+            data.hub_id,
+        )
         for key, (task, metric) in FIGURES.items()
         if key in best
     ]
 
 
-def describe_run(args: argparse.Namespace, data: Data, plan: Plan, num_processes: int, repo_id: str, step: int) -> None:
-    """Put a card and an example picture beside the weights that the run kept, those of `step`."""
-    best = args.output / "best"
-    figures = measured(args.output, data, step)
+def draw_example(best: Path, data: Data) -> None:
+    """A validation image with what the model in `best` finds in it."""
     segmenter = Segmenter.load(str(best), task=None, threshold=None, device=None, dtype="float32")
     config, picture = segmenter.model.config, data.validation[0]["image"]
     segmentation, segments_info = segmenter(picture)
     scale = max(1, 480 // picture.width)
     overlay = draw_segments(picture, segmentation, segments_info, colors=config.label_colors, scale=scale)
     overlay.save(best / "example.jpg", quality=90)
+
+
+def describe_run(
+    args: argparse.Namespace, data: Data, plan: Plan, training: Training, num_processes: int, repo_id: str
+) -> None:
+    """Put a card and an example picture beside the weights that the run kept."""
+    best, step = args.output / "best", training.progress.best_step
+    figures = measured(args.output, data, step)
+    if data.task == "video":
+        shutil.copyfile(args.output / PICTURE.format(step), best / "example.jpg")
+    else:
+        draw_example(best, data)
     is_local = args.model is not None and Path(args.model).exists()
     start = Path(args.model).name if is_local else args.model or "scratch"
     if args.backbone is not None:
         start += f", backbone {Path(args.backbone).name}"
-    training = {"start": start, "data": data.name, "kept step": step, "processes": num_processes}
+    settings = {"start": start, "data": data.name, "kept step": step, "processes": num_processes}
     card = model_card(
-        config,
-        segmenter.processor,
+        training.plain_model.config,
+        training.processor,
         repo_id=repo_id,
         base_model=None if is_local else args.model,
         datasets=[data.hub_id] if data.hub_id else [],
         license=args.hub_license,
         figures=figures,
-        training={**training, **plan.settings(args)},
+        training={**settings, **plan.settings(args)},
         example_image="example.jpg",
     )
     card.save(best / CARD)
@@ -578,7 +613,8 @@ def draw_samples(args: argparse.Namespace, data: Data, recipe: Recipe) -> None:
     train = data.train
     items = list(itertools.islice(train, args.inspect)) if isinstance(train, StreamingDataset) else train
     indices = np.linspace(0, len(items) - 1, min(args.inspect, len(items))).round().astype(int).tolist()
-    sheet = inspect_augmentation(items, TrainingTransform(recipe), data.categories, indices, seed=args.seed)
+    inspect: Any = inspect_clips if data.task == "video" else inspect_augmentation
+    sheet = inspect(items, transform_for(args, data, recipe), data.categories, indices, seed=args.seed)
     sheet.save(args.output / "samples.jpg", quality=90)
     say(f"samples of {len(indices)} images are drawn in {args.output / 'samples.jpg'}")
 
@@ -596,7 +632,7 @@ def run_training(
     repo_id = claim_repository(args) if args.push_to_hub and is_main else args.output.resolve().name
     with ending_with_the_message():
         plan = make_plan(args, data, processor, accelerator.num_processes)
-    lines = [*lines, *plan.lines, *prepare_for_training(model, args, data.most_segments)]
+    lines = [*lines, *plan.lines, *prepare_for_training(model, args, data)]
     if is_main:
         tidy(args.output)
         say("\n".join(lines))
@@ -612,9 +648,10 @@ def run_training(
     training.fit()
     if is_main:
         step = training.progress.best_step
-        describe_run(args, data, plan, accelerator.num_processes, repo_id, step)
+        describe_run(args, data, plan, training, accelerator.num_processes, repo_id)
         best = args.output / "best"
-        say(f"Done. The best checkpoint, of step {step}, is {best}: m2f segment photo.jpg --model {best}")
+        how = "" if data.task == "video" else f": m2f segment photo.jpg --model {best}"
+        say(f"Done. The best checkpoint, of step {step}, is {best}{how}")
         if args.push_to_hub:
             publish(args, repo_id)
     accelerator.end_training()

@@ -13,11 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from transformers import PreTrainedConfig
 
-from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
-from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset
+from m2f_hf import (
+    M2FImageProcessor,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerForVideoSegmentation,
+    Mask2FormerVideoConfig,
+    Mask2FormerVideoProcessor,
+)
+from m2f_hf.data import CATEGORIES, VIDEO_RECIPES, MovingShapesDataset, ShapesDataset, open_dataset
+from m2f_hf.data.clips import FRAME_RANGE, NUM_FRAMES
 from m2f_hf.data.hub_datasets import StreamingDataset
-from m2f_hf.data.recipes import RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
+from m2f_hf.data.recipes import RECIPES, Recipe, SizeSchedule, default_recipe
 from m2f_hf.data.shapes import TEST_SEED, VALIDATION_SEED
 from m2f_hf.label_sets import LABEL_SETS, find_label_set
 from m2f_hf.metrics import MEASURES
@@ -31,6 +39,8 @@ SMALL_BATCH = 8
 """Images per process below which statistics of batch norms are too rough to learn with."""
 FIELDS = ("num_queries", "train_num_points")
 """Of the model's configuration, that options change."""
+GENERATED = {"shapes": "panoptic", "moving_shapes": "video"}
+"""Data sets that are drawn while they are read, and their tasks."""
 NUM_STREAMED = 100
 """Images of a stream that are validated on."""
 
@@ -42,14 +52,16 @@ def parse_arguments(arguments: list[str] | None, description: str | None) -> arg
     """The options of `examples/finetune.py`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, help='folder, annotation file, name on the Hub, or "shapes"')
+    generated = " or ".join(f'"{name}"' for name in GENERATED)
+    data.add_argument("--dataset", required=True, help=f"folder, annotation file, name on the Hub, {generated}")
     data.add_argument("--task", choices=list(MEASURES), help="default: what the annotations are made for")
     data.add_argument("--validation", help="another folder or file to validate on")
     data.add_argument("--held_out", type=float, default=0.1, help="share to validate on, where there is no such split")
     data.add_argument("--labels", help=f"file with class names, or one of {', '.join(LABEL_SETS)}")
     data.add_argument("--streaming", action="store_true", help="read a Hub data set without downloading it first")
     data.add_argument("--image_size", type=int, default=160, help="side of generated scenes")
-    data.add_argument("--eval_scenes", type=int, default=200, help="unseen scenes of --dataset shapes")
+    data.add_argument("--eval_scenes", type=int, help="unseen scenes (200) or videos (60) of generated data")
+    data.add_argument("--video_length", type=int, default=16, help="frames of generated videos")
     start = parser.add_argument_group("start")
     start.add_argument("--model", help="folder or Hub id of the model to start from")
     start.add_argument("--backbone", help="folder or Hub id of a backbone to start from, the rest being new")
@@ -58,13 +70,18 @@ def parse_arguments(arguments: list[str] | None, description: str | None) -> arg
     start.add_argument("--train_num_points", type=int, help="at which masks are compared; small objects need more")
     start.add_argument("--freeze_backbone", action="store_true")
     samples = parser.add_argument_group("samples")
-    samples.add_argument("--recipe", choices=["default", "plain", "whole", *RECIPES], help="default: by the data set")
+    recipes = ["default", "plain", "whole", *RECIPES, *VIDEO_RECIPES]
+    samples.add_argument("--recipe", choices=recipes, help="default: by the data set")
     samples.add_argument("--input_size", type=int, help="shortest side that images are resized to (default: --model's)")
     samples.add_argument("--sizes", help='growing sizes of samples over training, such as "0:256,0.5:384,0.8:512"')
+    samples.add_argument("--num_frames", type=int, default=NUM_FRAMES, help="of a video, that make a training clip")
+    samples.add_argument(
+        "--frame_range", type=int, default=FRAME_RANGE, help="how far from a random frame the others of a clip may be"
+    )
     samples.add_argument("--inspect", type=int, default=0, metavar="N", help="draw samples of N images to samples.jpg")
     steps = parser.add_argument_group("steps (what is not given comes from the recipe, the batch and the data)")
     steps.add_argument("--steps", type=int)
-    steps.add_argument("--batch_size", type=int, default=4, help="images per process")
+    steps.add_argument("--batch_size", type=int, default=4, help="images or clips per process")
     steps.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches that make one step")
     steps.add_argument("--learning_rate", type=float)
     steps.add_argument("--backbone_multiplier", type=float, help="of the learning rate")
@@ -106,12 +123,15 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--push_to_hub is for training; `m2f push` sends a folder")
     if (args.eval_only or args.choose_thresholds) and args.model is None:
         parser.error("--eval_only and --choose_thresholds need --model")
-    if args.dataset == "shapes" and args.seed in (VALIDATION_SEED, TEST_SEED):
+    if args.dataset in GENERATED and args.seed in (VALIDATION_SEED, TEST_SEED):
         parser.error(f"--seed {args.seed} is that of the unseen scenes: take another")
     if args.config is not None and not args.config.is_file():
         parser.error(f"there is no file {args.config}")
     for name in (
         *FIELDS,
+        "video_length",
+        "num_frames",
+        "frame_range",
         "steps",
         "batch_size",
         "gradient_accumulation_steps",
@@ -154,12 +174,8 @@ def open_data(args: argparse.Namespace, is_main_process: bool) -> Data:
     Raises:
         ValueError, OSError, ImportError: it cannot be trained on as it is; every problem is named.
     """
-    if args.dataset == "shapes":
-        if args.task not in (None, "panoptic"):
-            raise ValueError("Generated shapes are for --task panoptic; write them to a folder for the others.")
-        train = ShapesDataset(1_000_000, args.image_size, seed=args.seed)
-        unseen = ShapesDataset(args.eval_scenes, args.image_size, seed=TEST_SEED if args.eval_only else VALIDATION_SEED)
-        return Data(train, unseen, CATEGORIES, "panoptic", "generated shapes", "generated shapes, without end")
+    if args.dataset in GENERATED:
+        return generated_data(args)
     found = open_dataset(
         args.dataset,
         task=args.task,
@@ -178,12 +194,46 @@ def open_data(args: argparse.Namespace, is_main_process: bool) -> Data:
     return Data(found.train, validation, found.categories, found.task, name, str(found.report), hub_id, most_segments)
 
 
+def generated_data(args: argparse.Namespace) -> Data:
+    """Scenes or videos without end; unseen ones of other seeds to validate on, and yet others for `--eval_only`."""
+    task = GENERATED[args.dataset]
+    if args.task not in (None, task):
+        raise ValueError(f"Generated {args.dataset} are for --task {task}; write them to a folder for the others.")
+    unseen_seed = TEST_SEED if args.eval_only else VALIDATION_SEED
+    if task == "video":
+        size = (args.video_length, args.image_size)
+        unseen: Any = MovingShapesDataset(args.eval_scenes or 60, *size, seed=unseen_seed)
+        videos = MovingShapesDataset(1_000_000, *size, seed=args.seed)
+        return Data(videos, unseen, videos.categories, task, "moving shapes", "generated videos, without end")
+    unseen = ShapesDataset(args.eval_scenes or 200, args.image_size, seed=unseen_seed)
+    scenes = ShapesDataset(1_000_000, args.image_size, seed=args.seed)
+    return Data(scenes, unseen, CATEGORIES, task, "generated shapes", "generated shapes, without end")
+
+
 def num_images(data: Data) -> int | None:
-    """Number of training images; None where there is no end of them, or none that is known."""
-    return None if isinstance(data.train, (StreamingDataset, ShapesDataset)) else len(data.train)
+    """Number of training images or videos; None where there is no end of them, or none that is known."""
+    return None if isinstance(data.train, (StreamingDataset, ShapesDataset, MovingShapesDataset)) else len(data.train)
+
+
+def frames_in_clip(args: argparse.Namespace, data: Data) -> int:
+    """Frames of a training sample."""
+    return args.num_frames if data.task == "video" else 1
 
 
 # --- model ---
+
+
+def classes_for(task: str) -> tuple[Any, Any]:
+    """The model's class and the processor's."""
+    if task == "video":
+        return Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
+    return Mask2FormerForUniversalSegmentation, M2FImageProcessor
+
+
+def is_video_checkpoint(model: str) -> bool:
+    """Whether a folder or Hub id is a model of clips already."""
+    fields, _ = PreTrainedConfig.get_config_dict(model)
+    return fields.get("model_type") == Mask2FormerVideoConfig.model_type
 
 
 def build(args: argparse.Namespace, data: Data) -> tuple[Any, Any, str]:
@@ -192,9 +242,10 @@ def build(args: argparse.Namespace, data: Data) -> tuple[Any, Any, str]:
     Raises:
         ValueError, OSError: there is no such model, or it does not do.
     """
+    model_class, processor_class = classes_for(data.task)
     if args.model is not None:
         changed = changed_fields(args)
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, dtype=torch.float32, **changed)
+        model = model_class.from_pretrained(args.model, dtype=torch.float32, **changed)
         own = [name for _, name in sorted((int(label), name) for label, name in model.config.id2label.items())]
         if args.eval_only and own != [category["name"] for category in data.categories]:
             raise ValueError(
@@ -202,19 +253,21 @@ def build(args: argparse.Namespace, data: Data) -> tuple[Any, Any, str]:
                 "examples/evaluate.py finds them by name."
             )
         note = f"{args.model}: {set_classes(model, data.categories)}"
-        processor = M2FImageProcessor.from_pretrained(args.model)
+        processor = processor_class.from_pretrained(args.model)
+        if data.task == "video" and not is_video_checkpoint(args.model):
+            processor.max_detections = Mask2FormerVideoProcessor().max_detections  # images have more
         size = processor.size if args.input_size is None else to_size(args.input_size)
     else:
-        model, note = build_new(args, data.categories)
+        model, note = build_new(args, data.categories, model_class)
         recipe = choose_recipe(args, data)[0]
-        processor = M2FImageProcessor(size=to_size(*recipe.evaluation_size))
+        processor = processor_class(size=to_size(*recipe.evaluation_size))
         size = processor.size
     if args.no_object_weight is not None:
         model.config.no_object_weight = args.no_object_weight
         model.criterion.empty_weight[-1] = args.no_object_weight
     processor.size = size
     if not args.eval_only:
-        processor.task = data.task
+        processor.task = "instance" if data.task == "video" else data.task
         stuff = [category["id"] for category in data.categories if category["isthing"] in (False, 0)]
         processor.label_ids_to_fuse = stuff if data.task == "panoptic" else None
     return model, processor, note
@@ -230,7 +283,7 @@ def changed_fields(args: argparse.Namespace) -> dict[str, int]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]]) -> tuple[Any, str]:
+def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]], model_class: Any) -> tuple[Any, str]:
     """A model whose decoders have learnt nothing yet."""
     labels = {category["id"]: category["name"] for category in categories}
     names: dict[str, Any] = {"id2label": labels, "label2id": {name: label for label, name in labels.items()}}
@@ -239,9 +292,9 @@ def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]])
         names["label_colors"] = [list(color) for color in colors]
     names |= changed_fields(args)
     if args.config is None:
-        return Mask2FormerForUniversalSegmentation.from_backbone(args.backbone, **names), f"backbone {args.backbone}"
+        return model_class.from_backbone(args.backbone, **names), f"backbone {args.backbone}"
     settings = json.loads(args.config.read_text(encoding="utf-8")) | names
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**settings))
+    model = model_class(model_class.config_class(**settings))
     if args.backbone is None:
         return model, f"from scratch, {args.config}"
     backbone = model.model.pixel_level_module.encoder
@@ -251,14 +304,11 @@ def build_new(args: argparse.Namespace, categories: Sequence[Mapping[str, Any]])
     return model, f"{args.config}, backbone {args.backbone}"
 
 
-def prepare_for_training(model: Any, args: argparse.Namespace, most_segments: int = 0) -> list[str]:
-    """Freeze and wrap what is to be; what was done beyond what was asked for, and what may go wrong.
-
-    Args:
-        most_segments: most in one training image.
-    """
+def prepare_for_training(model: Any, args: argparse.Namespace, data: Data) -> list[str]:
+    """Freeze and wrap what is to be; what was done beyond what was asked for, and what may go wrong."""
     encoder = model.model.pixel_level_module.encoder
     notes = []
+    most_segments = data.most_segments
     if most_segments > model.config.num_queries:
         notes.append(
             f"warning: there are images with {most_segments} segments, but only {model.config.num_queries} queries to "
@@ -296,11 +346,13 @@ class Plan:
     eval_every: int
     save_every: int
     num_workers: int
+    is_video: bool
     lines: list[str]
 
     def settings(self, args: argparse.Namespace) -> dict[str, Any]:
         """What decides most how a run goes: for the card and for trackers."""
         names = ("seed", "batch_size", "gradient_accumulation_steps", "sizes", "ema", "freeze_backbone")
+        names += ("num_frames", "frame_range") if self.is_video else ()
         of_recipe = ("backbone_multiplier", "weight_decay", "max_grad_norm", "schedule", "warmup_steps", "crop_size")
         values = {"steps": self.steps, "images_per_step": self.images_per_step, "learning_rate": self.learning_rate}
         values |= {name: getattr(args, name) for name in names}
@@ -329,15 +381,16 @@ def choose_recipe(args: argparse.Namespace, data: Data, size: Mapping[str, Any] 
         size: at which a checkpoint looks at images; None for a new model.
     """
     known = find_label_set({category["id"]: category["name"] for category in data.categories}, data.name)
-    name = f"{known.dataset}-{data.task}" if known is not None else ""
+    name = f"{known.dataset}-{'instance' if data.task == 'video' else data.task}" if known is not None else ""
+    recipes = RECIPES | VIDEO_RECIPES
     images = num_images(data) or 0
     if size is None:
-        size = to_size(args.input_size or (args.image_size if args.dataset == "shapes" else 512))
-    if args.recipe in RECIPES:
-        recipe, reason = get_recipe(args.recipe), f"{args.recipe}, the original's"
-    elif args.recipe is None and name in RECIPES and images >= KNOWN_RECIPE_IMAGES:
-        recipe, reason = get_recipe(name), f"{name}, the original's for these classes"
-    elif args.recipe == "plain" or (args.recipe is None and args.dataset == "shapes"):
+        size = to_size(args.input_size or (args.image_size if args.dataset in GENERATED else 512))
+    if args.recipe in recipes:
+        recipe, reason = recipes[args.recipe], f"{args.recipe}, the original's"
+    elif args.recipe is None and name in recipes and images >= KNOWN_RECIPE_IMAGES:
+        recipe, reason = recipes[name], f"{name}, the original's for these classes"
+    elif args.recipe == "plain" or (args.recipe is None and args.dataset in GENERATED):
         recipe, reason = plain_recipe(size), "plain: images at one size, mirrored or not"
     elif args.recipe == "whole":
         if args.sizes is not None:
@@ -372,8 +425,11 @@ def make_plan(args: argparse.Namespace, data: Data, processor: Any, num_processe
     """Everything that a run needs to know."""
     recipe, why = choose_recipe(args, data, None if args.model is None else processor.size)
     per_step = args.batch_size * args.gradient_accumulation_steps * num_processes
+    is_video = data.task == "video"
     cut = "" if args.recipe == "whole" else f"; samples of {recipe.crop_size[0]}x{recipe.crop_size[1]}"
     lines = [f"recipe {why}{cut}"]
+    if is_video:
+        lines.append(f"clips of {args.num_frames} frames, at most {args.frame_range} from one of them")
     if args.sizes is not None:
         lines.append(f"sizes of samples over training: {args.sizes}")
     scaled = scale_learning_rate(per_step, recipe.learning_rate)
@@ -382,16 +438,23 @@ def make_plan(args: argparse.Namespace, data: Data, processor: Any, num_processe
     steps, reason = choose_steps(args, data, recipe, per_step)
     lines.append(f"{reason}; schedule {recipe.schedule}, warm-up {recipe.warmup_steps} steps")
     # A validation image costs about a third of a training image; a tenth of the time may go there.
-    by_cost = 3 * len(data.validation) // per_step
+    frames = mean_length(data.validation) if is_video else 1
+    by_cost = 3 * len(data.validation) * frames // (per_step * frames_in_clip(args, data))
     eval_every = args.eval_every or min(steps, max(by_cost, steps // 20, 1))
     save_every = args.save_every or min(eval_every, 500)
-    lines.append(
-        f"validation images: {len(data.validation)}, every {eval_every} steps; a checkpoint every {save_every}"
-    )
+    count = len(data.validation)
+    validation = f"videos: {count} of about {frames} frames" if is_video else f"images: {count}"
+    lines.append(f"validation {validation}, every {eval_every} steps; a checkpoint every {save_every}")
     workers = args.num_workers
     if workers is None:
         workers = min(4, max(1, (os.cpu_count() or 1) // num_processes - 1))
-    return Plan(recipe, per_step, steps, rate, eval_every, save_every, workers, lines)
+    return Plan(recipe, per_step, steps, rate, eval_every, save_every, workers, is_video, lines)
+
+
+def mean_length(videos: Any) -> int:
+    """Frames of a video, of the first twenty."""
+    lengths = [len(videos[index]["frames"]) for index in range(min(len(videos), 20))]
+    return max(1, round(sum(lengths) / len(lengths)))
 
 
 def choose_steps(args: argparse.Namespace, data: Data, recipe: Recipe, images_per_step: int) -> tuple[int, str]:

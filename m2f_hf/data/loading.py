@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..video_processing_mask2former import Mask2FormerVideoProcessor
 from .augmentation import pack_masks, unpack_masks
+from .clips import CollateClips
 from .hub_datasets import StreamingDataset
 from .recipes import SizeSchedule
 
@@ -133,37 +135,38 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
 
 
 class CollateSamples:
-    """A list of training samples -> the model's inputs, with masks as bits for the way to the device."""
+    """Training samples, images or clips as the processor's -> the model's inputs, masks as bits on their way there."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        inputs = self.processor(
+        inputs = {**self._inputs(samples)}
+        packed = [torch.from_numpy(pack_masks(masks.numpy())) for masks in inputs.pop("mask_labels")]
+        return {**inputs, "packed_masks": packed, "file_names": [sample["file_name"] for sample in samples]}
+
+    def _inputs(self, samples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        if isinstance(self.processor, Mask2FormerVideoProcessor):
+            return CollateClips(self.processor)(samples)
+        return self.processor(
             [sample["image"] for sample in samples],
             mask_labels=[sample["mask_labels"] for sample in samples],
             class_labels=[sample["class_labels"] for sample in samples],
             do_resize=False,
             return_tensors="pt",
         )
-        return {
-            "pixel_values": inputs["pixel_values"],
-            "pixel_mask": inputs["pixel_mask"],
-            "packed_masks": [torch.from_numpy(pack_masks(masks.numpy())) for masks in inputs["mask_labels"]],
-            "class_labels": inputs["class_labels"],
-            "file_names": [sample["file_name"] for sample in samples],
-        }
 
 
 def to_model_inputs(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `CollateSamples` made, as arguments of the model: masks (N, H, W) bool again, everything on `device`."""
-    width = batch["pixel_values"].shape[-1]
+    """What `CollateSamples` made, as arguments of the model: masks (N, H, W) or (N, T, H, W) bool, all on `device`."""
+    pixels = "pixel_values" if "pixel_values" in batch else "pixel_values_videos"
+    width = batch[pixels].shape[-1]
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
     return {
-        "pixel_values": move(batch["pixel_values"]),
+        pixels: move(batch[pixels]),
         "pixel_mask": move(batch["pixel_mask"]),
         "mask_labels": [unpack_masks(move(masks), width) for masks in batch["packed_masks"]],
         "class_labels": [move(labels) for labels in batch["class_labels"]],
@@ -177,7 +180,8 @@ class CollateItems:
         self.processor = processor
 
     def __call__(self, items: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
-        return self.processor([item["image"] for item in items], return_tensors="pt"), items
+        images = [list(item["frames"]) if "frames" in item else item["image"] for item in items]
+        return self.processor(images, return_tensors="pt"), items
 
 
 def training_loader(
@@ -196,7 +200,11 @@ def training_loader(
 def evaluation_loader(
     dataset: Any, processor: Any, batch_size: int, process: int = 0, num_processes: int = 1
 ) -> DataLoader[Any]:
-    """A process's share of a data set, as pairs of inputs and items; shares may differ by one image, or be empty."""
+    """A process's share of a data set, as pairs of inputs and items; shares may differ by one image, or be empty.
+
+    A video comes alone: others have other lengths.
+    """
+    batch_size = 1 if isinstance(processor, Mask2FormerVideoProcessor) else batch_size
     share = torch.utils.data.Subset(dataset, range(process, len(dataset), num_processes))
     return DataLoader(share, batch_size=batch_size, collate_fn=CollateItems(processor))
 

@@ -24,7 +24,7 @@ def evaluate_model(
     device = next(model.parameters()).device
     try:
         for inputs, items in tqdm(batches, desc="Evaluating", unit="batch", leave=False, disable=not show_progress):
-            outputs = model(pixel_values=inputs["pixel_values"].to(device), pixel_mask=inputs["pixel_mask"].to(device))
+            outputs = model(**{name: values.to(device) for name, values in inputs.items()})
             update(outputs, items)
     finally:
         model.train(was_training)

@@ -10,17 +10,25 @@ from .base import Gather, Metric, merged, names_of
 from .mask_ap import MaskAP
 from .mean_iou import MeanIoU
 from .panoptic_quality import PanopticQuality
+from .video_ap import VideoAP, tubes
 
 
-MEASURES: dict[str, tuple[str, ...]] = {"panoptic": ("pq", "ap", "miou"), "instance": ("ap",), "semantic": ("miou",)}
-"""What the paper reports for each task, the main one first; a panoptic model is measured for all three."""
-MAIN_FIGURE = {"panoptic": "pq_all", "instance": "ap", "semantic": "miou"}
+MEASURES: dict[str, tuple[str, ...]] = {
+    "panoptic": ("pq", "ap", "miou"),
+    "instance": ("ap",),
+    "semantic": ("miou",),
+    "video": ("ap",),
+}
+"""What the papers report for each task, the main one first; a panoptic model is measured for all three of images."""
+MAIN_FIGURE = {"panoptic": "pq_all", "instance": "ap", "semantic": "miou", "video": "ap"}
 """The figure by which checkpoints and images of a task are compared."""
 VOID_LABEL = -1  # outside the classes, however many there are
 
 
 class Prediction(TypedDict, total=False):
-    """One image's results at its own size: those of `post_process_*_segmentation` that the measures need."""
+    """One image's results at its own size: those of `post_process_*_segmentation` that the measures need.
+
+    A video's tracks are its `instances`, each with a mask for every frame."""
 
     panoptic: Mapping[str, Any]
     instances: Mapping[str, Any]
@@ -28,15 +36,15 @@ class Prediction(TypedDict, total=False):
 
 
 class Evaluation:
-    """PQ, mask AP and mIoU of one model, image by image, in the frame of the original images.
+    """PQ, mask AP and mIoU of one model, image by image, or video AP, clip by clip, in the original images' frame.
 
     Its state is a few numbers per class, image and detection. Processes may have seen different numbers of images, or
     none.
 
     Args:
-        task: "panoptic", "instance" or "semantic".
-        processor: an `M2FImageProcessor`, or what has its `post_process_*_segmentation` methods; its thresholds and
-            stuff classes are used.
+        task: "panoptic", "instance", "semantic" or "video".
+        processor: an `M2FImageProcessor` (for "video" a `Mask2FormerVideoProcessor`), or what has its
+            `post_process_*_segmentation` methods; its thresholds and stuff classes are used.
         categories: the classes in COCO's form with contiguous ids.
         measures: some of `MEASURES[task]`, where not all are wanted: "pq", "ap" (which takes most of the time), "miou".
 
@@ -65,12 +73,13 @@ class Evaluation:
         if "pq" in self.measures:
             self.metrics["pq"] = PanopticQuality(categories)
         if "ap" in self.measures:
-            self.metrics["ap"] = MaskAP(categories)
+            self.metrics["ap"] = VideoAP(categories) if task == "video" else MaskAP(categories)
         if "miou" in self.measures:
             self.metrics["miou"] = MeanIoU(categories, VOID_LABEL)
 
     def update(self, outputs: Any, items: Sequence[Mapping[str, Any]]) -> None:
-        """Add a batch: the model's outputs, and the items of a data set (see `ShapesDataset`) they are for.
+        """Add a batch: the model's outputs, and the items of a data set (`SegmentationDataset`, or for task "video"
+        `VideoDataset`) they are for.
 
         Raises:
             ValueError: an image added before (by its `image_id`), an item without the labels that a measure needs, and
@@ -88,7 +97,9 @@ class Evaluation:
             for prediction, result in zip(predictions, found, strict=True):
                 prediction["panoptic"] = result
         if "ap" in self.metrics:
-            found = self.processor.post_process_instance_segmentation(
+            of_video = self.task == "video"
+            post_process = f"post_process_{'video_' if of_video else ''}instance_segmentation"
+            found = getattr(self.processor, post_process)(
                 outputs, threshold=0.0, target_sizes=sizes, return_coco_annotation=True
             )
             for prediction, result in zip(predictions, found, strict=True):
@@ -108,7 +119,12 @@ class Evaluation:
             )
         if "ap" in self.metrics:
             found = detections(prediction["instances"])
-            self.metrics["ap"].update(item["image_id"], image_size(item), found, with_masks(item))
+            if self.task == "video":
+                size = (len(item["frames"]), *image_size(item))
+                named = [{**track, "segmentations": track["segmentation"]} for track in found]
+                self.metrics["ap"].update(item["video_id"], size, named, tubes(item))
+            else:
+                self.metrics["ap"].update(item["image_id"], image_size(item), found, with_masks(item))
         if "miou" in self.metrics:
             target = semantic_map(_label_map(item), item["segments_info"])
             self.metrics["miou"].update(to_array(prediction["semantic"]), target)
@@ -148,7 +164,9 @@ class Evaluation:
 
 
 def image_size(item: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of an item's image."""
+    """Height and width of an item's image, or of its frames."""
+    if "frames" in item:
+        return item["height"], item["width"]
     if "segmentation_map" in item:
         height, width = item["segmentation_map"].shape
         return height, width

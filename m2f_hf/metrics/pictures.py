@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.masks import decode_segmentation
+from ..data.video import frame_mask
 from ..visualization import contact_sheet, draw_segments, semantic_to_segments
 from .evaluation import Evaluation, Prediction, detections, image_size, to_array, with_masks
 from .mask_ap import is_thing
@@ -71,6 +72,37 @@ def draw_comparison(
         draw_segments(item["image"], *segments, id2label=id2label, colors=colors, scale=max(1, side // max(size)))
         for segments in (nothing, predicted, target_segments(item, evaluation))
     ]
+
+
+def draw_frames(
+    item: Mapping[str, Any],
+    prediction: Prediction,
+    evaluation: Evaluation,
+    id2label: Mapping[int, str],
+    colors: Mapping[int, Sequence[int]] | None = None,
+    number: int = 4,
+) -> tuple[list[list[Image.Image]], list[str]]:
+    """`draw_comparison` of some frames of a video, evenly spread from the first to the last, and their titles.
+
+    A track has one colour in all of them. Arguments as `draw_comparison`'s; `number`: of frames, at most.
+    """
+    length = len(item["frames"])
+    frames = np.linspace(0, length - 1, min(number, length)).round().astype(int).tolist()
+    rows = []
+    for frame in frames:
+        size = image_size(item)
+        masks = (frame_mask(item, info, frame) for info in item["segments_info"])
+        segments = [
+            {**info, "segmentation": np.zeros(size, dtype=bool) if mask is None else mask}
+            for info, mask in zip(item["segments_info"], masks, strict=True)
+        ]
+        still = {"image": item["frames"][frame], "segments_info": segments}
+        instances = dict(prediction["instances"])
+        instances["segmentation"] = [
+            np.zeros(size, dtype=bool) if masks[frame] is None else masks[frame] for masks in instances["segmentation"]
+        ]
+        rows.append(draw_comparison(still, {"instances": instances}, evaluation, id2label, colors))
+    return rows, [f"{item['file_name']}, frame {frame + 1} of {length}" for frame in frames]
 
 
 def comparison_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], side: int = 480) -> Image.Image:
