@@ -125,13 +125,18 @@ def _by_numbers(file: Path) -> list[Any]:
     return [*(int(part) if part.isdecimal() else part for part in parts), file.name]
 
 
-def _container(path: Path) -> Any:
+def _pyav(path: Path) -> Any:
     try:
         import av
     except ImportError as error:
         raise ImportError(
             f"reading the video file {path} needs PyAV: pip install 'm2f_hf[video]', or give a folder of its frames"
         ) from error
+    return av
+
+
+def _container(path: Path) -> Any:
+    av = _pyav(path)
     try:
         container = av.open(str(path))
     except (av.error.FFmpegError, OSError) as error:
@@ -143,8 +148,7 @@ def _container(path: Path) -> Any:
 
 
 def _decode(path: Path, container: Any) -> Iterator[np.ndarray | _Broken]:
-    import av
-
+    av = _pyav(path)
     with container:
         packets = container.demux(container.streams.video[0])
         while True:
