@@ -32,6 +32,14 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         kwargs.setdefault("task", "instance")
         super().__init__(max_detections=max_detections, instance_threshold=instance_threshold, **kwargs)
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the image processor's; settings of an image processor are read with the task of clips."""
+        settings = dict(image_processor_dict)
+        if settings.get("image_processor_type") != cls.__name__:
+            settings["task"] = "instance"
+        return super().from_dict(settings, **kwargs)
+
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """As `preprocess`."""
         return self.preprocess(videos, **kwargs)

@@ -168,12 +168,44 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 
 def test_the_auto_classes_know_clips(tmp_path):
-    from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation
+    from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, AutoProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the others ask for torchvision
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
     tiny_model().save_pretrained(tmp_path)
+    Mask2FormerVideoProcessor(max_detections=7).save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is Mask2FormerVideoConfig
     assert AutoModel.from_pretrained(tmp_path).main_input_name == "pixel_values_videos"
     assert type(AutoModelForUniversalSegmentation.from_pretrained(tmp_path)) is Mask2FormerForVideoSegmentation
+    for auto_class in (AutoProcessor, AutoImageProcessor, AutoVideoProcessor):
+        processor = auto_class.from_pretrained(tmp_path)
+        assert type(processor) is Mask2FormerVideoProcessor
+        assert processor.max_detections == 7
+
+
+def test_the_image_pipeline_says_that_it_takes_no_clips(tmp_path):
+    from transformers import pipeline
+
+    tiny_model().save_pretrained(tmp_path)
+    Mask2FormerVideoProcessor().save_pretrained(tmp_path)
+    says = "is a video model, and this pipeline takes images: give clips to `Mask2FormerForVideoSegmentation`"
+    with pytest.raises(ValueError, match=f"{tmp_path} {says}"):
+        pipeline("image-segmentation", model=str(tmp_path))
+    with pytest.raises(ValueError, match=f"^this model {says}"):
+        pipeline("image-segmentation", model=tiny_model(), image_processor=M2FImageProcessor())
+
+
+def test_a_video_checkpoint_is_read_as_an_image_model_with_a_warning(tmp_path, caplog):
+    video_model = tiny_model(label_frame="last", frames_per_batch=2)
+    video_model.save_pretrained(tmp_path)
+    model, report = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{tmp_path} is a video model, read here as an image model: the weights fit")
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model.config) is Mask2FormerConfig
+    assert not {"label_frame", "frames_per_batch"} & model.config.to_dict().keys()
+    state = video_model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_an_image_checkpoint_is_a_start(tmp_path):
@@ -371,11 +403,22 @@ def test_masks_go_with_their_frames():
     assert batch["class_labels"][0].tolist() == [4, 2]
 
 
-def test_the_processor_is_saved_and_reads_an_image_checkpoints_settings(tmp_path):
+def test_the_processor_is_saved_and_reads_an_image_checkpoints_settings(tmp_path, caplog):
     Mask2FormerVideoProcessor(max_detections=7, instance_threshold=0.25).save_pretrained(tmp_path / "video")
     loaded = Mask2FormerVideoProcessor.from_pretrained(tmp_path / "video")
     assert type(loaded) is Mask2FormerVideoProcessor
     assert (loaded.max_detections, loaded.instance_threshold, loaded.task) == (7, 0.25, "instance")
+    image_processor = M2FImageProcessor(task="panoptic", size={"height": 64, "width": 96}, channel_order="BGR")
+    image_processor.save_pretrained(tmp_path / "image")
+    of_images = Mask2FormerVideoProcessor.from_pretrained(tmp_path / "image")
+    assert (of_images.task, dict(of_images.size), of_images.channel_order) == (
+        "instance",
+        {"height": 64, "width": 96},
+        "BGR",
+    )
+    back = M2FImageProcessor.from_pretrained(tmp_path / "video")
+    assert (back.task, dict(back.size)) == ("instance", {"shortest_edge": 360, "longest_edge": 1333})
+    assert caplog.text == ""  # nothing had to be guessed
 
 
 def test_a_clip_that_cannot_be_read_says_why(tmp_path):
