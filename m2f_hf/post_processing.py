@@ -584,19 +584,20 @@ def video_instance_segmentation(
     probability inside the mask, over all frames, as for images. Pairs below `threshold` are left out.
 
     Returns:
-        `segments_info`, by falling score, ids counting up from 0: `id`, `label_id`, `score` (0 to 1) and `areas`, the
-        pixels in each frame; and `segmentation`: (N, T, height, width) bool, or with `return_coco_annotation` for each
-        of the N a list of T COCO run-length encodings, None for a frame without a pixel.
+        `segments_info`, by falling score, ids counting up from 0: `id`, `label_id`, `score` (0 to 1), `areas`, the
+        pixels in each frame, and `query`, which it is; and `segmentation`: (N, T, height, width) bool, or with
+        `return_coco_annotation` for each of the N a list of T COCO run-length encodings, None for a frame without a
+        pixel.
     """
     class_probs = clip.class_logits.float().softmax(-1)[:, :-1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
     # Masks are at most certain, so a pair below the threshold now will be below it later.
     scores, pairs = scores[scores >= threshold], pairs[scores >= threshold]
     labels = pairs % class_probs.shape[1]
-    queries, of_pair = torch.unique(pairs // class_probs.shape[1], return_inverse=True)
+    all_queries, of_pair = torch.unique(pairs // class_probs.shape[1], return_inverse=True)
     frames = [
         ImageOutputs(clip.class_logits, of_frame, clip.image_size, clip.target_size)
-        for of_frame in clip.mask_logits[queries].unbind(1)
+        for of_frame in clip.mask_logits[all_queries].unbind(1)
     ]
     if use_mask_quality:
         statistics = [_mask_statistics(frame, frame.mask_logits, mask_threshold) for frame in frames]
@@ -614,9 +615,15 @@ def video_instance_segmentation(
         areas_of_tracks.append(maps.flatten(1).sum(1)[of_track])
         masks.append([encode_rle(mask) if mask.any() else None for mask in maps] if return_coco_annotation else maps)
     segments = [
-        {"id": index, "label_id": label, "score": round(score, 6), "areas": of_frames}
-        for index, (label, score, of_frames) in enumerate(
-            zip(labels[kept].tolist(), scores[kept].tolist(), torch.stack(areas_of_tracks, 1).tolist(), strict=True)
+        {"id": index, "label_id": label, "score": round(score, 6), "areas": of_frames, "query": query}
+        for index, (label, score, of_frames, query) in enumerate(
+            zip(
+                labels[kept].tolist(),
+                scores[kept].tolist(),
+                torch.stack(areas_of_tracks, 1).tolist(),
+                all_queries[of_pair[kept]].tolist(),
+                strict=True,
+            )
         )
     ]
     segmentation: Tensor | list[Any]

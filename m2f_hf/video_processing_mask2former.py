@@ -1,7 +1,6 @@
 """Frames to the video model's input, and its outputs back to tracks, with the image processor's arithmetic."""
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 
+from .frames import FRAME_SUFFIXES, DamagedFrame, stream_frames
 from .image_processing_mask2former import M2FImageProcessor
-from .images import Size, list_of_images, read_image
+from .images import Size
 from .post_processing import post_process_video_instance_segmentation
-
-
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 class Mask2FormerVideoProcessor(M2FImageProcessor):
@@ -192,51 +189,6 @@ def list_of_clips(videos: Any) -> list[Any]:
     return videos if holds_clips else [videos]
 
 
-def read_frames(clip: Any) -> list[Any]:
-    """The frames of one clip, each an upright (3, H, W) array or what came in.
-
-    A frame that cannot be read, in the middle of a folder or a sequence of files, is warned of by name and left out.
-
-    Raises:
-        ValueError: there is no frame, or their sizes differ.
-        FileNotFoundError, ImportError: as `Mask2FormerVideoProcessor.preprocess`.
-    """
-    name = str(clip) if isinstance(clip, str | Path) else "the clip"
-    frames = _files_of(Path(clip)) if isinstance(clip, str | Path) else list_of_images(list(clip))
-    arrays, damaged = [], []
-    for index, frame in enumerate(frames):
-        try:
-            arrays.append(read_image(frame))
-        except (ValueError, OSError) as error:
-            if not isinstance(frame, str | Path) or isinstance(error, FileNotFoundError):
-                raise
-            damaged.append(f"frame {index} ({error})")
-    if damaged:
-        warnings.warn(f"{name} goes on without what cannot be read: {'; '.join(damaged)}", stacklevel=2)
-    if not arrays:
-        raise ValueError(f"{name} has no frames: give at least one image ({', '.join(FRAME_SUFFIXES)} in a folder)")
-    first_of = {array.shape[-2:]: index for index, array in reversed(list(enumerate(arrays)))}
-    if len(first_of) > 1:
-        places = sorted((index, size) for size, index in first_of.items())
-        found = ", ".join(f"{height}x{width} in frame {index}" for index, (height, width) in places)
-        raise ValueError(f"the frames of {name} differ in size ({found}): resize or split them first")
-    return arrays
-
-
-def _files_of(path: Path) -> Sequence[Any]:
-    """The frames of a folder in the order of their names, or those of a video file."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no folder or video file {path}")
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            f"reading the video file {path} needs PyAV: pip install 'm2f_hf[video]', or give a folder of its frames"
-        ) from error
-    try:
-        with av.open(str(path)) as container:
-            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is no video file that can be read ({error})") from error
+def read_frames(clip: Any) -> list[np.ndarray]:
+    """The frames of one clip, (3, H, W) each, without those that cannot be read; as `frames.stream_frames`."""
+    return [frame for frame in stream_frames(clip) if not isinstance(frame, DamagedFrame)]
