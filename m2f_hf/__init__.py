@@ -6,6 +6,7 @@ pipeline.
 
 from .auto import register
 from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
+from .frames import DamagedFrame, stream_frames
 from .image_processing_mask2former import M2FImageProcessor, Mask2FormerImageProcessor
 from .modeling_mask2former import (
     Mask2FormerForUniversalSegmentation,
@@ -13,6 +14,7 @@ from .modeling_mask2former import (
     Mask2FormerPreTrainedModel,
 )
 from .modeling_mask2former_video import Mask2FormerForVideoSegmentation, Mask2FormerVideoModel
+from .tracking import ClipTracker
 from .video_processing_mask2former import Mask2FormerVideoProcessor
 
 
@@ -29,6 +31,9 @@ __all__ = [
     "Mask2FormerVideoProcessor",
     "Mask2FormerImageProcessor",
     "M2FImageProcessor",
+    "ClipTracker",
+    "DamagedFrame",
+    "stream_frames",
 ]
 
 register()

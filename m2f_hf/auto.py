@@ -9,6 +9,9 @@ from transformers import (
     AutoModelForUniversalSegmentation,
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+# `transformers.AutoVideoProcessor` raises without torchvision; this one, which AutoProcessor asks, does not.
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
@@ -17,6 +20,7 @@ from .image_processing_mask2former import M2FImageProcessor
 from .modeling_mask2former import Mask2FormerForUniversalSegmentation, Mask2FormerModel
 from .modeling_mask2former_video import Mask2FormerForVideoSegmentation, Mask2FormerVideoModel
 from .pipeline import M2FImageSegmentationPipeline
+from .video_processing_mask2former import Mask2FormerVideoProcessor
 
 
 def register() -> None:
@@ -29,14 +33,18 @@ def register() -> None:
     AutoModel.register(Mask2FormerConfig, Mask2FormerModel, exist_ok=True)
     AutoConfig.register(Mask2FormerVideoConfig.model_type, Mask2FormerVideoConfig, exist_ok=True)
     AutoModel.register(Mask2FormerVideoConfig, Mask2FormerVideoModel, exist_ok=True)
-    AutoModelForUniversalSegmentation.register(Mask2FormerVideoConfig, Mask2FormerForVideoSegmentation, exist_ok=True)
-    # The segmentation pipeline builds a model given by name through AutoModelForImageSegmentation.
+    # The segmentation pipeline builds a model given by name through AutoModelForImageSegmentation; ours must be given
+    # one of clips to say that it takes none.
     for auto_class in (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation):
         auto_class.register(Mask2FormerConfig, Mask2FormerForUniversalSegmentation, exist_ok=True)
-    processors: Any = dict.fromkeys(("pil", "torchvision"), M2FImageProcessor)
+        auto_class.register(Mask2FormerVideoConfig, Mask2FormerForVideoSegmentation, exist_ok=True)
     # What AutoImageProcessor.register does, less its look at the stock processors of the same configuration name, which
     # complains where torchvision is missing.
-    IMAGE_PROCESSOR_MAPPING.register(Mask2FormerConfig, processors, exist_ok=True)
+    by_config = {Mask2FormerConfig: M2FImageProcessor, Mask2FormerVideoConfig: Mask2FormerVideoProcessor}
+    for config_class, processor_class in by_config.items():
+        processors: Any = dict.fromkeys(("pil", "torchvision"), processor_class)
+        IMAGE_PROCESSOR_MAPPING.register(config_class, processors, exist_ok=True)
+    AutoVideoProcessor.register(Mask2FormerVideoConfig, Mask2FormerVideoProcessor, exist_ok=True)
     # In place: registering anew would warn, and drop the task's default model.
     PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = M2FImageSegmentationPipeline
     register_push_to_hub()

@@ -36,9 +36,9 @@ from transformers.utils import logging
 
 from . import __version__
 from .checkpoint_lookup import NETWORK_ERRORS, find_config
-from .configuration_mask2former import Mask2FormerConfig
+from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
 from .data.masks import decode_rle
-from .hub import HubFolder, label_names, load_whole
+from .hub import IMAGES, VIDEOS, Family, HubFolder, family_of, label_names, load_whole
 from .image_processing_mask2former import TASKS, M2FImageProcessor
 from .modeling_mask2former import Mask2FormerForUniversalSegmentation
 from .segment_ids import id_to_rgb
@@ -53,6 +53,8 @@ OUTPUT_SUFFIXES = (".overlay.png", ".segments.png", ".json")
 INFO_KEYS = ("id", "label_id", "label", "isthing", "score", "area", "bbox", "segmentation")
 # Of large files, the client reports whatever is wrong as a RuntimeError.
 UPLOAD_ERRORS: tuple[type[Exception], ...] = (RuntimeError, *NETWORK_ERRORS)
+# What becomes in training of an instance that is absent in the last frame of a clip.
+_LABEL_FRAMES = {"any": "an instance keeps its class where it is absent", "last": "absent there is no object"}
 # The scenes are small, and their labels are to be read.
 _DEMO_SCALE = 3
 
@@ -258,7 +260,11 @@ class Segmenter:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         _check_device(device)
-        _check_model(model, revision)
+        if _check_model(model, revision) is VIDEOS:
+            raise CommandError(
+                f"{model} is a video model, which follows objects through clips: load it with "
+                "Mask2FormerForVideoSegmentation (docs/video.md), or give --model an image model"
+            )
         with _loading(model):
             processor = M2FImageProcessor.from_pretrained(model, revision=revision or "main")
             if (task or processor.task) == "semantic" and threshold is not None:
@@ -458,10 +464,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    _check_model(options.model, options.revision)
+    family = _check_model(options.model, options.revision)
     with _loading(options.model):
-        config = Mask2FormerConfig.from_pretrained(options.model, revision=options.revision or "main")
-        processor = M2FImageProcessor.from_pretrained(options.model, revision=options.revision or "main")
+        config = family.config.from_pretrained(options.model, revision=options.revision or "main")
+        processor = family.processor.from_pretrained(options.model, revision=options.revision or "main")
     # Names stay whole, to be searched for and copied.
     wrapper = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_on_hyphens=False, break_long_words=False)
     for name, text in _facts(options.model, config, processor):
@@ -483,7 +489,7 @@ def _facts(model: str, config: Mask2FormerConfig, processor: M2FImageProcessor) 
 
     yield "model", model
     yield "type", config.model_type
-    yield "task", processor.task
+    yield "task", f"video {processor.task}" if isinstance(config, Mask2FormerVideoConfig) else processor.task
     if stuff:
         yield "things", f"{len(others)}: {', '.join(others)}"
         yield "stuff", f"{len(stuff)}: {', '.join(stuff)}"
@@ -495,7 +501,19 @@ def _facts(model: str, config: Mask2FormerConfig, processor: M2FImageProcessor) 
     yield "decoder", f"{config.decoder_layers - 1} layers, width {config.hidden_dim}"
     yield "parameters", f"{num_parameters:,}"
     yield "saved as", str(config.dtype or "float32").removeprefix("torch.")
-    yield "image size", f"{', '.join(sorted(edges, reverse=True))} pixels, {processor.channel_order}"
+    size = f"{', '.join(sorted(edges, reverse=True))} pixels, {processor.channel_order}"
+    if isinstance(config, Mask2FormerVideoConfig):
+        yield "frame size", size
+        at_a_time = "a few" if config.frames_per_batch is None else config.frames_per_batch
+        yield "frames", f"any number, of one size; backbone and pixel decoder read {at_a_time} at a time"
+        yield "label frame", f"{config.label_frame}: {_LABEL_FRAMES[config.label_frame]}"
+        yield (
+            "tracks",
+            f"at most {processor.max_detections} in a clip, score at least {processor.instance_threshold}, mask "
+            f"{processor.mask_threshold}",
+        )
+        return
+    yield "image size", size
     yield (
         "thresholds",
         f"panoptic {processor.threshold}, instance {processor.instance_threshold}, mask {processor.mask_threshold}, "
@@ -614,8 +632,12 @@ def _check_device(device: str) -> None:
         raise CommandError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
 
 
-def _check_model(model: str, revision: str | None) -> None:
-    """Say in one line what `from_pretrained` would say late and at length."""
+def _check_model(model: str, revision: str | None) -> Family:
+    """Whose model it is, of images or of clips; says in one line what `from_pretrained` would say late and at length.
+
+    Raises:
+        CommandError: there is no such model, or it is another kind of model.
+    """
     if revision is not None and Path(model).is_dir():
         raise CommandError(f"{model} is a folder, and --revision is of a model on the Hub: leave it out")
     try:
@@ -623,11 +645,14 @@ def _check_model(model: str, revision: str | None) -> None:
     except OSError as error:
         raise CommandError(str(error)) from error
     try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        settings = json.loads(config_file.read_text(encoding="utf-8"))
+        model_type = settings.get("model_type")
     except (ValueError, AttributeError) as error:
         raise CommandError(f"the config.json of {model} is no JSON object ({_first_line(error)})") from error
-    if model_type not in ("m2f", "mask2former"):
-        raise CommandError(f"{model} has model_type {model_type!r}; m2f reads 'm2f' and 'mask2former'")
+    family = IMAGES if model_type == "mask2former" else family_of(settings)
+    if family is None:
+        raise CommandError(f"{model} has model_type {model_type!r}; m2f reads 'm2f', 'm2f_video' and 'mask2former'")
+    return family
 
 
 @contextmanager

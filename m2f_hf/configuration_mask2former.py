@@ -8,9 +8,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin, consolidate_backbone_kwargs_to_config
+from transformers.utils import logging
 
 from .stock_checkpoints import add_known_labels, checkpoint_name
 
+
+logger = logging.get_logger(__name__)
 
 _DEFAULT_BACKBONE: dict[str, Any] = {
     "depths": [2, 2, 18, 2],
@@ -139,11 +142,21 @@ class Mask2FormerConfig(PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in `transformers`; a `mask2former` configuration is read as one of ours with fewer fields.
 
-        Where name or labels are those of a known data set, its colours are added, and its names for placeholders.
+        Where name or labels are those of a known data set, its colours are added, and its names for placeholders. A
+        video model's is read with a warning, as that of an image model with the same weights.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == "mask2former":
+        model_type = config_dict.get("model_type")
+        if model_type == "mask2former":
             config_dict = add_known_labels(config_dict, checkpoint_name(pretrained_model_name_or_path))
+            config_dict["model_type"] = cls.model_type
+        elif model_type == Mask2FormerVideoConfig.model_type != cls.model_type:
+            logger.warning(
+                f"{pretrained_model_name_or_path} is a video model, read here as an image model: the weights fit, but "
+                "it learned from clips. For clips use `Mask2FormerForVideoSegmentation`."
+            )
+            fields_of_clips = Mask2FormerVideoConfig.__annotations__
+            config_dict = {name: value for name, value in config_dict.items() if name not in fields_of_clips}
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 

@@ -40,26 +40,64 @@ from .modeling_mask2former import (
     Mask2FormerModel,
     Mask2FormerPreTrainedModel,
 )
+from .modeling_mask2former_video import Mask2FormerForVideoSegmentation, Mask2FormerVideoModel
+from .video_processing_mask2former import Mask2FormerVideoProcessor
 
 
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
 CARD = "README.md"
-# Where `from_pretrained`, the Auto classes and the string pipeline look for code, and what they find.
-_CODE: dict[str, dict[str, type]] = {
-    CONFIG: {
-        "AutoConfig": Mask2FormerConfig,
-        "AutoModel": Mask2FormerModel,
-        "AutoModelForUniversalSegmentation": Mask2FormerForUniversalSegmentation,
-        "AutoModelForImageSegmentation": Mask2FormerForUniversalSegmentation,
+# What a settings file says of whose it is.
+_TYPE_KEYS = {CONFIG: "model_type", PROCESSOR: "image_processor_type"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes of images' models, or of clips'.
+
+    Attributes:
+        config, model, processor: who reads what a folder holds.
+        auto_classes: settings file -> Auto class -> what that is to find, where this package is not installed.
+    """
+
+    config: type[Mask2FormerConfig]
+    model: type[Mask2FormerForUniversalSegmentation]
+    processor: type[M2FImageProcessor]
+    auto_classes: Mapping[str, Mapping[str, type]]
+
+    def type_in(self, file: str) -> str:
+        """What `config.json` or `preprocessor_config.json` says of itself to be this family's."""
+        return {CONFIG: self.config.model_type, PROCESSOR: self.processor.__name__}[file]
+
+
+IMAGES = Family(
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    M2FImageProcessor,
+    {
+        CONFIG: {
+            "AutoConfig": Mask2FormerConfig,
+            "AutoModel": Mask2FormerModel,
+            "AutoModelForUniversalSegmentation": Mask2FormerForUniversalSegmentation,
+            "AutoModelForImageSegmentation": Mask2FormerForUniversalSegmentation,  # the string pipeline's
+        },
+        PROCESSOR: {"AutoImageProcessor": M2FImageProcessor},
     },
-    PROCESSOR: {"AutoImageProcessor": M2FImageProcessor},
-}
-# What a settings file must say of itself to be ours, and who reads it.
-_OURS: dict[str, tuple[str, str, Any]] = {
-    CONFIG: ("model_type", Mask2FormerConfig.model_type, Mask2FormerConfig),
-    PROCESSOR: ("image_processor_type", M2FImageProcessor.__name__, M2FImageProcessor),
-}
+)
+VIDEOS = Family(
+    Mask2FormerVideoConfig,
+    Mask2FormerForVideoSegmentation,
+    Mask2FormerVideoProcessor,
+    {
+        CONFIG: {
+            "AutoConfig": Mask2FormerVideoConfig,
+            "AutoModel": Mask2FormerVideoModel,
+            "AutoModelForUniversalSegmentation": Mask2FormerForVideoSegmentation,
+        },
+        # Both, since `transformers` shows the one for videos only where torchvision is installed.
+        PROCESSOR: {"AutoImageProcessor": Mask2FormerVideoProcessor, "AutoVideoProcessor": Mask2FormerVideoProcessor},
+    },
+)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _WEIGHT_FILE = re.compile(r"model.*\.safetensors(\.index\.json)?")
 # What a checkpoint's folder may hold beside code; anything else stays at home.
@@ -67,6 +105,23 @@ _PUBLISHED = (".json", ".safetensors", ".md", ".txt", ".png", ".jpg", ".jpeg", "
 _RESULTS = ".eval_results"
 # The last line of a card from here. Where the rest has another digest, somebody wrote in it.
 _MARK = re.compile(r"\n*<!-- m2f_hf: card of (?P<repo_id>\S+), (?P<digest>[0-9a-f]{16}) -->\s*$")
+_TRUST = (
+    "Without the package, once it is published with `m2f push` or `push_to_hub`. `trust_remote_code=True` runs the "
+    'Python files of its repository: read them first, and pin what you read with `revision="<commit>"`.'
+)
+# Of a card for clips, what follows when model and processor are there.
+_TRACKING = [
+    "",
+    "# A folder of frames, a list of images, or (with PyAV) a video file.",
+    'inputs = processor("folder-of-frames", return_tensors="pt")',
+    "with torch.inference_mode():",
+    "    outputs = model(**inputs)",
+    "tracks = processor.post_process_video_instance_segmentation(outputs)[0]",
+    'for track, masks in zip(tracks["segments_info"], tracks["segmentation"]):  # masks: (frames, height, width)',
+    '    print(model.config.id2label[track["label_id"]], round(track["score"], 2), track["areas"])',
+]
+_PAPER = ("2112.01527", "https://arxiv.org/abs/2112.01527")
+_VIDEO_PAPER = ("2112.10764", "https://arxiv.org/abs/2112.10764")
 _STOCK_CARD = "This model card has been automatically generated"
 
 
@@ -78,7 +133,7 @@ class Figure:
     """One measured result.
 
     Args:
-        task: "panoptic", "instance" or "semantic".
+        task: "panoptic", "instance" or "semantic"; of clips, too.
         dataset: its name, as people write it.
         split: the part it was measured on.
         metric: "PQ", "AP", "mIoU" …
@@ -137,20 +192,25 @@ def model_card(
         license=license,
         base_model=base_model,
         datasets=list(datasets) or None,
-        tags=["mask2former", "m2f", *([f"{task}-segmentation"] if task else [])],
+        tags=[
+            "mask2former",
+            "m2f",
+            *(["video", "video-segmentation"] if is_video else []),
+            *([f"{'video-' * is_video}{task}-segmentation"] if task else []),
+        ],
         model_name=name if figures else None,
-        eval_results=[_eval_result(figure) for figure in figures] or None,
+        eval_results=[_eval_result(figure, is_video) for figure in figures] or None,
     )
     parts = [f"# {name}", description or _description(config, processor)]
     if example_image:
         parts.append(f"![A picture with its segments drawn over it]({example_image})")
-    parts += ["## Use", _python(*_ours_of_clips(repo_id))] if is_video else _usage(processor, repo_id)
+    parts += _usage_of_clips(repo_id) if is_video else _usage(processor, repo_id)
     parts += ["## Labels", *_labels(config, processor)]
     if figures:
         parts += ["## Results", _figure_table(figures)]
     if training:
         parts += ["## Training", _table(("setting", "value"), training.items())]
-    parts += ["## Source and licence", _provenance(base_model, datasets, license, source_url)]
+    parts += ["## Source and licence", _provenance(base_model, datasets, license, source_url, is_video)]
     return _marked(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts)), repo_id)
 
 
@@ -184,10 +244,11 @@ def result_files(figures: Sequence[Figure]) -> dict[str, str]:
     }
 
 
-def _eval_result(figure: Figure) -> EvalResult:
+def _eval_result(figure: Figure, is_video: bool) -> EvalResult:
+    task = f"video {figure.task} segmentation" if is_video else "image segmentation"
     return EvalResult(
-        task_type="image-segmentation",
-        task_name="Image Segmentation",
+        task_type=_slug(task),
+        task_name=task.title(),
         dataset_type=figure.dataset_id or _slug(figure.dataset),
         dataset_name=figure.dataset,
         dataset_split=figure.split,
@@ -201,8 +262,12 @@ def _eval_result(figure: Figure) -> EvalResult:
 def _description(config: Mask2FormerConfig, processor: M2FImageProcessor | None) -> str:
     backbone: Any = config.backbone_config
     purpose = f"{processor.task} segmentation" if processor else "image segmentation"
+    paper = _PAPER
+    if isinstance(config, Mask2FormerVideoConfig):
+        purpose = "video instance segmentation, which follows every object through a clip"
+        paper = _VIDEO_PAPER
     return (
-        f"A [Mask2Former](https://arxiv.org/abs/2112.01527) for {purpose}: {backbone.model_type} backbone, "
+        f"A [Mask2Former]({paper[1]}) for {purpose}: {backbone.model_type} backbone, "
         f"{config.num_queries} queries, {_count(len(config.id2label or {}), 'class', 'classes')}."
     )
 
@@ -220,9 +285,8 @@ def _usage(processor: M2FImageProcessor | None, repo_id: str) -> Iterator[str]:
         'segments = segmenter("photo.jpg")  # a list of {"score", "label", "mask"}',
     )
     yield (
-        "Without the package, once it is published with `m2f push` or `push_to_hub`. `trust_remote_code=True` runs the "
-        'Python files of its repository: read them first, and pin what you read with `revision="<commit>"`. The '
-        "pipeline of `transformers` does not know the task and the thresholds of a checkpoint, so they are passed:"
+        f"{_TRUST} The pipeline of `transformers` does not know the task and the thresholds of a checkpoint, so they "
+        "are passed:"
     )
     yield _python(
         "from transformers import pipeline",
@@ -232,20 +296,27 @@ def _usage(processor: M2FImageProcessor | None, repo_id: str) -> Iterator[str]:
     )
 
 
-def _ours_of_clips(repo_id: str) -> list[str]:
-    return [
+def _usage_of_clips(repo_id: str) -> Iterator[str]:
+    yield "## Use"
+    yield "With the package `m2f_hf`:"
+    yield _python(
         "import torch",
         "from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor",
         "",
         f'model = Mask2FormerForVideoSegmentation.from_pretrained("{repo_id}").eval()',
         f'processor = Mask2FormerVideoProcessor.from_pretrained("{repo_id}")',
+        _TRACKING,
+    )
+    yield _TRUST
+    yield _python(
+        "import torch",
+        "from transformers import AutoModelForUniversalSegmentation, AutoProcessor",
         "",
-        "with torch.inference_mode():",
-        '    outputs = model(**processor("folder-of-frames", return_tensors="pt"))',
-        "tracks = processor.post_process_video_instance_segmentation(outputs)[0]",
-        'for track, masks in zip(tracks["segments_info"], tracks["segmentation"]):  # masks: (frames, height, width)',
-        '    print(model.config.id2label[track["label_id"]], round(track["score"], 2), track["areas"])',
-    ]
+        f'name = "{repo_id}"',
+        "model = AutoModelForUniversalSegmentation.from_pretrained(name, trust_remote_code=True).eval()",
+        "processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)",
+        _TRACKING,
+    )
 
 
 def _ours(processor: M2FImageProcessor | None, repo_id: str) -> list[str]:
@@ -319,7 +390,9 @@ def _figure_table(figures: Sequence[Figure]) -> str:
     return _table(names, rows)
 
 
-def _provenance(base_model: str | None, datasets: Sequence[str], license: str | None, source_url: str | None) -> str:
+def _provenance(
+    base_model: str | None, datasets: Sequence[str], license: str | None, source_url: str | None, is_video: bool
+) -> str:
     lines = []
     if source_url:
         lines.append(f"The weights come from <{source_url}>.")
@@ -329,7 +402,8 @@ def _provenance(base_model: str | None, datasets: Sequence[str], license: str | 
         lines.append(f"Data: {', '.join(f'`{name}`' for name in datasets)}.")
     lines.append(f"Licence of the weights: {license}." if license else "The licence of the weights is not stated.")
     lines.append("The Python files that `m2f push` and `push_to_hub` publish with them are `m2f_hf`'s, Apache-2.0.")
-    lines.append("Mask2Former: Cheng et al., [arXiv 2112.01527](https://arxiv.org/abs/2112.01527).")
+    papers = [_PAPER, _VIDEO_PAPER] if is_video else [_PAPER]
+    lines.append(f"Mask2Former: Cheng et al., {', '.join(f'[arXiv {name}]({url})' for name, url in papers)}.")
     return " ".join(lines)
 
 
@@ -430,37 +504,46 @@ def _renewed_card(
 # --- the code ---
 
 
-def code_files() -> list[Path]:
+def code_files(family: Family = IMAGES) -> list[Path]:
     """The files of this package that run a model: those of the Auto classes and what they import."""
-    classes = {cls for by_name in _CODE.values() for cls in by_name.values()}
+    classes = {cls for by_name in family.auto_classes.values() for cls in by_name.values()}
     files = {Path(str(sys.modules[cls.__module__].__file__)) for cls in classes}
     return sorted(files | {Path(needed) for file in files for needed in get_relative_import_files(file)})
 
 
-def with_auto_map(file: Path) -> str:
+def with_auto_map(file: Path, family: Family = IMAGES) -> str:
     """The text of a `config.json` or `preprocessor_config.json` that says where its classes are."""
     settings = _read_settings(file)
     settings["auto_map"] = {
         auto_class: f"{cls.__module__.rpartition('.')[-1]}.{cls.__name__}"
-        for auto_class, cls in _CODE[file.name].items()
+        for auto_class, cls in family.auto_classes[file.name].items()
     }
     return json.dumps(settings, indent=2, sort_keys=True) + "\n"
+
+
+def family_of(settings: Mapping[str, Any], file: str = CONFIG) -> Family | None:
+    """Whose settings, of `file`, these are; None where they are not ours."""
+    found = settings.get(_TYPE_KEYS[file])
+    return next((family for family in (IMAGES, VIDEOS) if family.type_in(file) == found), None)
 
 
 # --- to and from a repository ---
 
 
-def load_whole(checkpoint: str | os.PathLike, **arguments: Any) -> tuple[Mask2FormerForUniversalSegmentation, set[str]]:
+def load_whole(
+    checkpoint: str | os.PathLike, family: Family = IMAGES, **arguments: Any
+) -> tuple[Mask2FormerForUniversalSegmentation, set[str]]:
     """
     A model whose every weight is the checkpoint's, and the names of what else the checkpoint has.
 
     Args:
+        family: whose model it is.
         arguments: of `from_pretrained`.
 
     Raises:
         ValueError: weights are missing, of another shape than the configuration asks for, or not finite.
     """
-    loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+    loaded: Any = family.model.from_pretrained(
         checkpoint, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
     )
     model, report = loaded
@@ -508,10 +591,12 @@ def _download(api: HfApi, repo_id: str, name: str, revision: str | None) -> Path
 
 def _published(api: HfApi, repo_id: str, name: str, revision: str | None) -> Any:
     """The repository's configuration or processor, None where it has none of ours."""
-    key, ours, cls = _OURS[name]
     file = _download(api, repo_id, name, revision)
     try:
-        return cls.from_pretrained(file.parent) if file and _read_settings(file).get(key) == ours else None
+        family = family_of(_read_settings(file), name) if file else None
+        if family is None or file is None:
+            return None
+        return (family.config if name == CONFIG else family.processor).from_pretrained(file.parent)
     except ValueError:
         return None
 
@@ -549,6 +634,9 @@ def register_push_to_hub() -> None:
         cls._upload_modified_files = _upload_saved_files  # type: ignore[method-assign, assignment]
 
 
+_OF_CLIPS = (Mask2FormerVideoConfig, Mask2FormerVideoProcessor, Mask2FormerVideoModel, Mask2FormerForVideoSegmentation)
+
+
 def _upload_saved_files(
     self: Any,
     working_dir: str | os.PathLike,
@@ -568,8 +656,11 @@ def _upload_saved_files(
     api = HfApi(token=token)
     saved = [file for file in sorted(Path(working_dir).iterdir()) if file.is_file()]
     saved = [file for file in saved if file.stat().st_mtime > files_timestamps.get(file.name, -math.inf)]
-    files: dict[str, Path | str] = {file.name: with_auto_map(file) if file.name in _CODE else file for file in saved}
-    files |= {file.name: file for file in code_files()}
+    family = VIDEOS if isinstance(self, _OF_CLIPS) else IMAGES
+    files: dict[str, Path | str] = {
+        file.name: with_auto_map(file, family) if file.name in family.auto_classes else file for file in saved
+    }
+    files |= {file.name: file for file in code_files(family)}
     if not create_pr:
         _make_branch(api, repo_id, revision)
     published = _published_card(api, repo_id, revision)
@@ -616,6 +707,7 @@ class HubFolder:
         files: what would be sent: name in the repository -> the file, or its text where that differs from the file's.
         left_out: names in the folder that stay at home: pickles, code of others, subfolders, hidden files.
         config, processor: those of the folder.
+        family: whether they are of images or of clips.
 
     Raises:
         FileNotFoundError: no such folder, or it lacks the configuration, the processor or the weights.
@@ -627,10 +719,11 @@ class HubFolder:
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
         self._check_files()
-        self.config = Mask2FormerConfig.from_pretrained(self.folder)
-        self.processor = M2FImageProcessor.from_pretrained(self.folder)
+        self.family = self._check_types()
+        self.config = self.family.config.from_pretrained(self.folder)
+        self.processor = self.family.processor.from_pretrained(self.folder)
         self._check_stuff()
-        _, unexpected = load_whole(self.folder)
+        _, unexpected = load_whole(self.folder, self.family)
         if unexpected:
             raise ValueError(
                 f"{self.folder} has {len(unexpected)} weights that its model has not, such as {min(unexpected)}: save "
@@ -694,13 +787,19 @@ class HubFolder:
                 f"{self.folder} has {' and '.join(_WEIGHTS)}: one is left from an earlier save, and the first is what "
                 "would be loaded; remove the older"
             )
-        for name, (key, ours, _) in _OURS.items():
+
+    def _check_types(self) -> Family:
+        family = family_of(_read_settings(self.folder / CONFIG))
+        for name, key in _TYPE_KEYS.items():
             found = _read_settings(self.folder / name).get(key)
-            if found != ours:
+            if family is None or found != family.type_in(name):
+                ours = [each.type_in(name) for each in ([family] if family else (IMAGES, VIDEOS))]
                 raise ValueError(
-                    f"{self.folder} has {key} {found!r} in {name}, not {ours!r}: load it with m2f_hf and "
-                    "save_pretrained it, model and processor, into another folder"
+                    f"{self.folder} has {key} {found!r} in {name}, not {' or '.join(map(repr, ours))}: load it with "
+                    "m2f_hf and save_pretrained it, model and processor, into another folder"
                 )
+        assert family is not None
+        return family
 
     def _check_stuff(self) -> None:
         num_labels = len(self.config.id2label or {})
@@ -713,7 +812,7 @@ class HubFolder:
             )
 
     def _contents(self) -> tuple[dict[str, Path | str], list[str]]:
-        code = {file.name: file for file in code_files()}
+        code = {file.name: file for file in code_files(self.family)}
         files: dict[str, Path | str] = {}
         left_out = []
         results = (self.folder / _RESULTS).glob("*.yaml")
@@ -721,7 +820,7 @@ class HubFolder:
             name = path.relative_to(self.folder).as_posix()
             known = path.suffix.lower() in _PUBLISHED or path.name in ("LICENSE", "NOTICE")
             if path.is_file() and known and not path.name.startswith("."):
-                files[name] = with_auto_map(path) if name in _CODE else path
+                files[name] = with_auto_map(path, self.family) if name in _TYPE_KEYS else path
             elif name not in code and name != _RESULTS:
                 left_out.append(name + "/" * path.is_dir())
         return files | code, left_out

@@ -36,6 +36,8 @@ from .stock_checkpoints import add_known_settings, checkpoint_name, read_labels,
 
 Task = Literal["panoptic", "instance", "semantic"]
 CHANNEL_ORDERS = ("RGB", "BGR")
+# Of this package's processors, of images and of clips, each of which reads the other's settings.
+OWN_TYPES = ("M2FImageProcessor", "Mask2FormerVideoProcessor")
 
 
 @contextmanager
@@ -162,7 +164,7 @@ class M2FImageProcessor(PilBackend):
         figures were measured. What had to be assumed is warned of; arguments of `from_pretrained` come before all.
         """
         settings, unused = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if settings.get("image_processor_type") == cls.__name__:
+        if settings.get("image_processor_type") in OWN_TYPES:
             return settings, unused
         labels = read_labels(pretrained_model_name_or_path, kwargs)
         name = checkpoint_name(pretrained_model_name_or_path)
@@ -172,7 +174,7 @@ class M2FImageProcessor(PilBackend):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As `transformers`; also reads the settings of `transformers`' own Mask2Former image processor."""
         settings = dict(image_processor_dict)
-        if settings.get("image_processor_type") != cls.__name__:
+        if settings.get("image_processor_type") not in OWN_TYPES:
             settings = translate_settings(settings)
         for name in [name for name in kwargs if name in (cls.__init__.__kwdefaults__ or {})]:
             settings[name] = kwargs.pop(name)

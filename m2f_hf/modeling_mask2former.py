@@ -5,7 +5,7 @@ Paper: Masked-attention Mask Transformer for Universal Image Segmentation, arXiv
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,20 @@ class Mask2FormerPixelLevelModuleOutput(ModelOutput):
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     decoder_last_hidden_state: Tensor | None = None
     decoder_hidden_states: tuple[Tensor, ...] | None = None
+
+
+class EncodedImages(NamedTuple):
+    """What backbone and pixel decoder made of a batch: all that the masked-attention decoder needs to know of it.
+
+    Args:
+        pixel_level: their maps.
+        image_sizes: (B, 2) int64, height and width of each image before padding.
+        hidden_sizes: the same where padding is to be hidden, None where there is none to hide.
+    """
+
+    pixel_level: Mask2FormerPixelLevelModuleOutput
+    image_sizes: Tensor
+    hidden_sizes: Tensor | None
 
 
 @dataclass
@@ -1170,18 +1184,38 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
         if output_auxiliary_logits is None:
             output_auxiliary_logits = config.output_auxiliary_logits
         return_dict = config.return_dict if return_dict is None else return_dict
+        encoded = self.encode(pixel_values, pixel_mask, bool(output_hidden_states))
+        output = self.decode(
+            encoded, bool(output_hidden_states), bool(output_attentions), bool(output_auxiliary_logits)
+        )
+        return output if return_dict else output.to_tuple()
 
+    def encode(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, output_hidden_states: bool = False
+    ) -> EncodedImages:
+        """The first half of `forward`: backbone and pixel decoder."""
         image_sizes = self._image_sizes(pixel_values, pixel_mask)
         # Processors give float32; a model in half precision takes it.
         pixel_values = pixel_values.to(self.dtype)
         hidden_sizes = image_sizes if may_hide_padding(pixel_values, pixel_mask, image_sizes) else None
-        pixel_level = self.pixel_level_module(pixel_values, hidden_sizes, bool(output_hidden_states))
+        pixel_level = self.pixel_level_module(pixel_values, hidden_sizes, output_hidden_states)
+        return EncodedImages(pixel_level, image_sizes, hidden_sizes)
+
+    def decode(
+        self,
+        encoded: EncodedImages,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_auxiliary_logits: bool = False,
+    ) -> Mask2FormerModelOutput:
+        """The second half of `forward`: the masked-attention decoder."""
+        pixel_level, image_sizes, hidden_sizes = encoded
         mask_features = pixel_level.decoder_last_hidden_state
         decoded = self.transformer_module(
-            pixel_level.decoder_hidden_states, mask_features, hidden_sizes, output_attentions=bool(output_attentions)
+            pixel_level.decoder_hidden_states, mask_features, hidden_sizes, output_attentions=output_attentions
         )
         wanted = decoded.mask_embeddings if output_auxiliary_logits else decoded.mask_embeddings[-1:]
-        output = Mask2FormerModelOutput(
+        return Mask2FormerModelOutput(
             encoder_last_hidden_state=pixel_level.encoder_last_hidden_state,
             pixel_decoder_last_hidden_state=mask_features,
             transformer_decoder_last_hidden_state=decoded.last_hidden_state,
@@ -1198,7 +1232,6 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
             mask_embeddings=decoded.mask_embeddings,
             image_sizes=image_sizes,
         )
-        return output if return_dict else output.to_tuple()
 
     @staticmethod
     def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
@@ -1289,9 +1322,19 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
             output_auxiliary_logits=output_auxiliary_logits,
             return_dict=True,
         )
+        output = self.predict(outputs, mask_labels, class_labels, bool(output_auxiliary_logits))
+        return output if return_dict else output.to_tuple()
 
+    def predict(
+        self,
+        outputs: Any,  # a Mask2FormerModelOutput, any field of which may be None to a type checker
+        mask_labels: list[Tensor] | None = None,
+        class_labels: list[Tensor] | None = None,
+        output_auxiliary_logits: bool = False,
+    ) -> Mask2FormerForUniversalSegmentationOutput:
+        """What `forward` makes of the base model's outputs: classes and, with labels, losses."""
         loss = loss_dict = None
-        supervised = mask_labels is not None and config.use_auxiliary_loss
+        supervised = mask_labels is not None and self.config.use_auxiliary_loss
         wanted = slice(None) if supervised or output_auxiliary_logits else slice(-1, None)
         states = torch.stack(outputs.transformer_decoder_intermediate_states[wanted])
         class_logits = self.class_predictor(states.transpose(1, 2))  # (L or 1, B, Q, num_labels + 1)
@@ -1312,7 +1355,7 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
                 {"masks_queries_logits": masks, "class_queries_logits": classes}
                 for masks, classes in zip(outputs.masks_queries_logits[:-1], class_logits[:-1], strict=True)
             ]
-        output = Mask2FormerForUniversalSegmentationOutput(
+        return Mask2FormerForUniversalSegmentationOutput(
             loss=loss,
             class_queries_logits=class_logits[-1],
             masks_queries_logits=outputs.masks_queries_logits[-1],
@@ -1328,7 +1371,6 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
             loss_dict=loss_dict,
             image_sizes=outputs.image_sizes,
         )
-        return output if return_dict else output.to_tuple()
 
 
 __all__ = ["Mask2FormerForUniversalSegmentation", "Mask2FormerModel", "Mask2FormerPreTrainedModel"]

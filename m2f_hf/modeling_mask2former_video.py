@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .configuration_mask2former import Mask2FormerVideoConfig
 from .modeling_mask2former import (
+    EncodedImages,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerForUniversalSegmentationOutput,
     Mask2FormerModel,
@@ -25,8 +26,15 @@ FRAMES_PER_BATCH = {"cpu": 1}
 FRAMES_PER_BATCH_ACCELERATOR = 8
 
 
+def frames_at_once(config: Mask2FormerVideoConfig, device: torch.device) -> int:
+    """How many frames backbone and pixel decoder read together where no gradients are wanted."""
+    return config.frames_per_batch or FRAMES_PER_BATCH.get(device.type, FRAMES_PER_BATCH_ACCELERATOR)
+
+
 class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
     """Backbone and pixel decoder, which know of no time: a few frames after the other."""
+
+    config: Mask2FormerVideoConfig
 
     def forward(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, output_hidden_states: bool = False
@@ -39,9 +47,7 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
             maps = self._maps(super().forward(frames, sizes, output_hidden_states))
         else:
             maps = []
-            step = self.config.frames_per_batch or FRAMES_PER_BATCH.get(
-                frames.device.type, FRAMES_PER_BATCH_ACCELERATOR
-            )
+            step = frames_at_once(self.config, frames.device)
             for start in range(0, len(frames), step):
                 part = slice(start, start + step)
                 of_part = self._maps(
@@ -168,6 +174,21 @@ class Mask2FormerForVideoSegmentation(Mask2FormerForUniversalSegmentation):
             output_attentions,
             return_dict,
         )
+
+    def encode_frames(self, pixel_values_videos: Tensor, pixel_mask: Tensor | None = None) -> EncodedImages:
+        """The first half of `forward`, which knows of no time: backbone and pixel decoder, frame by frame.
+
+        Args:
+            pixel_values_videos, pixel_mask: as `forward`'s.
+
+        Returns:
+            Maps (B, T, C, h, w). Those of several calls may be joined along T, and any T of them decoded.
+        """
+        return self.model.encode(pixel_values_videos, pixel_mask)
+
+    def decode_frames(self, encoded: EncodedImages) -> Mask2FormerForUniversalSegmentationOutput:
+        """The second half of `forward`, over the frames of `encode_frames`: queries read all of them at once."""
+        return self.predict(self.model.decode(encoded))
 
 
 __all__ = ["Mask2FormerForVideoSegmentation", "Mask2FormerVideoModel"]

@@ -8,6 +8,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import ImageSegmentationPipeline
 
+from .configuration_mask2former import Mask2FormerVideoConfig
 from .image_processing_mask2former import M2FImageProcessor
 
 
@@ -31,11 +32,22 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
     Results are those of the stock pipeline, a list of `{"score", "label", "mask"}` for each image: the mask a Pillow
     image of mode "L" (0 or 255) of the image's size, the score None in semantic segmentation. Masks of instances may
     overlap; the list is then sorted by score.
+
+    Raises:
+        ValueError: a video model, which takes clips.
     """
 
     # A published checkpoint names its image processor's code; looked at as a video processor's, it would not be known
     # here, and `transformers` would ask at the terminal whether to fetch and run it.
     _load_video_processor: Any = False
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model.config, Mask2FormerVideoConfig):
+            raise ValueError(
+                f"{model.config.name_or_path or 'this model'} is a video model, and this pipeline takes images: give "
+                "clips to `Mask2FormerForVideoSegmentation` and `Mask2FormerVideoProcessor`, or name an image model"
+            )
+        super().__init__(model, *args, **kwargs)
 
     def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The model's inputs of one image; for our models as lists, which make a batch whatever the images' sizes."""

@@ -43,18 +43,29 @@ class ImageOutputs(NamedTuple):
 # --- the batch ---
 
 
-def split_batch(outputs: Any, target_sizes: Sequence[Size] | Tensor | None = None) -> Iterator[ImageOutputs]:
+def split_batch(
+    outputs: Any, target_sizes: Sequence[Size] | Tensor | None = None, *, of_clips: bool = False
+) -> Iterator[ImageOutputs]:
     """Takes a batch apart: one `ImageOutputs` per image.
 
     Args:
         outputs: has `class_queries_logits` (B, Q, K+1) and `masks_queries_logits` (B, Q, h, w), and may have
             `image_sizes` (B, 2), each image's height and width before padding. Without it nothing was padded.
         target_sizes: height and width to resize each image's result to; by default its size before padding.
+        of_clips: whether the masks are (B, Q, T, h, w), of clips, whose frames have one size.
 
     Raises:
-        ValueError: as many target sizes as images are needed, all positive; an image larger than four times the masks.
+        ValueError: as many target sizes as images are needed, all positive; an image larger than four times the masks;
+            outputs of images where clips are meant, or the other way round.
     """
     class_logits, mask_logits = outputs.class_queries_logits.detach(), outputs.masks_queries_logits.detach()
+    if mask_logits.dim() != 4 + of_clips:
+        of_what, fix = (
+            ("an image model's", "post-process them with `M2FImageProcessor`")
+            if of_clips
+            else ("a video model's", "use `Mask2FormerVideoProcessor.post_process_video_instance_segmentation`")
+        )
+        raise ValueError(f"`masks_queries_logits` of {tuple(mask_logits.shape)} are {of_what}: {fix}")
     padded_size = (MASK_STRIDE * mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-1])
     known_sizes = getattr(outputs, "image_sizes", None)
     image_sizes = [padded_size] * len(mask_logits) if known_sizes is None else _to_sizes(known_sizes)
@@ -573,19 +584,20 @@ def video_instance_segmentation(
     probability inside the mask, over all frames, as for images. Pairs below `threshold` are left out.
 
     Returns:
-        `segments_info`, by falling score, ids counting up from 0: `id`, `label_id`, `score` (0 to 1) and `areas`, the
-        pixels in each frame; and `segmentation`: (N, T, height, width) bool, or with `return_coco_annotation` for each
-        of the N a list of T COCO run-length encodings, None for a frame without a pixel.
+        `segments_info`, by falling score, ids counting up from 0: `id`, `label_id`, `score` (0 to 1), `areas`, the
+        pixels in each frame, and `query`, which it is; and `segmentation`: (N, T, height, width) bool, or with
+        `return_coco_annotation` for each of the N a list of T COCO run-length encodings, None for a frame without a
+        pixel.
     """
     class_probs = clip.class_logits.float().softmax(-1)[:, :-1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
     # Masks are at most certain, so a pair below the threshold now will be below it later.
     scores, pairs = scores[scores >= threshold], pairs[scores >= threshold]
     labels = pairs % class_probs.shape[1]
-    queries, of_pair = torch.unique(pairs // class_probs.shape[1], return_inverse=True)
+    all_queries, of_pair = torch.unique(pairs // class_probs.shape[1], return_inverse=True)
     frames = [
         ImageOutputs(clip.class_logits, of_frame, clip.image_size, clip.target_size)
-        for of_frame in clip.mask_logits[queries].unbind(1)
+        for of_frame in clip.mask_logits[all_queries].unbind(1)
     ]
     if use_mask_quality:
         statistics = [_mask_statistics(frame, frame.mask_logits, mask_threshold) for frame in frames]
@@ -603,9 +615,15 @@ def video_instance_segmentation(
         areas_of_tracks.append(maps.flatten(1).sum(1)[of_track])
         masks.append([encode_rle(mask) if mask.any() else None for mask in maps] if return_coco_annotation else maps)
     segments = [
-        {"id": index, "label_id": label, "score": round(score, 6), "areas": of_frames}
-        for index, (label, score, of_frames) in enumerate(
-            zip(labels[kept].tolist(), scores[kept].tolist(), torch.stack(areas_of_tracks, 1).tolist(), strict=True)
+        {"id": index, "label_id": label, "score": round(score, 6), "areas": of_frames, "query": query}
+        for index, (label, score, of_frames, query) in enumerate(
+            zip(
+                labels[kept].tolist(),
+                scores[kept].tolist(),
+                torch.stack(areas_of_tracks, 1).tolist(),
+                all_queries[of_pair[kept]].tolist(),
+                strict=True,
+            )
         )
     ]
     segmentation: Tensor | list[Any]
@@ -624,7 +642,8 @@ def post_process_video_instance_segmentation(
     Raises:
         ValueError: as `split_batch`.
     """
-    return [video_instance_segmentation(ClipOutputs(*clip), **settings) for clip in split_batch(outputs, target_sizes)]
+    clips = split_batch(outputs, target_sizes, of_clips=True)
+    return [video_instance_segmentation(ClipOutputs(*clip), **settings) for clip in clips]
 
 
 # --- forms of a mask ---

@@ -1,20 +1,18 @@
 """Frames to the video model's input, and its outputs back to tracks, with the image processor's arithmetic."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 
+from .frames import FRAME_SUFFIXES, DamagedFrame, stream_frames
 from .image_processing_mask2former import M2FImageProcessor
-from .images import Size, list_of_images, read_image
+from .images import Size
 from .post_processing import post_process_video_instance_segmentation
-
-
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 class Mask2FormerVideoProcessor(M2FImageProcessor):
@@ -35,6 +33,14 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     def __init__(self, *, max_detections: int = 10, instance_threshold: float = 0.0, **kwargs: Any) -> None:
         kwargs.setdefault("task", "instance")
         super().__init__(max_detections=max_detections, instance_threshold=instance_threshold, **kwargs)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the image processor's; settings of an image processor are read with the task of clips."""
+        settings = dict(image_processor_dict)
+        if settings.get("image_processor_type") != cls.__name__:
+            settings["task"] = "instance"
+        return super().from_dict(settings, **kwargs)
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """As `preprocess`."""
@@ -63,6 +69,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             FileNotFoundError: a path that leads nowhere.
             ImportError: a video file without PyAV.
         """
+        if stray := {"segmentation_maps", "segments_info", "instance_id_to_semantic_id"} & kwargs.keys():
+            raise ValueError(f"{min(stray)} is of images: give the masks of a clip as mask_labels (N, T, H, W)")
         clips = [read_frames(clip) for clip in list_of_clips(videos)]
         lengths = [len(clip) for clip in clips]
         if len(set(lengths)) > 1:
@@ -73,6 +81,11 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         if mask_labels is not None:
             # (N, T, H, W) -> one (N, H, W) for each frame, as of the batch of images that all frames are.
             masks = [np.asarray(of_clip) for of_clip in mask_labels]
+            if not len(masks) == len(class_labels) == len(clips):
+                raise ValueError(
+                    f"mask_labels and class_labels are lists with one entry for each clip: there are {len(clips)} "
+                    f"clips, but {len(masks)} and {len(class_labels)} entries"
+                )
             for index, (of_clip, length) in enumerate(zip(masks, lengths, strict=True)):
                 if of_clip.ndim != 4 or of_clip.shape[1] != length:
                     raise ValueError(
@@ -101,6 +114,16 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             data["mask_labels"] = [stack(of_frames[i : i + length], 1) for i in range(0, len(of_frames), length)]
             data["class_labels"] = batch["class_labels"][::length]
         return BatchFeature(data=data)
+
+    def post_process(self, outputs: Any, task: Any = None, **kwargs: Any) -> Any:
+        """`post_process_video_instance_segmentation`, the one that there is for clips; `kwargs` go to it.
+
+        Raises:
+            ValueError: another task than "instance".
+        """
+        if task not in (None, "instance"):
+            raise ValueError(f"task {task!r} does not exist for clips; there is only 'instance'")
+        return self.post_process_video_instance_segmentation(outputs, **kwargs)
 
     def post_process_video_instance_segmentation(
         self,
@@ -138,7 +161,18 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
 
 
 def list_of_clips(videos: Any) -> list[Any]:
-    """One clip or several, as a list."""
+    """One clip or several, as a list.
+
+    Raises:
+        ValueError: what is no clip, such as a single image.
+    """
+    dimensions = getattr(videos, "ndim", 4)
+    if isinstance(videos, Image.Image) or dimensions < 4:
+        raise ValueError("a single image is no clip: give a list of frames, [image] for one")
+    if dimensions > 5 or isinstance(videos, Mapping) or not isinstance(videos, str | Path | Iterable):
+        raise ValueError(
+            f"{type(videos).__name__} is no clip: give a list of images, an array (T, H, W, 3), a folder or a video"
+        )
     if isinstance(videos, str | Path):
         return [videos]
     if isinstance(videos, np.ndarray | torch.Tensor):
@@ -155,51 +189,6 @@ def list_of_clips(videos: Any) -> list[Any]:
     return videos if holds_clips else [videos]
 
 
-def read_frames(clip: Any) -> list[Any]:
-    """The frames of one clip, each an upright (3, H, W) array or what came in.
-
-    A frame that cannot be read, in the middle of a folder or a sequence of files, is warned of by name and left out.
-
-    Raises:
-        ValueError: there is no frame, or their sizes differ.
-        FileNotFoundError, ImportError: as `Mask2FormerVideoProcessor.preprocess`.
-    """
-    name = str(clip) if isinstance(clip, str | Path) else "the clip"
-    frames = _files_of(Path(clip)) if isinstance(clip, str | Path) else list_of_images(list(clip))
-    arrays, damaged = [], []
-    for index, frame in enumerate(frames):
-        try:
-            arrays.append(read_image(frame))
-        except (ValueError, OSError) as error:
-            if not isinstance(frame, str | Path) or isinstance(error, FileNotFoundError):
-                raise
-            damaged.append(f"frame {index} ({error})")
-    if damaged:
-        warnings.warn(f"{name} goes on without what cannot be read: {'; '.join(damaged)}", stacklevel=2)
-    if not arrays:
-        raise ValueError(f"{name} has no frames: give at least one image ({', '.join(FRAME_SUFFIXES)} in a folder)")
-    first_of = {array.shape[-2:]: index for index, array in reversed(list(enumerate(arrays)))}
-    if len(first_of) > 1:
-        places = sorted((index, size) for size, index in first_of.items())
-        found = ", ".join(f"{height}x{width} in frame {index}" for index, (height, width) in places)
-        raise ValueError(f"the frames of {name} differ in size ({found}): resize or split them first")
-    return arrays
-
-
-def _files_of(path: Path) -> Sequence[Any]:
-    """The frames of a folder in the order of their names, or those of a video file."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no folder or video file {path}")
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            f"reading the video file {path} needs PyAV: pip install 'm2f_hf[video]', or give a folder of its frames"
-        ) from error
-    try:
-        with av.open(str(path)) as container:
-            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is no video file that can be read ({error})") from error
+def read_frames(clip: Any) -> list[np.ndarray]:
+    """The frames of one clip, (3, H, W) each, without those that cannot be read; as `frames.stream_frames`."""
+    return [frame for frame in stream_frames(clip) if not isinstance(frame, DamagedFrame)]

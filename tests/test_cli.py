@@ -22,7 +22,9 @@ from m2f_hf.configuration_mask2former import Mask2FormerConfig
 from m2f_hf.data.shapes import CATEGORIES, ShapesDataset
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
 from m2f_hf.modeling_mask2former import Mask2FormerForUniversalSegmentation
+from m2f_hf.modeling_mask2former_video import Mask2FormerForVideoSegmentation
 from m2f_hf.segment_ids import rgb_to_id
+from m2f_hf.video_processing_mask2former import Mask2FormerVideoProcessor
 
 
 NAMES = {category["id"]: category["name"] for category in CATEGORIES}
@@ -68,6 +70,15 @@ def model(tmp_path_factory) -> str:
         overlap_mask_area_threshold=0.0,
         size={"shortest_edge": 64, "longest_edge": 128},
     ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def video_model(model, tmp_path_factory) -> str:
+    """The same as a model of clips."""
+    folder = tmp_path_factory.mktemp("models") / "random-video"
+    Mask2FormerForVideoSegmentation.from_pretrained(model, frames_per_batch=3).save_pretrained(folder)
+    Mask2FormerVideoProcessor(max_detections=7).save_pretrained(folder)
     return str(folder)
 
 
@@ -571,6 +582,26 @@ def test_plurals(one, many):
 
 
 # --- info ---
+
+
+def test_info_tells_of_clips(video_model, capsys):
+    assert main(["info", video_model]) == 0
+    rows = {line[:16].strip(): line[16:] for line in capsys.readouterr().out.splitlines()}
+    assert (rows["type"], rows["task"]) == ("m2f_video", "video instance")
+    assert rows["frame size"] == "shortest edge 360, longest edge 1333 pixels, RGB"
+    assert rows["frames"] == "any number, of one size; backbone and pixel decoder read 3 at a time"
+    assert rows["label frame"] == "any: an instance keeps its class where it is absent"
+    assert rows["tracks"] == "at most 7 in a clip, score at least 0.0, mask 0.5"
+    assert not {"image size", "thresholds"} & rows.keys()
+
+
+def test_a_video_model_segments_no_pictures(video_model, photo, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["segment", str(photo), "--model", video_model, "--output", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"m2f: {video_model} is a video model") and error.count("\n") == 1
+    assert "Mask2FormerForVideoSegmentation" in error and "image model" in error
+    assert not out.exists()
 
 
 def test_info_tells_what_the_checkpoint_knows_without_its_weights(model, tmp_path, capsys):

@@ -13,9 +13,17 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf import (
+    M2FImageProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerForVideoSegmentation,
+    Mask2FormerVideoConfig,
+    Mask2FormerVideoProcessor,
+)
 from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_SCENES
-from m2f_hf.hub import Figure, HubFolder, code_files, is_untouched, model_card, result_files
+from m2f_hf.data import MovingShapesDataset
+from m2f_hf.hub import VIDEOS, Figure, HubFolder, code_files, is_untouched, model_card, result_files
 
 
 FIGURES = [
@@ -119,6 +127,26 @@ def test_snippets_compile_and_pass_the_checkpoints_task_and_thresholds(task, con
     assert "trust_remote_code=True" in theirs and f'subtask="{task}"' in theirs
     expected = {"panoptic": ["0.61", "0.53", "0.8"], "instance": ["0.42", "0.53"], "semantic": []}
     assert re.findall(r"threshold=([\d.]+)", theirs) == expected[task]
+
+
+def test_a_card_of_clips_claims_no_image_pipeline():
+    figures = [Figure("instance", "YouTube-VIS 2019", "val", "AP", 46.4)]
+    card = model_card(
+        Mask2FormerVideoConfig.from_pretrained(BUNDLED_MODEL),
+        Mask2FormerVideoProcessor(),
+        repo_id="owner/name",
+        license="cc-by-nc-4.0",
+        figures=figures,
+    )
+    data = ModelCard(str(card)).data.to_dict()
+    assert "pipeline_tag" not in data and (data["library_name"], data["license"]) == ("transformers", "cc-by-nc-4.0")
+    assert {"mask2former", "m2f", "video-segmentation", "video-instance-segmentation"} <= set(data["tags"])
+    assert "instance-segmentation" not in data["tags"]
+    _, (result,) = model_index_to_eval_results(data["model-index"])
+    assert (result.task_type, result.task_name) == ("video-instance-segmentation", "Video Instance Segmentation")
+    for words in ("follows every object through a clip", "2112.10764", "7 classes: 0 circle"):
+        assert words in card.text
+    assert "pipeline(" not in card.text
 
 
 def test_labels_are_words_whatever_they_hold(config):
@@ -263,6 +291,16 @@ def test_a_card_that_the_hub_would_not_read_is_refused(card, folder):
         HubFolder(folder)
 
 
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_half_of_images_and_half_of_clips_is_refused(file, folder, tmp_path):
+    save_video_model(tmp_path / "tracks")
+    shutil.copy(tmp_path / "tracks" / file, folder)
+    with pytest.raises(
+        ValueError, match=r"has image_processor_type '(M2FI|Mask2FormerV)\w+' in preprocessor_config.json"
+    ):
+        HubFolder(folder)
+
+
 # --- a Hub on loopback ---
 
 
@@ -291,17 +329,27 @@ def hub():
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
-    """A process with the package whose Hub is ours; its folder holds a picture and a checkpoint without a card."""
+    """A process with the package whose Hub is ours; in its folder a picture, a clip, and checkpoints without a card."""
     folder = tmp_path_factory.mktemp("client")
     Image.open(BUNDLED_SCENES / "scene-1.png").save(folder / "photo.jpg")
     shutil.copytree(BUNDLED_MODEL, folder / "shapes")
     (folder / "shapes" / "README.md").unlink()
+    save_video_model(folder / "tracks")
+    (folder / "folder-of-frames").mkdir()
+    for index, frame in enumerate(MovingShapesDataset(1, num_frames=3, image_size=96)[0]["frames"]):
+        frame.save(folder / "folder-of-frames" / f"{index}.png")
     client = Client(hub, folder, has_package=True)
     client(f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1] / 'examples')!r})")
     client(HELPERS)
     assert client.output() == ""  # whoever imports the package and the command hears nothing
     yield client
     client.close()
+
+
+def save_video_model(folder: Path) -> None:
+    """The bundled checkpoint as a model of clips."""
+    Mask2FormerForVideoSegmentation.from_pretrained(BUNDLED_MODEL).save_pretrained(folder)
+    Mask2FormerVideoProcessor(size={"shortest_edge": 96, "longest_edge": 128}).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +480,90 @@ model.save_pretrained("kept", push_to_hub=True, repo_id="owner/saved")
     assert is_untouched(ModelCard(files["README.md"].decode()))
     assert not list((client.folder / "kept").glob("*.py"))
     assert "auto_map" not in json.loads((client.folder / "kept" / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pushed_tracks(hub, client):
+    """`owner/tracks`, a model of clips, pushed by the command."""
+    status, _, err = client('answer = run("push", "tracks", "owner/tracks")', OWNER)
+    assert status == 0, err
+    return hub.repositories["owner/tracks"].files()
+
+
+def test_a_video_model_is_pushed_with_the_code_of_clips(pushed_tracks):
+    files = pushed_tracks
+    assert files.keys() >= {file.name for file in code_files(VIDEOS)}
+    config, processor = (json.loads(files[name]) for name in ("config.json", "preprocessor_config.json"))
+    assert (config["model_type"], processor["image_processor_type"]) == ("m2f_video", "Mask2FormerVideoProcessor")
+    module = "modeling_mask2former_video"
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_mask2former.Mask2FormerVideoConfig",
+        "AutoModel": f"{module}.Mask2FormerVideoModel",
+        "AutoModelForUniversalSegmentation": f"{module}.Mask2FormerForVideoSegmentation",
+    }
+    of_clips = "video_processing_mask2former.Mask2FormerVideoProcessor"
+    assert processor["auto_map"] == {"AutoImageProcessor": of_clips, "AutoVideoProcessor": of_clips}
+    assert is_untouched(ModelCard(files["README.md"].decode()))
+
+
+def test_a_card_of_clips_runs_as_it_is(pushed_tracks, client):
+    """The block for strangers runs with the package, too, and finds the same."""
+    ask = "\nanswer = [(track['label_id'], track['areas']) for track in tracks['segments_info']]"
+    ours, theirs = (client(code + ask) for code in snippets(pushed_tracks["README.md"].decode()))
+    assert ours == theirs and len(ours) == 10 and sum(map(sum, (areas for _, areas in ours))) > 0
+
+
+def test_with_the_package_no_code_of_a_video_repository_runs(pushed_tracks, hub, client):
+    files = {name: TRAP if name.endswith(".py") else file.decode("latin-1") for name, file in pushed_tracks.items()}
+    del files["model.safetensors"]
+    hub.store("guest/clip-trap", files)
+    names, questions = client("""
+from unittest.mock import patch
+from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the other ones ask for torchvision
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+loaded = []
+with patch("builtins.input", return_value="n") as asked:
+    for name, classes in {
+        "guest/clip-trap": (AutoConfig, AutoProcessor, AutoImageProcessor, AutoVideoProcessor,
+                            Mask2FormerVideoProcessor),
+        "owner/tracks": (AutoModel, AutoModelForUniversalSegmentation, Mask2FormerForVideoSegmentation),
+    }.items():
+        for trust in ({}, {"trust_remote_code": True}):
+            loaded += [cls.from_pretrained(name, **trust) for cls in classes if trust == {} or "Auto" in cls.__name__]
+answer = [type(each).__module__.split(".")[0] for each in loaded], [str(call) for call in asked.mock_calls]
+""")
+    assert names == ["m2f_hf"] * 14
+    assert questions == []
+    assert not (client.folder / "trapped").exists()
+
+
+@pytest.mark.parametrize("order", ["model, processor", "processor, model"])
+def test_push_to_hub_of_the_parts_of_a_video_model(order, pushed_tracks, hub, client):
+    name = f"owner/tracks-{order.replace(', ', '-')}"
+    client(f"""
+from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
+model = Mask2FormerForVideoSegmentation.from_pretrained("tracks")
+processor = Mask2FormerVideoProcessor.from_pretrained("tracks")
+for part in ({order}):
+    part.save_pretrained("kept-tracks", push_to_hub=True, repo_id="{name}")
+""", OWNER)  # fmt: skip
+    files = hub.repositories[name].files()
+    assert files.keys() == pushed_tracks.keys()
+    for file in ("config.json", "preprocessor_config.json"):
+        assert json.loads(files[file])["auto_map"] == json.loads(pushed_tracks[file])["auto_map"]
+    card, expected = (re.sub(r", [0-9a-f]{16}", "", each["README.md"].decode()) for each in (files, pushed_tracks))
+    assert card == expected.replace("owner/tracks", name).replace("# tracks", f"# {name.split('/')[1]}")
+    assert not list((client.folder / "kept-tracks").glob("*.py"))
+
+
+def test_the_command_reads_a_pushed_video_model(pushed_tracks, client):
+    told, refused = client("""
+answer = run("info", "owner/tracks"), run("segment", "photo.jpg", "--model", "owner/tracks")
+""")
+    assert told[0] == 0 and "m2f_video" in told[1]
+    assert refused[0] == 2 and "owner/tracks is a video model" in refused[2]
 
 
 def test_a_card_that_somebody_wrote_stays_unless_it_is_to_be_replaced(hub, client):

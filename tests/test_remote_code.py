@@ -13,8 +13,10 @@ from PIL import Image
 from transformers import pipeline
 from transformers.dynamic_module_utils import get_imports
 
+from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
 from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_SCENES
-from m2f_hf.hub import HubFolder, code_files, model_card
+from m2f_hf.data import MovingShapesDataset
+from m2f_hf.hub import IMAGES, VIDEOS, HubFolder, code_files, model_card
 
 
 TASKS = ("panoptic", "instance", "semantic")
@@ -22,14 +24,16 @@ TASKS = ("panoptic", "instance", "semantic")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The bundled checkpoint as one of each task."""
+    """The bundled checkpoint as one of each task, and as a video model."""
     root = tmp_path_factory.mktemp("folders")
     for task in TASKS:
         shutil.copytree(BUNDLED_MODEL, root / task)
         file = root / task / "preprocessor_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "task": task}))
         (root / task / "README.md").unlink()
-    return {task: root / task for task in TASKS}
+    Mask2FormerForVideoSegmentation.from_pretrained(BUNDLED_MODEL).save_pretrained(root / "video")
+    Mask2FormerVideoProcessor(size={"shortest_edge": 96, "longest_edge": 128}).save_pretrained(root / "video")
+    return {name: root / name for name in (*TASKS, "video")}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +48,11 @@ def hub(folders):
 
 @pytest.fixture(scope="module")
 def stranger(hub: HubServer, tmp_path_factory):
-    """A process without the package, in a folder with a picture."""
+    """A process without the package, in a folder with a picture and a clip."""
     folder = tmp_path_factory.mktemp("stranger")
+    (folder / "folder-of-frames").mkdir()
+    for index, frame in enumerate(MovingShapesDataset(1, num_frames=3, image_size=96)[0]["frames"]):
+        frame.save(folder / "folder-of-frames" / f"{index}.png")
     Image.open(BUNDLED_SCENES / "scene-1.png").save(folder / "photo.jpg")
     client = Client(hub, folder, has_package=False)
     yield client
@@ -113,6 +120,43 @@ model = loaded
     }
 
 
+def test_the_cards_snippet_gives_strangers_the_packages_tracks(hub, stranger, folders):
+    ours, theirs = snippets(hub.repositories["owner/video"].files()["README.md"].decode())
+    assert "m2f_hf" in ours and "m2f_hf" not in theirs
+    found = stranger(theirs + "\nanswer = [(track['label_id'], track['score'], track['areas']) for track in "
+                     "tracks['segments_info']]")  # fmt: skip
+    scope: dict = {}
+    clip = str(stranger.folder / "folder-of-frames")
+    exec(ours.replace("owner/video", str(folders["video"])).replace("folder-of-frames", clip), scope)
+    tracks = scope["tracks"]["segments_info"]
+    assert len(found) == len(tracks) == 10
+    for (label_id, score, areas), track in zip(found, tracks, strict=True):
+        assert (label_id, areas) == (track["label_id"], track["areas"])
+        assert score == pytest.approx(track["score"], abs=1e-4)
+
+
+def test_auto_classes_find_the_code_of_clips(stranger):
+    names = stranger("""
+from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the other ones ask for torchvision
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+answer = {}
+for auto_class in (AutoConfig, AutoImageProcessor, AutoProcessor, AutoVideoProcessor, AutoModel,
+                   AutoModelForUniversalSegmentation):
+    loaded = auto_class.from_pretrained("owner/video", trust_remote_code=True)
+    answer[auto_class.__name__] = [type(loaded).__name__, type(loaded).__module__.split(".")[0]]
+""")
+    processor = ["Mask2FormerVideoProcessor", "transformers_modules"]
+    assert names == {
+        "AutoConfig": ["Mask2FormerVideoConfig", "transformers_modules"],
+        "AutoImageProcessor": processor,
+        "AutoProcessor": processor,
+        "AutoVideoProcessor": processor,
+        "AutoModel": ["Mask2FormerVideoModel", "transformers_modules"],
+        "AutoModelForUniversalSegmentation": ["Mask2FormerForVideoSegmentation", "transformers_modules"],
+    }
+
+
 def test_strangers_can_train_and_save(stranger):
     """What they save loads again, with the code beside it."""
     before, after, files = stranger("""
@@ -139,9 +183,12 @@ answer = [loss.item(), loss_of(again).item(), sorted(os.listdir("saved"))]
     assert {file.name for file in code_files()} >= {name for name in files if name.endswith(".py")} != set()
 
 
-def test_the_code_is_whole_and_no_more():
-    files = {file.stem: file for file in code_files()}
+@pytest.mark.parametrize("family", [IMAGES, VIDEOS], ids=["images", "videos"])
+def test_the_code_is_whole_and_no_more(family):
+    files = {file.stem: file for file in code_files(family)}
     assert {"modeling_mask2former", "configuration_mask2former", "image_processing_mask2former"} <= files.keys()
+    of_clips = {"modeling_mask2former_video", "video_processing_mask2former"}
+    assert files.keys() & of_clips == (of_clips if family is VIDEOS else set())
     assert not {"hub", "cli", "auto", "pipeline", "visualization"} & files.keys()
     imported = set()
     for file in files.values():

@@ -168,12 +168,44 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 
 def test_the_auto_classes_know_clips(tmp_path):
-    from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation
+    from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, AutoProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the others ask for torchvision
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
     tiny_model().save_pretrained(tmp_path)
+    Mask2FormerVideoProcessor(max_detections=7).save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is Mask2FormerVideoConfig
     assert AutoModel.from_pretrained(tmp_path).main_input_name == "pixel_values_videos"
     assert type(AutoModelForUniversalSegmentation.from_pretrained(tmp_path)) is Mask2FormerForVideoSegmentation
+    for auto_class in (AutoProcessor, AutoImageProcessor, AutoVideoProcessor):
+        processor = auto_class.from_pretrained(tmp_path)
+        assert type(processor) is Mask2FormerVideoProcessor
+        assert processor.max_detections == 7
+
+
+def test_the_image_pipeline_says_that_it_takes_no_clips(tmp_path):
+    from transformers import pipeline
+
+    tiny_model().save_pretrained(tmp_path)
+    Mask2FormerVideoProcessor().save_pretrained(tmp_path)
+    says = "is a video model, and this pipeline takes images: give clips to `Mask2FormerForVideoSegmentation`"
+    with pytest.raises(ValueError, match=f"{tmp_path} {says}"):
+        pipeline("image-segmentation", model=str(tmp_path))
+    with pytest.raises(ValueError, match=f"^this model {says}"):
+        pipeline("image-segmentation", model=tiny_model(), image_processor=M2FImageProcessor())
+
+
+def test_a_video_checkpoint_is_read_as_an_image_model_with_a_warning(tmp_path, caplog):
+    video_model = tiny_model(label_frame="last", frames_per_batch=2)
+    video_model.save_pretrained(tmp_path)
+    model, report = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{tmp_path} is a video model, read here as an image model: the weights fit")
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model.config) is Mask2FormerConfig
+    assert not {"label_frame", "frames_per_batch"} & model.config.to_dict().keys()
+    state = video_model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_an_image_checkpoint_is_a_start(tmp_path):
@@ -371,11 +403,22 @@ def test_masks_go_with_their_frames():
     assert batch["class_labels"][0].tolist() == [4, 2]
 
 
-def test_the_processor_is_saved_and_reads_an_image_checkpoints_settings(tmp_path):
+def test_the_processor_is_saved_and_reads_an_image_checkpoints_settings(tmp_path, caplog):
     Mask2FormerVideoProcessor(max_detections=7, instance_threshold=0.25).save_pretrained(tmp_path / "video")
     loaded = Mask2FormerVideoProcessor.from_pretrained(tmp_path / "video")
     assert type(loaded) is Mask2FormerVideoProcessor
     assert (loaded.max_detections, loaded.instance_threshold, loaded.task) == (7, 0.25, "instance")
+    image_processor = M2FImageProcessor(task="panoptic", size={"height": 64, "width": 96}, channel_order="BGR")
+    image_processor.save_pretrained(tmp_path / "image")
+    of_images = Mask2FormerVideoProcessor.from_pretrained(tmp_path / "image")
+    assert (of_images.task, dict(of_images.size), of_images.channel_order) == (
+        "instance",
+        {"height": 64, "width": 96},
+        "BGR",
+    )
+    back = M2FImageProcessor.from_pretrained(tmp_path / "video")
+    assert (back.task, dict(back.size)) == ("instance", {"shortest_edge": 360, "longest_edge": 1333})
+    assert caplog.text == ""  # nothing had to be guessed
 
 
 def test_a_clip_that_cannot_be_read_says_why(tmp_path):
@@ -393,6 +436,55 @@ def test_a_clip_that_cannot_be_read_says_why(tmp_path):
         processor([pictures(2), pictures(3)])
     with pytest.raises(ValueError, match="go together"):
         processor(pictures(), class_labels=[[1]])
+
+
+@pytest.mark.parametrize("clip", ["image", "array", "tensor"])
+def test_a_single_image_is_no_clip(clip):
+    image = pictures(1)[0]
+    form = {"image": image, "array": np.asarray(image), "tensor": torch.from_numpy(np.array(image))}[clip]
+    with pytest.raises(ValueError, match=r"a single image is no clip: give a list of frames, \[image\]"):
+        Mask2FormerVideoProcessor()(form)
+    assert Mask2FormerVideoProcessor()([form])["pixel_values_videos"].shape[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("clip", [None, 3, {"a": 1}, np.zeros((1, 1, 1, 4, 4, 3), dtype=np.uint8)])
+def test_what_is_no_clip_is_told(clip):
+    with pytest.raises(ValueError, match=r"is no clip: give a list of images, an array \(T, H, W, 3\), a folder"):
+        Mask2FormerVideoProcessor()(clip)
+
+
+def test_labels_that_are_not_the_clips_are_told():
+    processor, frames, masks = Mask2FormerVideoProcessor(), pictures(), np.zeros((2, 3, 40, 60), dtype=bool)
+    for labels in (
+        {"mask_labels": [masks] * 2, "class_labels": [[1, 2]] * 2},
+        {"mask_labels": [masks], "class_labels": []},
+    ):
+        with pytest.raises(ValueError, match=r"one entry for each clip: there are 1 clips, but \d and \d entries"):
+            processor(frames, **labels)
+    with pytest.raises(ValueError, match=r"mask_labels of clip 0 must be \(N, 3, H, W\), but are \(2, 2, 40, 60\)"):
+        processor(frames, mask_labels=[masks[:, :2]], class_labels=[[1, 2]])
+    with pytest.raises(ValueError, match=r"segmentation_maps is of images: give .* as mask_labels"):
+        processor(frames, segmentation_maps=[np.zeros((40, 60))] * 3)
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_outputs_of_the_other_kind_of_model_are_told(task):
+    with torch.no_grad():
+        of_clips = tiny_model()(clips())
+        of_images = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY))(clips()[0])
+    says = r"are a video model's: use `Mask2FormerVideoProcessor\.post_process_video_instance_segmentation`"
+    with pytest.raises(ValueError, match=says):
+        M2FImageProcessor(task=task).post_process(of_clips)
+    processor = Mask2FormerVideoProcessor()
+    with pytest.raises(ValueError, match=says):
+        getattr(processor, f"post_process_{task}_segmentation")(of_clips)
+    with pytest.raises(ValueError, match=r"are an image model's: post-process them with `M2FImageProcessor`"):
+        processor.post_process_video_instance_segmentation(of_images)
+    if task == "instance":
+        assert len(processor.post_process(of_clips)) == len(processor.post_process(of_clips, task)) == 1
+    else:
+        with pytest.raises(ValueError, match="does not exist for clips"):
+            processor.post_process(of_clips, task)
 
 
 def test_a_damaged_frame_is_named_and_the_others_are_kept(tmp_path):

@@ -1,0 +1,169 @@
+"""The frames of a clip, one after the other: from a folder, a video file (with PyAV) or a sequence of images."""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .images import read_image
+
+
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+@dataclass(frozen=True)
+class DamagedFrame:
+    """Takes the place of a frame that cannot be read, so that those after it keep their numbers.
+
+    Args:
+        index: its number, from 0.
+        reason: what is wrong, with the name of its file where it has one.
+    """
+
+    index: int
+    reason: str
+
+
+def stream_frames(source: Any) -> Iterator[np.ndarray | DamagedFrame]:
+    """The frames of one clip; no more than one of them is in memory at a time.
+
+    Args:
+        source: a folder of frames (in the order of their names, numbers by value: 9 before 10), a video file, an array
+            or tensor (T, H, W, 3) or (T, 3, H, W), or any iterable of images in a form that `M2FImageProcessor` takes.
+
+    Returns:
+        An iterator of upright (3, H, W) arrays, RGB. Of a file that cannot be read, in a folder, a video or a sequence
+        of paths, it warns by name and gives a `DamagedFrame`.
+
+    Raises:
+        FileNotFoundError: a path that leads nowhere.
+        ImportError: a video file without PyAV.
+        ValueError: a file that is no video; and, when the iterator gets there, no frame that can be read, one of
+            another size than those before, or what is not an image.
+    """
+    is_path = isinstance(source, str | Path)
+    return _checked(_open(Path(source)) if is_path else source, str(source) if is_path else "the clip")
+
+
+def count_frames(source: Any) -> int | None:
+    """How many frames a source says it has, damaged ones included; None where only reading it would tell."""
+    if not isinstance(source, str | Path):
+        return len(source) if hasattr(source, "__len__") else None
+    path = Path(source)
+    if path.is_dir():
+        return len(_files_in(path))
+    with _container(path) as container:
+        return container.streams.video[0].frames or None
+
+
+def frame_rate(source: Any) -> float | None:
+    """Frames a second of a video file; None for anything else, and where the file does not say."""
+    if not isinstance(source, str | Path) or Path(source).is_dir():
+        return None
+    with _container(Path(source)) as container:
+        rate = container.streams.video[0].average_rate
+        return float(rate) if rate else None
+
+
+def _checked(items: Iterable[Any], name: str) -> Iterator[np.ndarray | DamagedFrame]:
+    first: tuple[int, tuple[int, int]] | None = None  # number and size of the first that was read
+    for index, item in enumerate(items):
+        if isinstance(item, DamagedFrame):  # of a stream that has been through here
+            yield item
+            continue
+        try:
+            if isinstance(item, _Broken):
+                raise ValueError(item.reason)
+            array = read_image(item)
+        except (ValueError, OSError) as error:
+            if not isinstance(item, str | Path | _Broken) or isinstance(error, FileNotFoundError):
+                raise
+            warnings.warn(f"{name} goes on without what cannot be read: frame {index} ({error})", stacklevel=2)
+            yield DamagedFrame(index, str(error))
+            continue
+        height, width = array.shape[-2:]
+        first = first or (index, (height, width))
+        if (height, width) != first[1]:
+            number, (first_height, first_width) = first
+            raise ValueError(
+                f"the frames of {name} differ in size ({first_height}x{first_width} in frame {number}, "
+                f"{height}x{width} in frame {index}): resize or split them first"
+            )
+        yield array
+        del item, array  # while the next is read
+    if first is None:
+        raise ValueError(
+            f"{name} has no frames that can be read: give at least one image ({', '.join(FRAME_SUFFIXES)} in a folder)"
+        )
+
+
+# --- folders and files ---
+
+
+class _Broken(NamedTuple):
+    reason: str
+
+
+def _open(path: Path) -> Iterable[Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder or video file {path}")
+    return _files_in(path) if path.is_dir() else _decode(path, _container(path))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = (file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+    return sorted((file for file in files if not file.name.startswith(".")), key=_by_numbers)
+
+
+def _by_numbers(file: Path) -> list[Any]:
+    # Texts and numbers take turns, so that only like is compared; of 1 and 01 the name decides.
+    parts = re.split(r"([0-9]+)", file.name)
+    return [*(int(part) if part.isdecimal() else part for part in parts), file.name]
+
+
+def _pyav(path: Path) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            f"reading the video file {path} needs PyAV: pip install 'm2f_hf[video]', or give a folder of its frames"
+        ) from error
+    return av
+
+
+def _container(path: Path) -> Any:
+    av = _pyav(path)
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, OSError) as error:
+        raise ValueError(f"{path} is no video file that can be read ({error})") from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{path} is no video file that can be read (it has no pictures, only sound or text)")
+    return container
+
+
+def _decode(path: Path, container: Any) -> Iterator[np.ndarray | _Broken]:
+    av = _pyav(path)
+    with container:
+        packets = container.demux(container.streams.video[0])
+        while True:
+            try:
+                frames = next(packets).decode()
+            except StopIteration:
+                return
+            except av.error.EOFError:
+                return
+            except av.error.FFmpegError as error:
+                yield _Broken(f"{path}: {error}")
+                continue
+            for frame in frames:
+                if getattr(frame, "is_corrupt", False):
+                    yield _Broken(f"{path}: its data are damaged")
+                    continue
+                pixels = frame.to_ndarray(format="rgb24")
+                yield np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90))
