@@ -74,7 +74,7 @@ class Items(Dataset[dict[str, Any]]):
 
 def open_data(args: argparse.Namespace, task: str) -> tuple[Any, list[dict[str, Any]], str]:
     """The items to measure on, their classes, and what they are called."""
-    if GENERATED.get(args.dataset, task) != task:
+    if args.dataset in GENERATED and (GENERATED[args.dataset] == "video") != (task == "video"):
         raise ValueError(f"{args.dataset} is for task {GENERATED[args.dataset]}, the model for {task}")
     if args.dataset == "moving_shapes":
         videos = MovingShapesDataset(args.limit or 60, seed=TEST_SEED)

@@ -21,6 +21,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     Args:
         max_detections: most tracks of a clip; the original's 10.
         instance_threshold: least score of a track, 0 to 1; the original has none.
+        use_mask_quality: whether a score is the class's probability times the mean mask probability inside the mask; in
+            the original it is the former alone.
         kwargs: as [`M2FImageProcessor`]'s, whose saved settings it reads, too.
 
     Raises:
@@ -30,9 +32,17 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     model_input_names = ["pixel_values_videos", "pixel_mask"]  # noqa: RUF012
     size: Any = {"shortest_edge": 360, "longest_edge": 1333}  # noqa: RUF012
 
-    def __init__(self, *, max_detections: int = 10, instance_threshold: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        max_detections: int = 10,
+        instance_threshold: float = 0.0,
+        use_mask_quality: bool = False,
+        **kwargs: Any,
+    ) -> None:
         kwargs.setdefault("task", "instance")
         super().__init__(max_detections=max_detections, instance_threshold=instance_threshold, **kwargs)
+        self.use_mask_quality = use_mask_quality
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -132,7 +142,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         mask_threshold: float | None = None,
         target_sizes: list[Size] | torch.Tensor | None = None,
         max_detections: int | None = None,
-        use_mask_quality: bool = False,
+        use_mask_quality: bool | None = None,
         return_coco_annotation: bool = False,
     ) -> list[dict[str, Any]]:
         """Tracks by falling score, each with its own masks; see `post_processing.video_instance_segmentation`.
@@ -143,7 +153,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             mask_threshold: None: the processor's.
             target_sizes: height and width of each clip's result; by default the size it had before padding.
             max_detections: None: the processor's.
-            use_mask_quality: multiply scores with the mean mask probability inside the mask.
+            use_mask_quality: multiply scores with the mean mask probability inside the mask; None: the processor's.
             return_coco_annotation: run-length encodings for each track and frame instead of (N, T, height, width) bool.
         """
         return post_process_video_instance_segmentation(
@@ -152,7 +162,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             threshold=self.instance_threshold if threshold is None else threshold,
             mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
             max_detections=self.max_detections if max_detections is None else max_detections,
-            use_mask_quality=use_mask_quality,
+            use_mask_quality=self.use_mask_quality if use_mask_quality is None else use_mask_quality,
             return_coco_annotation=return_coco_annotation,
         )
 
