@@ -67,6 +67,7 @@ def test_a_run_on_moving_shapes_gives_a_video_checkpoint(whole):
     assert fields["model_type"] == "m2f_video"
     card = (whole / "best" / "README.md").read_text()
     assert "Mask2FormerForVideoSegmentation" in card and "moving shapes" in card and "num_frames" in card
+    assert "type: video-instance-segmentation" in card and "| instance | moving shapes |" in card
     pictures = [whole / "samples.jpg", whole / "predictions" / "step-0000003.jpg", whole / "best" / "example.jpg"]
     assert all(Image.open(path).width > 200 for path in pictures)
 
