@@ -438,9 +438,8 @@ def instance_segmentation(
     num_labels = class_probs.shape[1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
     labels = pairs % num_labels
-    is_dropped = torch.isin(labels, torch.tensor(sorted(label_ids_to_drop), dtype=labels.dtype, device=labels.device))
     # The mean probability inside a mask is at most 1, so a pair below the threshold now will be below it later.
-    candidates = ~is_dropped & (scores >= threshold)
+    candidates = ~_is_one_of(labels, label_ids_to_drop) & (scores >= threshold)
     scores, labels = scores[candidates], labels[candidates]
     queries, of_query = torch.unique(pairs[candidates] // num_labels, return_inverse=True)
 
@@ -475,6 +474,10 @@ def instance_segmentation(
     else:
         segmentation = _instance_map(image, mask_logits, of_instance, mask_threshold)
     return {"segmentation": segmentation, "segments_info": segments}
+
+
+def _is_one_of(labels: Tensor, label_ids: Collection[int]) -> Tensor:
+    return torch.isin(labels, torch.tensor(sorted(label_ids), dtype=labels.dtype, device=labels.device))
 
 
 def _mask_statistics(image: ImageOutputs, mask_logits: Tensor, mask_threshold: float) -> _MaskStatistics:
@@ -599,13 +602,15 @@ def video_instance_segmentation(
     mask_threshold: float = 0.5,
     max_detections: int = 10,
     use_mask_quality: bool = False,
+    label_ids_to_drop: Collection[int] = (),
     return_coco_annotation: bool = False,
 ) -> dict[str, Any]:
     """The best (query, class) pairs of one clip, each with a mask in every frame; masks may overlap.
 
     As the original's (arXiv 2112.10764): the `max_detections` most probable pairs, scored by class probability alone,
     whether or not their masks have a pixel. Where `use_mask_quality` is set, the score is times the mean mask
-    probability inside the mask, over all frames, as for images. Pairs below `threshold` are left out.
+    probability inside the mask, over all frames, as for images. Pairs below `threshold` are left out, and of the most
+    probable those whose class is in `label_ids_to_drop` (stuff, for a panoptic checkpoint).
 
     Returns:
         `segments_info`, by falling score, ids counting up from 0: `id`, `label_id`, `score` (0 to 1), `areas`, the
@@ -616,7 +621,8 @@ def video_instance_segmentation(
     class_probs = clip.class_logits.float().softmax(-1)[:, :-1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
     # Masks are at most certain, so a pair below the threshold now will be below it later.
-    scores, pairs = scores[scores >= threshold], pairs[scores >= threshold]
+    candidates = (scores >= threshold) & ~_is_one_of(pairs % class_probs.shape[1], label_ids_to_drop)
+    scores, pairs = scores[candidates], pairs[candidates]
     labels = pairs % class_probs.shape[1]
     all_queries, of_pair = torch.unique(pairs // class_probs.shape[1], return_inverse=True)
     frames = _frames_of(clip, all_queries)

@@ -119,6 +119,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     ) -> list[dict[str, Any]]:
         """Tracks by falling score, each with its own masks; see `post_processing.video_instance_segmentation`.
 
+        The classes in the processor's `label_ids_to_fuse`, stuff, are left out.
+
         Args:
             outputs: the model's, of a batch of clips.
             threshold: least score; None: the processor's `instance_threshold`.
@@ -135,6 +137,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
             max_detections=self.max_detections if max_detections is None else max_detections,
             use_mask_quality=use_mask_quality,
+            label_ids_to_drop=self.label_ids_to_fuse or (),
             return_coco_annotation=return_coco_annotation,
         )
 

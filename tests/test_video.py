@@ -351,6 +351,15 @@ def test_tracks_follow_their_definition(use_mask_quality):
     assert result["segmentation"].shape == (4, 2, 50, 75)
 
 
+def test_stuff_is_no_track_of_an_instance():
+    clip = clip_outputs()
+    everything = video_instance_segmentation(clip, max_detections=6)["segments_info"]
+    things = video_instance_segmentation(clip, max_detections=6, label_ids_to_drop=[1])["segments_info"]
+    kept = [info for info in everything if info["label_id"] != 1]
+    assert 0 < len(kept) < len(everything)
+    assert [{**info, "id": None} for info in things] == [{**info, "id": None} for info in kept]
+
+
 def test_tracks_as_encodings_and_none_at_all():
     clip = clip_outputs()
     clip.mask_logits[:, 1] = -1  # nothing in the second frame
@@ -564,7 +573,10 @@ def write_video(path, pictures, codec="mpeg4"):
     av = pytest.importorskip("av", reason="needs PyAV")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=5)
-        stream.height, stream.width, stream.pix_fmt = *np.asarray(pictures[0]).shape[:2], stream.codec.video_formats[0].name
+        stream.height, stream.width, stream.pix_fmt = (
+            *np.asarray(pictures[0]).shape[:2],
+            stream.codec.video_formats[0].name,
+        )
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
         container.mux(stream.encode())
@@ -583,14 +595,20 @@ def test_a_video_file_is_read(tmp_path):
         Mask2FormerVideoProcessor()(tmp_path / "broken.mp4")
 
 
-def test_damage_in_the_middle_of_a_video_file_is_named(tmp_path):
-    pytest.importorskip("av", reason="needs PyAV")
-    path = tmp_path / "clip.avi"
-    write_video(path, [frame.resize((64, 48)) for frame in pictures(8)], codec="mjpeg")
+@pytest.mark.parametrize(("codec", "name"), [("mjpeg", "clip.avi"), ("mpeg4", "clip.mp4"), ("libx264", "clip.mp4")])
+def test_damage_in_the_middle_of_a_video_file_is_named(codec, name, tmp_path):
+    """Also where pictures are stored in another order than they are shown in."""
+    av = pytest.importorskip("av", reason="needs PyAV")
+    path = tmp_path / name
+    write_video(path, [frame.resize((64, 48)) for frame in pictures(8)], codec=codec)
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        times = sorted(packet.pts for packet in packets)
+        place, size, number = packets[3].pos, packets[3].size, times.index(packets[3].pts)
     content = bytearray(path.read_bytes())
-    starts = [index for index in range(len(content) - 2) if content[index : index + 3] == b"\xff\xd8\xff"]
-    content[starts[3] : starts[3] + 300] = bytes(300)  # the fourth picture
+    content[place + 8 : place + size] = bytes(size - 8)
     path.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"clip\.avi goes on without what cannot be read: frame 3 \("):
+    with pytest.warns(UserWarning, match=rf"clip\.\w+ goes on without what cannot be read: frame {number} \("):
         frames = list(stream_frames(path))
-    assert [getattr(frame, "shape", None) for frame in frames] == [(3, 48, 64)] * 3 + [None] + [(3, 48, 64)] * 4
+    shapes = [getattr(frame, "shape", None) for frame in frames]
+    assert shapes == [None if index == number else (3, 48, 64) for index in range(8)]
