@@ -12,11 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from download import default_cache_dir
 from huggingface_hub.errors import StrictDataclassError
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from released import find_released, listing
+
+
+NUM_FRAMES = 4  # of the generated clip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,26 +46,61 @@ def _convert(options: argparse.Namespace) -> str:
     row = find_released(options.variant) if options.variant else None
     # Here, because PyTorch and transformers take seconds to import: a list and a wrong argument need not wait for them.
     from converter import convert, convert_released, overlay_path
+    from detectron2_config import is_video, read_config
 
-    from m2f_hf.cli import BUNDLED_SCENES, CommandError, ImageError
-    from m2f_hf.images import open_image
+    from m2f_hf.cli import CommandError, ImageError
 
-    photo_file = options.photo or BUNDLED_SCENES / "scene-1.png"
     try:
-        photo = ImageOps.exif_transpose(open_image(photo_file)).convert("RGB") if options.verify else None
+        sample_name, sample = "", None
+        if options.verify:
+            of_clips = row.is_video if row else is_video(read_config(options.config_file))
+            sample_name, sample = _clip(options) if of_clips else _photo(options)
         if row:
-            report = convert_released(row, options.output, options.checkpoint, options.cache_dir, photo)
+            report = convert_released(row, options.output, options.checkpoint, options.cache_dir, sample)
         else:
-            report = convert(options.checkpoint, options.config_file, options.output, options.labels, photo)
+            report = convert(options.checkpoint, options.config_file, options.output, options.labels, sample)
     except (StrictDataclassError, CommandError, ImageError) as error:
         raise ValueError(error) from error
     lines = [f"{options.output}: {report}"]
-    if photo:
+    if sample:
         lines.append(
-            f"Verified: every weight loads, and logits are finite for {photo_file.name} ({report.found}). "
+            f"Verified: every weight loads, and logits are finite for {sample_name} ({report.found}). "
             f"Look at {overlay_path(options.output)}."
         )
     return "\n".join(lines)
+
+
+def _photo(options: argparse.Namespace) -> tuple[str, Any]:
+    """The photo to verify with, RGB, and what to call it.
+
+    Raises:
+        ValueError: it is no image, or a clip was given.
+        FileNotFoundError: there is none.
+    """
+    from m2f_hf.cli import BUNDLED_SCENES
+    from m2f_hf.images import open_image
+
+    if options.clip:
+        raise ValueError("This checkpoint is of an image model: give --photo, not --clip.")
+    file = options.photo or BUNDLED_SCENES / "scene-1.png"
+    return file.name, ImageOps.exif_transpose(open_image(file)).convert("RGB")
+
+
+def _clip(options: argparse.Namespace) -> tuple[str, Any]:
+    """The frames to verify with, RGB, and what to call them.
+
+    Raises:
+        ValueError: there is no frame, or they differ in size, or a photo was given.
+        FileNotFoundError, ImportError: there is no such clip, or a video file and no PyAV.
+    """
+    from m2f_hf.data import MovingShapesDataset
+    from m2f_hf.video_processing_mask2former import read_frames
+
+    if options.photo:
+        raise ValueError("This checkpoint is of a video model: give --clip (a folder of frames), not --photo.")
+    if options.clip is None:
+        return "a generated clip", list(MovingShapesDataset(1, num_frames=NUM_FRAMES)[0]["frames"])
+    return options.clip.name, [Image.fromarray(frame.transpose(1, 2, 0)) for frame in read_frames(options.clip)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,16 +128,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help=f"where downloads are kept (default: {default_cache_dir()})"
     )
-    parser.add_argument("--verify", action="store_true", help="segment a photo with the result and draw it")
+    parser.add_argument("--verify", action="store_true", help="segment a photo or clip with the result and draw it")
     parser.add_argument("--photo", type=Path, metavar="FILE", help="the one for --verify (default: a generated scene)")
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FOLDER_OR_FILE",
+        help="the one for --verify of a video model: a short one's frames, or a video file (default: a generated one)",
+    )
     return parser
 
 
 def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.output is None:
         parser.error("--output is missing: the folder to make")
-    if options.photo and not options.verify:
-        parser.error("--photo is for --verify")
+    for name in ("photo", "clip"):
+        if getattr(options, name) and not options.verify:
+            parser.error(f"--{name} is for --verify")
     if options.config_file and options.checkpoint is None:
         parser.error("--config-file needs the --checkpoint that was trained with it")
     if options.config_file and options.cache_dir:

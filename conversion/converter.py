@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from detectron2_config import UnsupportedOptionError, build_config, build_processor, read_config, read_labels
+from detectron2_config import build_config, build_processor, read_config, read_labels
 from detectron2_mapping import MisfitError, convert_state_dict, differences
 from download import default_cache_dir, digest_in_name, download, md5_of
 from PIL import Image
@@ -23,12 +24,19 @@ from safe_pickle import load_state_dict
 from safetensors import safe_open
 from transformers import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
 
-from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerVideoConfig
+from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerVideoProcessor
 from m2f_hf.cli import Segmenter, describe
-from m2f_hf.hub import model_card
+from m2f_hf.hub import VIDEOS, label_names, load_whole, model_card
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
-from m2f_hf.visualization import draw_segments
+from m2f_hf.metrics.pictures import to_map
+from m2f_hf.visualization import contact_sheet, draw_segments
 
+
+Sample = Image.Image | Sequence[Image.Image]
+"""What to verify with: an RGB photo, or, for a video model, RGB frames of one size."""
+
+SHOWN_SCORE = 0.5  # from which a verification draws a track; the original keeps ten, whatever they score
+SHOWN_FRAMES, SHOWN_SIDE = 4, 480  # of its clip: how many at most, and how large in pixels
 
 # Some versions of transformers build and save a last norm of the Swin classifier, which a backbone never uses.
 _UNUSED = re.compile(r"\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weight|bias)$")
@@ -39,8 +47,8 @@ class Report(NamedTuple):
 
     `filled` names what the original has nothing of (counters of frozen norms, a norm that no backbone uses), `checked`
     the constants that have no place in our model, `split` the fused projections to queries, keys and values, which are
-    three in ours. `found` is what the verification saw in its photo, in words; None where none was asked for. `note`
-    is what else there is to say.
+    three in ours. `found` is what the verification saw in its photo or clip, in words; None where none was asked for.
+    `note` is what else there is to say.
     """
 
     read: int
@@ -67,7 +75,7 @@ def convert(
     config_file: Path,
     output: Path,
     labels_file: Path | None = None,
-    photo: Image.Image | None = None,
+    sample: Sample | None = None,
 ) -> Report:
     """Convert one checkpoint.
 
@@ -76,7 +84,7 @@ def convert(
         config_file: The YAML it was trained with.
         output: The folder to make; it must not exist, or be empty.
         labels_file: Names of the classes, and which are things (JSON; see `read_labels`).
-        photo: RGB; segment it with the result, see `verify`, and put the picture at `overlay_path`.
+        sample: Segment it with the result, see `verify`, and put the picture at `overlay_path`.
 
     Raises:
         FileExistsError: `output` has something in it.
@@ -87,7 +95,7 @@ def convert(
     output = _free(output)
     options = read_config(config_file)
     labels = read_labels(labels_file, options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]) if labels_file else None
-    return _convert(checkpoint, build_config(options, labels), build_processor(options, labels), output, {}, photo)
+    return _convert(checkpoint, build_config(options, labels), build_processor(options, labels), output, {}, sample)
 
 
 def convert_released(
@@ -95,7 +103,7 @@ def convert_released(
     output: Path,
     checkpoint: Path | None = None,
     cache_dir: Path | None = None,
-    photo: Image.Image | None = None,
+    sample: Sample | None = None,
 ) -> Report:
     """Convert a released checkpoint, fetched if need be.
 
@@ -103,7 +111,7 @@ def convert_released(
 
     Args:
         row: Which one; see `find_released`.
-        output, photo: As in `convert`.
+        output, sample: As in `convert`.
         checkpoint: Its file, where it is at hand already, or one of the same settings trained by somebody else.
         cache_dir: Where a download is kept; default: `default_cache_dir()`.
 
@@ -115,15 +123,15 @@ def convert_released(
     output = _free(output)
     if checkpoint is None:
         checkpoint = download(row.url, cache_dir or default_cache_dir())
-        return _convert(checkpoint, row.config(), row.processor(), output, row.card(), photo)
+        return _convert(checkpoint, row.config(), row.processor(), output, row.card(), sample)
     if not checkpoint.is_file():
         raise FileNotFoundError(f"There is no checkpoint {checkpoint}.")
     digest = md5_of(checkpoint)
     if digest.startswith(row.digest):
-        return _convert(checkpoint, row.config(), row.processor(), output, row.card(), photo)
+        return _convert(checkpoint, row.config(), row.processor(), output, row.card(), sample)
     _check_not_another(checkpoint, digest, row)
     try:
-        report = _convert(checkpoint, row.config(), row.processor(), output, {}, photo)
+        report = _convert(checkpoint, row.config(), row.processor(), output, {}, sample)
     except MisfitError as error:
         raise ValueError(
             f"{checkpoint} is not the file of {row.name}. {error.facts} --list shows the others; one of your own "
@@ -163,10 +171,8 @@ def _convert(
     processor: M2FImageProcessor,
     output: Path,
     card: Mapping[str, Any],
-    photo: Image.Image | None,
+    sample: Sample | None,
 ) -> Report:
-    if photo and isinstance(config, Mask2FormerVideoConfig):
-        raise UnsupportedOptionError("--verify segments a photo, and this is a video checkpoint: leave it out.")
     original = load_state_dict(checkpoint)
     converted = convert_state_dict(original, config)
     model = _load_strictly(converted, config)
@@ -177,9 +183,9 @@ def _convert(
         processor.save_pretrained(folder)
         model_card(config, processor, repo_id=output.name, **card).save(folder / "README.md")
         unused = _check_written(folder / "model.safetensors", converted)
-        found = verify(folder, photo, Path(temporary) / "verify.png") if photo else None
+        found = verify(folder, sample, Path(temporary) / "verify.png") if sample else None
         os.replace(folder, output)
-        if photo:
+        if sample:
             os.replace(Path(temporary) / "verify.png", overlay_path(output))
     filled, checked, split = differences(original, config)
     return Report(
@@ -198,27 +204,56 @@ def overlay_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.verify.png")
 
 
-def verify(folder: Path, photo: Image.Image, overlay: Path) -> str:
-    """Load a converted folder as anybody would and segment a photo with it.
+def verify(folder: Path, sample: Sample, overlay: Path) -> str:
+    """Load a converted folder as anybody would and segment a photo with it, or follow what is in a clip.
 
     Args:
         folder: What `convert` made.
-        photo: RGB.
-        overlay: Where to save the photo with its segments drawn over it.
+        sample: As the model takes it: an RGB photo, or a clip's RGB frames, of one size.
+        overlay: Where to save the photo, or some frames, with the segments drawn over it.
 
     Returns:
         What was found, in words.
 
     Raises:
         CommandError, ImageError: The folder doesn't fill the model, or the photo is of an impossible size.
-        ValueError: The logits are not finite.
+        ValueError: The logits are not finite, or a video model's folder or clip is at fault.
     """
+    if not isinstance(sample, Image.Image):
+        return _verify_with_clip(folder, sample, overlay)
+    photo = sample
     segmenter = Segmenter.load(str(folder), task=None, threshold=None, device="cpu", dtype="float32")
     segmenter.model.register_forward_hook(_check_finite)
     segmentation, segments_info = segmenter(photo)
     colors = dict(enumerate(segmenter.model.config.label_colors or []))
     draw_segments(photo, segmentation, segments_info, colors=colors).save(overlay)
     return describe(segments_info)
+
+
+def _verify_with_clip(folder: Path, frames: Sequence[Image.Image], overlay: Path) -> str:
+    model, _ = load_whole(folder, VIDEOS)
+    model.register_forward_hook(_check_finite)
+    processor = Mask2FormerVideoProcessor.from_pretrained(folder)
+    size = (frames[0].height, frames[0].width)
+    with torch.inference_mode():
+        outputs = model.eval()(**processor(list(frames), return_tensors="pt"))
+    (result,) = processor.post_process_video_instance_segmentation(
+        outputs, threshold=SHOWN_SCORE, target_sizes=[size], use_mask_quality=False
+    )
+    names, colors = label_names(model.config), dict(enumerate(model.config.label_colors or []))
+    tracks = [  # the better over the worse
+        {**info, "label": names[info["label_id"]], "isthing": True, "masks": masks}
+        for info, masks in zip(result["segments_info"], result["segmentation"].numpy(), strict=True)
+        if masks.any()
+    ][::-1]
+    shown = np.linspace(0, len(frames) - 1, min(SHOWN_FRAMES, len(frames))).round().astype(int).tolist()
+    pictures = []
+    for frame in shown:
+        segments = to_map([{**track, "segmentation": track["masks"][frame]} for track in tracks], size, "label_id")
+        pictures.append(draw_segments(frames[frame], *segments, names, colors))
+        pictures[-1].thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    contact_sheet([pictures], ["tracks"], [f"frame {frame + 1} of {len(frames)}" for frame in shown]).save(overlay)
+    return describe(tracks)
 
 
 def _check_finite(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:

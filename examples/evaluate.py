@@ -1,11 +1,12 @@
-"""Measure a model on a labelled data set: PQ, mask AP and mIoU, per class, with pictures of where it is worst.
+"""Measure a model on a labelled data set: PQ, mask AP, mIoU or video AP, per class, with pictures of its worst.
 
     python examples/evaluate.py --model path/or/hub/id --dataset path/to/folder --output runs/evaluation
     python examples/evaluate.py --model m2f_hf/assets/shapes-panoptic --dataset shapes --output runs/shapes
 
-`--model` is a checkpoint of this package or of transformers. `--dataset` is what `m2f_hf.data.open_dataset` opens, or
-"shapes", generated scenes that no training has seen. In the output folder: `results.json`, `results.md` (the same as
-tables), `per_class.png`, and `worst/`, the images with the lowest figures: image, prediction and target side by side.
+`--model` is a checkpoint of this package or of transformers, of images or of clips. `--dataset` is what
+`m2f_hf.data.open_dataset` opens, or "shapes" (for clips "moving_shapes"), generated scenes that no training has seen.
+In the output folder: `results.json`, `results.md` (the same as tables), `per_class.png`, and `worst/`, the images with
+the lowest figures: image, prediction and target side by side.
 
 `--post_processing stock` measures the same weights with transformers' own image processor instead. Under `accelerate
 launch` or `torchrun` each process takes a share of the images.
@@ -27,18 +28,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from finetune_setup import GENERATED, classes_for, is_video_checkpoint
 from huggingface_hub import EvalResult, ModelCard
 from stock_processor import StockProcessor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
-from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset
+from m2f_hf import M2FImageProcessor
+from m2f_hf.data import CATEGORIES, MovingShapesDataset, ShapesDataset, open_dataset
 from m2f_hf.data.loading import CollateItems
 from m2f_hf.data.shapes import TEST_SEED
 from m2f_hf.hub import Figure, model_card
 from m2f_hf.metrics import MAIN_FIGURE, MEASURES, Evaluation, Prediction
-from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison
+from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison, draw_frames
 from m2f_hf.test_time_augmentation import semantic_scores_with_augmentation
 
 
@@ -46,6 +48,7 @@ SETTINGS = {
     "panoptic": ("threshold", "mask_threshold", "overlap_mask_area_threshold", "max_detections"),
     "instance": ("mask_threshold", "max_detections"),
     "semantic": (),
+    "video": ("mask_threshold", "max_detections"),
 }
 """What of the processor the figures of a task depend on."""
 RESULTS_SECTION = re.compile(r"^## Results\n.*?(?=^## |^<!-- |\Z)", re.M | re.S)
@@ -71,6 +74,11 @@ class Items(Dataset[dict[str, Any]]):
 
 def open_data(args: argparse.Namespace, task: str) -> tuple[Any, list[dict[str, Any]], str]:
     """The items to measure on, their classes, and what they are called."""
+    if args.dataset in GENERATED and (GENERATED[args.dataset] == "video") != (task == "video"):
+        raise ValueError(f"{args.dataset} is for task {GENERATED[args.dataset]}, the model for {task}")
+    if args.dataset == "moving_shapes":
+        videos = MovingShapesDataset(args.limit or 60, seed=TEST_SEED)
+        return videos, videos.categories, "generated videos"
     if args.dataset == "shapes":
         return ShapesDataset(args.limit or 200, seed=TEST_SEED), CATEGORIES, "generated scenes"
     splits = open_dataset(args.dataset, task=task, held_out=args.held_out)
@@ -151,7 +159,7 @@ def predict(
         views = (semantic_scores_with_augmentation(model, evaluation.processor, item["image"]) for item in items)
         return [{"semantic": scores.argmax(0)} for scores in views]
     device = next(model.parameters()).device
-    outputs = model(pixel_values=inputs["pixel_values"].to(device), pixel_mask=inputs["pixel_mask"].to(device))
+    outputs = model(**{name: values.to(device) for name, values in inputs.items()})
     return evaluation.predict(outputs, items)
 
 
@@ -160,7 +168,7 @@ def measure(model: Any, evaluation: Evaluation, items: Items, args: argparse.Nam
     worst = Worst(args.worst)
     loader = DataLoader(
         items,
-        batch_size=1 if args.post_processing == "stock" else args.batch_size,
+        batch_size=1 if args.post_processing == "stock" or evaluation.task == "video" else args.batch_size,
         collate_fn=CollateItems(evaluation.processor),
         num_workers=args.num_workers,
     )
@@ -193,12 +201,17 @@ def draw_worst(
         item = items[position]
         inputs, _ = CollateItems(evaluation.processor)([item])
         prediction = predict(model, evaluation, inputs, [item], args.tta)[0]
-        name = str(item.get("file_name", f"image {item['image_id']}"))
-        pictures = draw_comparison(item, prediction, evaluation, id2label, colors)
-        sheet = comparison_sheet([pictures], [f"{name}: {figure_name} {100 * figure:.1f}"])
+        item_id = item["video_id"] if evaluation.task == "video" else item["image_id"]
+        name = str(item.get("file_name", f"image {item_id}"))
+        drawn_in = (item, prediction, evaluation, id2label, colors)
+        if evaluation.task == "video":
+            pictures, titles = draw_frames(*drawn_in)
+        else:
+            pictures, titles = [draw_comparison(*drawn_in)], [name]
+        sheet = comparison_sheet(pictures, [f"{title}: {figure_name} {100 * figure:.1f}" for title in titles])
         file = f"{rank:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(name).stem)}.jpg"
         sheet.save(folder / file, quality=90)
-        rows.append({"image_id": item["image_id"], "file_name": name, figure_name: figure, "picture": f"worst/{file}"})
+        rows.append({"image_id": item_id, "file_name": name, figure_name: figure, "picture": f"worst/{file}"})
     return rows
 
 
@@ -209,7 +222,7 @@ def draw_per_class(per_class: Mapping[str, Mapping[str, Any]], evaluation: Evalu
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    key = {"panoptic": "pq", "instance": "ap", "semantic": "iou"}[evaluation.task]
+    key = {"panoptic": "pq", "instance": "ap", "semantic": "iou", "video": "ap"}[evaluation.task]
     isthing = {str(category["name"]): category["isthing"] for category in evaluation.categories}
     bars = sorted(
         ((entry[key], name) for name, entry in per_class.items() if entry.get(key) is not None), key=lambda bar: bar[0]
@@ -244,7 +257,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"# {result['model']} on {result['dataset']}",
         "",
-        f"Images: {result['num_images']} ({result['split']}), task {result['task']}, {result['processing']}.",
+        f"{'Videos' if result['task'] == 'video' else 'Images'}: {result['num_images']} ({result['split']}), "
+        f"task {result['task']}, {result['processing']}.",
         "",
     ]
     groups = [name for name in ("all", "things", "stuff") if figures.get(f"pq_{name}") is not None]
@@ -365,9 +379,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parse_arguments(arguments)
     accelerator = Accelerator()
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model).to(accelerator.device).eval()
-    processor = M2FImageProcessor.from_pretrained(args.model)
-    task = args.task or processor.task
+    is_video = is_video_checkpoint(args.model)
+    if (args.task == "video") > is_video or (is_video and args.task not in (None, "video")):
+        raise SystemExit(
+            f"{args.model} is a model of {'clips' if is_video else 'images'}: no good for --task {args.task}"
+        )
+    if is_video and args.post_processing == "stock":
+        raise SystemExit("transformers has no post-processing of videos: leave out --post_processing stock")
+    model_class, processor_class = classes_for("video" if is_video else "image")
+    model = model_class.from_pretrained(args.model).to(accelerator.device).eval()
+    processor = processor_class.from_pretrained(args.model)
+    task = args.task or ("video" if is_video else processor.task)
     if args.tta and task != "semantic":
         raise SystemExit(f"--tta is for task semantic, not {task}")
     try:
@@ -415,7 +437,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         put_on_card(Path(args.model), model, processor, headline(task, figures, Path(args.dataset).name, split))
     main_figure = MAIN_FIGURE[task]
     figure = percent(figures[main_figure])
-    print(f"{main_figure} {figure} on {num_images} images ({split}); see {args.output / 'results.md'}")
+    unit = "videos" if is_video else "images"
+    print(f"{main_figure} {figure} on {num_images} {unit} ({split}); see {args.output / 'results.md'}")
     return result
 
 

@@ -515,15 +515,7 @@ def measured(output: Path, data: Data, step: int) -> list[Figure]:
     best = next(row for row in rows if row["step"] == step and MAIN_FIGURE[data.task] in row)
     source = "the training run, which chose its step by them"
     return [
-        Figure(
-            "video" if data.task == "video" else task,
-            data.name,
-            "validation",
-            metric,
-            round(100 * best[key], 2),
-            source,
-            data.hub_id,
-        )
+        Figure(task, data.name, "validation", metric, round(100 * best[key], 2), source, data.hub_id)
         for key, (task, metric) in FIGURES.items()
         if key in best
     ]

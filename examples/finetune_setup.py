@@ -224,7 +224,7 @@ def frames_in_clip(args: argparse.Namespace, data: Data) -> int:
 
 
 def classes_for(task: str) -> tuple[Any, Any]:
-    """The model's class and the processor's."""
+    """The model's class and the processor's for a task, "video" or one of images."""
     if task == "video":
         return Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
     return Mask2FormerForUniversalSegmentation, M2FImageProcessor

@@ -47,6 +47,7 @@ from .visualization import ClassColors, contact_sheet, draw_segments, semantic_t
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_MODEL = ASSETS / "shapes-panoptic"
+BUNDLED_VIDEO_MODEL = BUNDLED_MODEL.with_name("shapes-video")
 BUNDLED_SCENES = ASSETS / "scenes"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 OUTPUT_SUFFIXES = (".overlay.png", ".segments.png", ".json")

@@ -43,18 +43,29 @@ class ImageOutputs(NamedTuple):
 # --- the batch ---
 
 
-def split_batch(outputs: Any, target_sizes: Sequence[Size] | Tensor | None = None) -> Iterator[ImageOutputs]:
+def split_batch(
+    outputs: Any, target_sizes: Sequence[Size] | Tensor | None = None, *, of_clips: bool = False
+) -> Iterator[ImageOutputs]:
     """Takes a batch apart: one `ImageOutputs` per image.
 
     Args:
         outputs: has `class_queries_logits` (B, Q, K+1) and `masks_queries_logits` (B, Q, h, w), and may have
             `image_sizes` (B, 2), each image's height and width before padding. Without it nothing was padded.
         target_sizes: height and width to resize each image's result to; by default its size before padding.
+        of_clips: whether the masks are (B, Q, T, h, w), of clips, whose frames have one size.
 
     Raises:
-        ValueError: as many target sizes as images are needed, all positive; an image larger than four times the masks.
+        ValueError: as many target sizes as images are needed, all positive; an image larger than four times the masks;
+            outputs of images where clips are meant, or the other way round.
     """
     class_logits, mask_logits = outputs.class_queries_logits.detach(), outputs.masks_queries_logits.detach()
+    if mask_logits.dim() != 4 + of_clips:
+        of_what, fix = (
+            ("an image model's", "post-process them with `M2FImageProcessor`")
+            if of_clips
+            else ("a video model's", "use `Mask2FormerVideoProcessor.post_process_video_instance_segmentation`")
+        )
+        raise ValueError(f"`masks_queries_logits` of {tuple(mask_logits.shape)} are {of_what}: {fix}")
     padded_size = (MASK_STRIDE * mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-1])
     known_sizes = getattr(outputs, "image_sizes", None)
     image_sizes = [padded_size] * len(mask_logits) if known_sizes is None else _to_sizes(known_sizes)
@@ -728,7 +739,8 @@ def post_process_video_instance_segmentation(
     Raises:
         ValueError: as `split_batch`.
     """
-    return [video_instance_segmentation(ClipOutputs(*clip), **settings) for clip in split_batch(outputs, target_sizes)]
+    clips = split_batch(outputs, target_sizes, of_clips=True)
+    return [video_instance_segmentation(ClipOutputs(*clip), **settings) for clip in clips]
 
 
 def post_process_video_panoptic_segmentation(

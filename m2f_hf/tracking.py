@@ -237,7 +237,7 @@ class ClipTracker:
             none (0), since tracks of any score would each go on.
         mask_threshold: None: the processor's.
         max_detections: most tracks of one window, for instances; None: the processor's.
-        use_mask_quality: as of `post_process_video_instance_segmentation`.
+        use_mask_quality: as of `post_process_video_instance_segmentation`; None: the processor's.
         min_iou, min_similarity, memory: as of [`TrackMemory`].
 
     Raises:
@@ -256,7 +256,7 @@ class ClipTracker:
         threshold: float | None = None,
         mask_threshold: float | None = None,
         max_detections: int | None = None,
-        use_mask_quality: bool = False,
+        use_mask_quality: bool | None = None,
         min_iou: float = 0.3,
         min_similarity: float = 0.6,
         memory: int = 100,

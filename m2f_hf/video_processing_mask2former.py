@@ -1,11 +1,12 @@
 """Frames to the video model's input, and its outputs back to tracks, with the image processor's arithmetic."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 
 from .frames import FRAME_SUFFIXES, DamagedFrame, stream_frames
@@ -20,6 +21,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     Args:
         max_detections: most tracks of a clip; the original's 10.
         instance_threshold: least score of a track, 0 to 1; the original has none.
+        use_mask_quality: whether a score is the class's probability times the mean mask probability inside the mask; in
+            the original it is the former alone.
         kwargs: as [`M2FImageProcessor`]'s, whose saved settings it reads, too.
 
     Raises:
@@ -29,9 +32,17 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     model_input_names = ["pixel_values_videos", "pixel_mask"]  # noqa: RUF012
     size: Any = {"shortest_edge": 360, "longest_edge": 1333}  # noqa: RUF012
 
-    def __init__(self, *, max_detections: int = 10, instance_threshold: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        max_detections: int = 10,
+        instance_threshold: float = 0.0,
+        use_mask_quality: bool = False,
+        **kwargs: Any,
+    ) -> None:
         kwargs.setdefault("task", "instance")
         super().__init__(max_detections=max_detections, instance_threshold=instance_threshold, **kwargs)
+        self.use_mask_quality = use_mask_quality
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -68,6 +79,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             FileNotFoundError: a path that leads nowhere.
             ImportError: a video file without PyAV.
         """
+        if stray := {"segmentation_maps", "segments_info", "instance_id_to_semantic_id"} & kwargs.keys():
+            raise ValueError(f"{min(stray)} is of images: give the masks of a clip as mask_labels (N, T, H, W)")
         clips = [read_frames(clip) for clip in list_of_clips(videos)]
         lengths = [len(clip) for clip in clips]
         if len(set(lengths)) > 1:
@@ -78,6 +91,11 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         if mask_labels is not None:
             # (N, T, H, W) -> one (N, H, W) for each frame, as of the batch of images that all frames are.
             masks = [np.asarray(of_clip) for of_clip in mask_labels]
+            if not len(masks) == len(class_labels) == len(clips):
+                raise ValueError(
+                    f"mask_labels and class_labels are lists with one entry for each clip: there are {len(clips)} "
+                    f"clips, but {len(masks)} and {len(class_labels)} entries"
+                )
             for index, (of_clip, length) in enumerate(zip(masks, lengths, strict=True)):
                 if of_clip.ndim != 4 or of_clip.shape[1] != length:
                     raise ValueError(
@@ -107,6 +125,16 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             data["class_labels"] = batch["class_labels"][::length]
         return BatchFeature(data=data)
 
+    def post_process(self, outputs: Any, task: Any = None, **kwargs: Any) -> Any:
+        """`post_process_video_instance_segmentation`, the one that there is for clips; `kwargs` go to it.
+
+        Raises:
+            ValueError: another task than "instance".
+        """
+        if task not in (None, "instance"):
+            raise ValueError(f"task {task!r} does not exist for clips; there is only 'instance'")
+        return self.post_process_video_instance_segmentation(outputs, **kwargs)
+
     def post_process_video_instance_segmentation(
         self,
         outputs: Any,
@@ -114,7 +142,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         mask_threshold: float | None = None,
         target_sizes: list[Size] | torch.Tensor | None = None,
         max_detections: int | None = None,
-        use_mask_quality: bool = False,
+        use_mask_quality: bool | None = None,
         return_coco_annotation: bool = False,
     ) -> list[dict[str, Any]]:
         """Tracks by falling score, each with its own masks; see `post_processing.video_instance_segmentation`.
@@ -127,7 +155,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             mask_threshold: None: the processor's.
             target_sizes: height and width of each clip's result; by default the size it had before padding.
             max_detections: None: the processor's.
-            use_mask_quality: multiply scores with the mean mask probability inside the mask.
+            use_mask_quality: multiply scores with the mean mask probability inside the mask; None: the processor's.
             return_coco_annotation: run-length encodings for each track and frame instead of (N, T, height, width) bool.
         """
         return post_process_video_instance_segmentation(
@@ -136,7 +164,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             threshold=self.instance_threshold if threshold is None else threshold,
             mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
             max_detections=self.max_detections if max_detections is None else max_detections,
-            use_mask_quality=use_mask_quality,
+            use_mask_quality=self.use_mask_quality if use_mask_quality is None else use_mask_quality,
             label_ids_to_drop=self.label_ids_to_fuse or (),
             return_coco_annotation=return_coco_annotation,
         )
@@ -149,7 +177,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         overlap_mask_area_threshold: float | None = None,
         label_ids_to_fuse: Collection[int] | None = None,
         target_sizes: list[Size] | torch.Tensor | None = None,
-        use_mask_quality: bool = False,
+        use_mask_quality: bool | None = None,
     ) -> list[dict[str, Any]]:
         """Tracks of things and stuff without overlaps; see `post_processing.video_panoptic_segmentation`.
 
@@ -158,7 +186,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse: as for images; None: the
                 processor's.
             target_sizes: height and width of each clip's result; by default the size it had before padding.
-            use_mask_quality: multiply scores with the mean mask probability inside the mask.
+            use_mask_quality: multiply scores with the mean mask probability inside the mask; None: the processor's.
 
         Returns:
             For each clip `segmentation`, (T, height, width) int32 with ids from 1 and 0 for void; and `segments_info`.
@@ -166,7 +194,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         return post_process_video_panoptic_segmentation(
             outputs,
             target_sizes,
-            use_mask_quality=use_mask_quality,
+            use_mask_quality=self.use_mask_quality if use_mask_quality is None else use_mask_quality,
             **self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse),
         )
 
@@ -175,7 +203,18 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
 
 
 def list_of_clips(videos: Any) -> list[Any]:
-    """One clip or several, as a list."""
+    """One clip or several, as a list.
+
+    Raises:
+        ValueError: what is no clip, such as a single image.
+    """
+    dimensions = getattr(videos, "ndim", 4)
+    if isinstance(videos, Image.Image) or dimensions < 4:
+        raise ValueError("a single image is no clip: give a list of frames, [image] for one")
+    if dimensions > 5 or isinstance(videos, Mapping) or not isinstance(videos, str | Path | Iterable):
+        raise ValueError(
+            f"{type(videos).__name__} is no clip: give a list of images, an array (T, H, W, 3), a folder or a video"
+        )
     if isinstance(videos, str | Path):
         return [videos]
     if isinstance(videos, np.ndarray | torch.Tensor):

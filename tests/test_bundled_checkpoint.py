@@ -7,9 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from m2f_hf import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
-from m2f_hf.cli import BUNDLED_MODEL
-from m2f_hf.data import CATEGORIES, ShapesDataset
+from m2f_hf import (
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerForVideoSegmentation,
+    Mask2FormerImageProcessor,
+    Mask2FormerVideoProcessor,
+)
+from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_VIDEO_MODEL
+from m2f_hf.data import CATEGORIES, MovingShapesDataset, ShapesDataset, occlusion_clip, tube_masks
 from m2f_hf.metrics import Evaluation, evaluate_model
 
 
@@ -94,3 +99,34 @@ def test_pictures_of_different_sizes_give_in_a_batch_nearly_what_they_give_alone
         assert found["segmentation"].shape[1:] == (image.height, image.width)
         ious.append(mean_best_iou(found, expected))
     assert np.mean(ious) >= 0.99
+
+
+# --- clips ---
+
+
+@pytest.fixture(scope="module")
+def video_model():
+    return Mask2FormerForVideoSegmentation.from_pretrained(BUNDLED_VIDEO_MODEL).eval()
+
+
+def test_the_video_checkpoint_is_small_and_computes_in_float32(video_model):
+    files = {path.name: path.stat().st_size for path in Path(BUNDLED_VIDEO_MODEL).iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} == set(files)
+    assert sum(files.values()) <= 6 * 2**20
+    assert {parameter.dtype for parameter in video_model.parameters()} == {torch.float32}
+    assert list(video_model.config.id2label.values()) == [c["name"] for c in MovingShapesDataset(1).categories]
+
+
+def test_the_video_checkpoint_follows_a_thing_behind_another(video_model):
+    """On average over clips that no training has seen: one track covers each thing, the one that is hidden too."""
+    processor = Mask2FormerVideoProcessor.from_pretrained(BUNDLED_VIDEO_MODEL)
+    ious = []
+    for seed in range(2):
+        clip = occlusion_clip(9, seed=seed)
+        with torch.inference_mode():
+            outputs = video_model(**processor(list(clip["frames"]), return_tensors="pt"))
+        found = processor.post_process_video_instance_segmentation(outputs, target_sizes=[(160, 160)])[0]
+        tracks = found["segmentation"].numpy()
+        masks = tube_masks(clip)
+        ious += [max((mask & track).sum() / (mask | track).sum() for track in tracks) for mask in masks]
+    assert np.mean(ious) >= 0.6, ious

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import runpy
+import shutil
 import sys
 import time
 from collections import OrderedDict
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -242,7 +244,7 @@ def test_a_decoder_of_clips_in_a_model_of_images_is_refused(tmp_path):
             read_config(write_config(tmp_path, {name: value}))
 
 
-def test_video_checkpoint_gives_a_video_model(goldens, tmp_path, capsys):
+def test_video_checkpoint_gives_a_video_model(goldens, tmp_path, monkeypatch, capsys):
     folder = goldens / "ytvis2019_r50"
     arguments = [
         "--checkpoint",
@@ -252,15 +254,44 @@ def test_video_checkpoint_gives_a_video_model(goldens, tmp_path, capsys):
         "--output",
         tmp_path / "o",
     ]
-    photo = goldens.parent / "data" / "video_clip" / "00000100.jpg"
-    assert convert_detectron2.main([str(argument) for argument in [*arguments, "--verify", "--photo", photo]]) == 1
-    assert "a video checkpoint" in capsys.readouterr().err
+    clip = goldens.parent / "data" / "video_clip"
+    refused = [*arguments, "--verify", "--photo", clip / "00000100.jpg"]
+    assert convert_detectron2.main([str(argument) for argument in refused]) == 1
+    assert "is of a video model: give --clip" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    assert convert_detectron2.main([str(argument) for argument in arguments]) == 0
+    monkeypatch.setattr(converter, "SHOWN_SCORE", 0.0)  # of random weights
+    for sample, name in (([], "a generated clip"), (["--clip", clip], "video_clip")):
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+        verified = [*arguments, "--verify", *sample]
+        assert convert_detectron2.main([str(argument) for argument in verified]) == 0
+        said = capsys.readouterr().out
+        assert f"logits are finite for {name} (" in said and f"Look at {tmp_path / 'o.verify.png'}" in said
+        assert "nothing found" not in said
+        with Image.open(tmp_path / "o.verify.png") as picture:
+            assert picture.width > 2 * picture.height  # frames side by side
     assert type(AutoConfig.from_pretrained(tmp_path / "o")) is Mask2FormerVideoConfig
     assert Mask2FormerVideoProcessor.from_pretrained(tmp_path / "o").size["shortest_edge"] == 360
     card = (tmp_path / "o" / "README.md").read_text()
     assert "Mask2FormerForVideoSegmentation.from_pretrained" in card and "pipeline(" not in card
+
+
+def test_a_video_checkpoint_that_is_not_finite_does_not_pass_verification(goldens, tmp_path, capsys):
+    folder = goldens / "ytvis2019_r50"
+    content = pickle.loads((folder / "model.pkl").read_bytes())
+    content["model"]["sem_seg_head.predictor.class_embed.weight"][:] = 3e38  # finite, but no sum of them is
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
+    arguments = ["--checkpoint", tmp_path / "model.pkl", "--config-file", folder / "config.yaml", "--output"]
+    assert convert_detectron2.main([str(each) for each in [*arguments, tmp_path / "out" / "o", "--verify"]]) == 1
+    assert "class_queries_logits are not finite" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_image_checkpoint_takes_no_clip(goldens, tmp_path, capsys):
+    folder = goldens / "coco_panoptic_r50"
+    arguments = ["--checkpoint", folder / "model.pkl", "--config-file", folder / "config.yaml", "--output"]
+    arguments += [tmp_path / "o", "--verify", "--clip", tmp_path]
+    assert convert_detectron2.main([str(each) for each in arguments]) == 1
+    assert "is of an image model: give --photo" in capsys.readouterr().err
 
 
 # --- the mapping, without recordings ---

@@ -137,7 +137,7 @@ def test_instances_that_overlap_are_measured_by_their_own_masks(processor):
 
 def test_tasks_and_measures_that_do_not_exist(processor):
     with pytest.raises(ValueError, match="choose one of panoptic"):
-        Evaluation("video", processor, CATEGORIES)
+        Evaluation("tracks", processor, CATEGORIES)
     with pytest.raises(ValueError, match=r"\['pq'\] do not exist for task 'instance'"):
         Evaluation("instance", processor, CATEGORIES, ["pq"])
     assert "ap" not in Evaluation("panoptic", processor, CATEGORIES, ["pq", "miou"]).compute()

@@ -1,6 +1,7 @@
 """Training on clips with the script: what images have, resuming among it, with a model of a few thousand parameters."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from m2f_hf import (
     Mask2FormerForVideoSegmentation,
     Mask2FormerVideoProcessor,
 )
-from m2f_hf.data import CATEGORIES, MovingShapesDataset
+from m2f_hf.data import CATEGORIES, MovingShapesDataset, write_youtube_vis
 from m2f_hf.training import find_checkpoint, save_model
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import evaluate as evaluate_script
 import finetune
 
 
@@ -65,6 +67,7 @@ def test_a_run_on_moving_shapes_gives_a_video_checkpoint(whole):
     assert fields["model_type"] == "m2f_video"
     card = (whole / "best" / "README.md").read_text()
     assert "Mask2FormerForVideoSegmentation" in card and "moving shapes" in card and "num_frames" in card
+    assert "type: video-instance-segmentation" in card and "| instance | moving shapes |" in card
     pictures = [whole / "samples.jpg", whole / "predictions" / "step-0000003.jpg", whole / "best" / "example.jpg"]
     assert all(Image.open(path).width > 200 for path in pictures)
 
@@ -110,3 +113,39 @@ def test_a_video_checkpoint_is_a_start_too_and_is_measured(whole, tmp_path, caps
 def test_generated_videos_have_one_task(image_model, tmp_path):
     with pytest.raises(SystemExit, match="moving_shapes are for --task video"):
         run(tmp_path / "run", *MOVING, "--model", image_model, "--task", "panoptic", "--steps", 1)
+
+
+# --- YouTube-VIS' files ---
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for seed, name in enumerate(("train", "valid")):
+        write_youtube_vis(MovingShapesDataset(2, 5 + seed, 64, seed=seed, shapes=("cross", "star")), folder / name)
+    return folder
+
+
+def test_a_folder_of_videos_is_trained_on_and_evaluated(videos, image_model, tmp_path, capsys):
+    arguments = ["--dataset", videos, "--model", image_model, "--task", "video", "--batch_size", 2, "--steps", 2]
+    rows = run(tmp_path / "run", *arguments)
+    told = capsys.readouterr().err
+    assert "taken over by name: star (1); 1 start anew" in told and "validation videos: 2 of about 6 frames" in told
+    assert len(losses(rows)) == 2 and rows[-1]["ap"] >= 0
+    assert Mask2FormerForVideoSegmentation.from_pretrained(tmp_path / "run" / "best").config.id2label[0] == "cross"
+    result = evaluate_script.main(
+        ["--model", str(tmp_path / "run" / "best"), "--dataset", str(videos), "--output", str(tmp_path / "result")]
+    )
+    assert result["task"] == "video" and result["num_images"] == 2
+    assert result["figures"]["ap"] == pytest.approx(rows[-1]["ap"], abs=1e-4)
+    assert len(list((tmp_path / "result" / "worst").glob("*.jpg"))) == 2
+
+
+def test_annotations_for_frames_that_are_not_there_start_nothing(videos, image_model, tmp_path):
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    gone = folder / "train" / "JPEGImages" / "00001" / "00003.png"
+    gone.unlink()
+    with pytest.raises(SystemExit, match=r"(?s)missing.*00001/00003\.png"):
+        run(tmp_path / "run", "--dataset", folder, "--model", image_model, "--steps", 1)
+    assert not (tmp_path / "run").exists()

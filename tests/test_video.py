@@ -551,6 +551,55 @@ def test_a_clip_that_cannot_be_read_says_why(tmp_path):
         processor(pictures(), class_labels=[[1]])
 
 
+@pytest.mark.parametrize("clip", ["image", "array", "tensor"])
+def test_a_single_image_is_no_clip(clip):
+    image = pictures(1)[0]
+    form = {"image": image, "array": np.asarray(image), "tensor": torch.from_numpy(np.array(image))}[clip]
+    with pytest.raises(ValueError, match=r"a single image is no clip: give a list of frames, \[image\]"):
+        Mask2FormerVideoProcessor()(form)
+    assert Mask2FormerVideoProcessor()([form])["pixel_values_videos"].shape[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("clip", [None, 3, {"a": 1}, np.zeros((1, 1, 1, 4, 4, 3), dtype=np.uint8)])
+def test_what_is_no_clip_is_told(clip):
+    with pytest.raises(ValueError, match=r"is no clip: give a list of images, an array \(T, H, W, 3\), a folder"):
+        Mask2FormerVideoProcessor()(clip)
+
+
+def test_labels_that_are_not_the_clips_are_told():
+    processor, frames, masks = Mask2FormerVideoProcessor(), pictures(), np.zeros((2, 3, 40, 60), dtype=bool)
+    for labels in (
+        {"mask_labels": [masks] * 2, "class_labels": [[1, 2]] * 2},
+        {"mask_labels": [masks], "class_labels": []},
+    ):
+        with pytest.raises(ValueError, match=r"one entry for each clip: there are 1 clips, but \d and \d entries"):
+            processor(frames, **labels)
+    with pytest.raises(ValueError, match=r"mask_labels of clip 0 must be \(N, 3, H, W\), but are \(2, 2, 40, 60\)"):
+        processor(frames, mask_labels=[masks[:, :2]], class_labels=[[1, 2]])
+    with pytest.raises(ValueError, match=r"segmentation_maps is of images: give .* as mask_labels"):
+        processor(frames, segmentation_maps=[np.zeros((40, 60))] * 3)
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_outputs_of_the_other_kind_of_model_are_told(task):
+    with torch.no_grad():
+        of_clips = tiny_model()(clips())
+        of_images = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY))(clips()[0])
+    says = r"are a video model's: use `Mask2FormerVideoProcessor\.post_process_video_instance_segmentation`"
+    with pytest.raises(ValueError, match=says):
+        M2FImageProcessor(task=task).post_process(of_clips)
+    processor = Mask2FormerVideoProcessor()
+    with pytest.raises(ValueError, match=says):
+        getattr(processor, f"post_process_{task}_segmentation")(of_clips)
+    with pytest.raises(ValueError, match=r"are an image model's: post-process them with `M2FImageProcessor`"):
+        processor.post_process_video_instance_segmentation(of_images)
+    if task == "instance":
+        assert len(processor.post_process(of_clips)) == len(processor.post_process(of_clips, task)) == 1
+    else:
+        with pytest.raises(ValueError, match="does not exist for clips"):
+            processor.post_process(of_clips, task)
+
+
 def test_a_damaged_frame_is_named_and_the_others_are_kept(tmp_path):
     for index, frame in enumerate(pictures()):
         frame.save(tmp_path / f"{index}.png")

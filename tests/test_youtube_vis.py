@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f_hf.data import DatasetError, MovingShapesDataset, YouTubeVISDataset, open_youtube_vis, tube_masks
+from m2f_hf.data import (
+    DatasetError,
+    MovingShapesDataset,
+    ShapesDataset,
+    YouTubeVISDataset,
+    open_dataset,
+    open_youtube_vis,
+    tube_masks,
+    write_coco_panoptic,
+)
 from m2f_hf.data import write_youtube_vis as write
 from m2f_hf.data.problems import FileProblem, Problems
 
@@ -227,3 +236,69 @@ def test_reads_the_real_clip(shared, tmp_path):
         for one, other in itertools.pairwise(tube):
             assert (one & other).sum() > 0.7 * (one | other).sum()
     assert report.most_instances == 3
+
+
+# --- opened for training ---
+
+
+def test_a_folder_is_opened_like_images(written, tmp_path):
+    """Splits by name, classes of the validation videos by name, a share held out where there is no such split."""
+    folder = tmp_path / "both"
+    write(MovingShapesDataset(3, 4, 48, seed=5), folder / "train")
+    others = write(
+        MovingShapesDataset(2, 5, 48, seed=6, shapes=("star", "circle", "triangle", "rectangle")), folder / "valid"
+    )
+    found = open_dataset(folder)
+    assert found.task == "video" and (len(found.train), len(found.validation)) == (3, 2)
+    assert "taken for: YouTube-VIS' annotations" in str(found.report) and "train videos: 3" in str(found.report)
+    plain = YouTubeVISDataset(others / "instances.json")
+    for index in range(2):
+        names = [
+            [dataset.categories[info["category_id"]]["name"] for info in dataset[index]["segments_info"]]
+            for dataset in (plain, found.validation)
+        ]
+        assert names[0] == names[1] and np.array_equal(tube_masks(plain[index]), tube_masks(found.validation[index]))
+    most = max(len(found.train[index]["segments_info"]) for index in range(3))
+    assert found.report.splits[0].most_segments == most
+    for source in (written, written / "instances.json"):
+        held = open_dataset(source, task="video", held_out=0.3)
+        assert (len(held.train), len(held.validation)) == (2, 1) and "1 of 3 videos held out" in str(held.report)
+        ids = sorted(part[index]["video_id"] for part in held[:2] for index in range(len(part)))
+        assert ids == [1, 2, 3]
+    for index in range(2):
+        assert {info["id"] for info in held.train[index]["segments_info"]} == set(
+            range(1, 1 + int((held.train.segments[:, 0] == index).sum()))
+        )
+
+
+def test_videos_without_annotations_are_no_validation_data(written, tmp_path):
+    """As YouTube-VIS' own validation set is."""
+    for name in ("train", "valid"):
+        write(MovingShapesDataset(3, 4, 48, seed=5), tmp_path / name)
+    path = tmp_path / "valid" / "instances.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": None}))
+    found = open_dataset(tmp_path)
+    assert "validation: no annotations, left out" in str(found.report) and len(found.train) == 2
+    with pytest.raises(DatasetError, match="no annotations"):
+        open_dataset(tmp_path / "valid")
+
+
+def test_videos_and_images_are_not_taken_for_each_other(written, tmp_path):
+    with pytest.raises(ValueError, match="annotations of videos: no good for task='panoptic'"):
+        open_dataset(written, task="panoptic")
+    write_coco_panoptic(ShapesDataset(2, 48), tmp_path / "images", ShapesDataset(1).categories)
+    with pytest.raises(ValueError, match="task='video', which needs YouTube-VIS'"):
+        open_dataset(tmp_path / "images", task="video")
+
+
+def test_everything_wrong_with_videos_is_told_when_they_are_opened(written, tmp_path):
+    def spoil(content):
+        content["videos"][0]["file_names"][1] = "nowhere/00001.png"
+        content["annotations"][-1]["segmentations"] += [None, None]
+
+    path = changed(written, tmp_path, spoil)
+    (tmp_path / "JPEGImages").symlink_to(written / "JPEGImages")
+    with pytest.raises(DatasetError) as caught:
+        open_dataset(path)
+    assert "nowhere/00001.png" in str(caught.value) and "has 6 for 4 frames" in str(caught.value)

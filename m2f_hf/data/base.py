@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +19,7 @@ from .problems import FileProblem
 ImageFile = Path | BytesIO | Image.Image
 """Where an image is read from; an image that is open already stands for itself."""
 _EXIF_ORIENTATION = 0x0112
+_Items = TypeVar("_Items", bound="Selection")
 
 
 def read_image(file: ImageFile, name: str) -> Image.Image:
@@ -92,7 +93,65 @@ def _open_image(file: ImageFile, name: str, what: str = "Images") -> Iterator[Im
         raise FileProblem(f"{what} cannot be read: replace or remove them.", f"{name}: {error}") from error
 
 
-class SegmentationDataset(Dataset[dict[str, Any]]):
+class Selection(Dataset[dict[str, Any]]):
+    """What data sets of images and of videos share: a part of the items, other classes.
+
+    Attributes:
+        categories, task, segments: as `SegmentationDataset` says.
+    """
+
+    categories: list[dict[str, Any]]
+    task: str
+    segments: np.ndarray | None = None
+    _positions: np.ndarray
+    _category_map: dict[int, int] | None = None
+    _merges_classes: bool = False
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def select(self: _Items, indices: Sequence[int] | np.ndarray) -> _Items:
+        """The items at these indices, in this order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        result = copy.copy(self)
+        result._positions = self._positions[chosen]
+        if self.segments is not None:
+            starts = np.searchsorted(self.segments[:, 0], chosen)
+            ends = np.searchsorted(self.segments[:, 0], chosen, side="right")
+            parts = [self.segments[start:end] for start, end in zip(starts, ends, strict=True)]
+            result.segments = np.concatenate([self.segments[:0], *parts])
+            result.segments[:, 0] = np.repeat(np.arange(len(chosen)), ends - starts)
+        return result
+
+    def with_categories(
+        self: _Items, categories: Sequence[Mapping[str, Any]], category_map: Mapping[int, int]
+    ) -> _Items:
+        """The same items with another class list; segments of classes that `category_map` lacks are left out."""
+        return copy.copy(self)._with_categories([dict(category) for category in categories], dict(category_map))
+
+    def _with_categories(self: _Items, categories: list[dict[str, Any]], added: dict[int, int]) -> _Items:
+        old = self._category_map or {category["id"]: category["id"] for category in self.categories}
+        self._category_map = {own: added[new] for own, new in old.items() if new in added}
+        if self.segments is not None:
+            table = np.full(len(self.categories), -1, dtype=np.int32)
+            table[list(added)] = list(added.values())
+            segments = self.segments.copy()
+            segments[:, 1] = table[segments[:, 1]]
+            self.segments = segments[segments[:, 1] >= 0]
+        self.categories = categories
+        self._merges_classes |= self.task == "semantic"  # segment ids are the class + 1
+        return self
+
+    def _with_own_classes(self, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Segments with the annotation's own classes, as `categories` has them; `isthing` is added."""
+        if self._category_map is not None:
+            ids = self._category_map
+            segments = [{**s, "category_id": ids[s["category_id"]]} for s in segments if s["category_id"] in ids]
+        isthing = [category["isthing"] for category in self.categories]
+        return [{**segment, "isthing": isthing[segment["category_id"]]} for segment in segments]
+
+
+class SegmentationDataset(Selection):
     """Images with segments. Subclasses say where they lie (`_load`); everything else is here.
 
     An item has
@@ -112,19 +171,9 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             without opening files; None where not.
     """
 
-    categories: list[dict[str, Any]]
-    task: str
-    segments: np.ndarray | None = None
-    _positions: np.ndarray
-    _category_map: dict[int, int] | None = None
-    _merges_classes: bool = False
-
     def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
         """The image's file, and the item without image and size; `category_id` is that of the annotation's own list."""
         raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self._positions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, item = self._open(index)
@@ -150,19 +199,6 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         item = self.complete(item, *read_size(file, item["file_name"]))
         check_pixels(file, item["file_name"])
         return item
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> "SegmentationDataset":
-        """The items at these indices, in this order."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        result = copy.copy(self)
-        result._positions = self._positions[chosen]
-        if self.segments is not None:
-            starts = np.searchsorted(self.segments[:, 0], chosen)
-            ends = np.searchsorted(self.segments[:, 0], chosen, side="right")
-            parts = [self.segments[start:end] for start, end in zip(starts, ends, strict=True)]
-            result.segments = np.concatenate([self.segments[:0], *parts])
-            result.segments[:, 0] = np.repeat(np.arange(len(chosen)), ends - starts)
-        return result
 
     def with_task(self, task: str) -> "SegmentationDataset":
         """The same images for another task: things alone for "instance", one segment a class for "semantic".
@@ -196,25 +232,6 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             {category["id"]: index for index, category in enumerate(things)},
         )
 
-    def with_categories(
-        self, categories: Sequence[Mapping[str, Any]], category_map: Mapping[int, int]
-    ) -> "SegmentationDataset":
-        """The same items with another class list; segments of classes that `category_map` lacks are left out."""
-        return copy.copy(self)._with_categories([dict(category) for category in categories], dict(category_map))
-
-    def _with_categories(self, categories: list[dict[str, Any]], added: dict[int, int]) -> "SegmentationDataset":
-        old = self._category_map or {category["id"]: category["id"] for category in self.categories}
-        self._category_map = {own: added[new] for own, new in old.items() if new in added}
-        if self.segments is not None:
-            table = np.full(len(self.categories), -1, dtype=np.int32)
-            table[list(added)] = list(added.values())
-            segments = self.segments.copy()
-            segments[:, 1] = table[segments[:, 1]]
-            self.segments = segments[segments[:, 1] >= 0]
-        self.categories = categories
-        self._merges_classes |= self.task == "semantic"  # segment ids are the class + 1
-        return self
-
     def _open(self, index: int) -> tuple[ImageFile, dict[str, Any]]:
         if not 0 <= index < len(self):
             raise IndexError(f"Item {index} of {len(self)}: indices run from 0 to {len(self) - 1}.")
@@ -238,11 +255,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             mask = segment.get("segmentation")
             if isinstance(mask, Mapping) and list(mask["size"]) != [height, width]:
                 _refuse_size(item["file_name"], mask["size"], (height, width))
-        if self._category_map is not None:
-            ids = self._category_map
-            segments = [{**s, "category_id": ids[s["category_id"]]} for s in segments if s["category_id"] in ids]
-        isthing = [category["isthing"] for category in self.categories]
-        item["segments_info"] = [{**segment, "isthing": isthing[segment["category_id"]]} for segment in segments]
+        item["segments_info"] = self._with_own_classes(segments)
         return merge_classes(item) if self._merges_classes else item
 
 

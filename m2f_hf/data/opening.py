@@ -43,9 +43,10 @@ from .label_maps import (
 )
 from .problems import DatasetError, FileProblem, Problems, named
 from .report import DatasetReport, SplitReport, inspect_split, stream_report, warn_of_empty_classes
+from .youtube_vis import YouTubeVISDataset, inspect_videos
 
 
-FORMS = ("coco-panoptic", "coco-instance", "label-maps", "table")
+FORMS = ("coco-panoptic", "coco-instance", "youtube-vis", "label-maps", "table")
 """What a data set can be taken for."""
 
 
@@ -53,9 +54,9 @@ class DataSplits(NamedTuple):
     """A data set that is ready for training.
 
     Attributes:
-        train, validation: items as `SegmentationDataset` describes them.
+        train, validation: items as `SegmentationDataset` describes them, or `VideoDataset`.
         categories: the classes of both.
-        task: "panoptic", "instance" or "semantic".
+        task: "panoptic", "instance", "semantic" or "video".
         report: what was found.
     """
 
@@ -90,13 +91,13 @@ def open_dataset(
     streaming: bool = False,
     config_name: str | None = None,
 ) -> DataSplits:
-    """Open images with segments for training and validation, in the form in which they lie.
+    """Open images with segments, or videos with tracks, for training and validation, in the form in which they lie.
 
     Args:
-        source: a folder; an annotation file in COCO's form; a folder of `save_to_disk` or of Parquet files; the name of
-            a data set on the Hub; or a `datasets.Dataset`, `IterableDataset` or dict of them.
-        task: "panoptic", "instance" or "semantic"; what the annotations are made for if None. Panoptic annotations do
-            for all three, instances for semantic segmentation too.
+        source: a folder; an annotation file in COCO's or YouTube-VIS' form; a folder of `save_to_disk` or of Parquet
+            files; the name of a data set on the Hub; or a `datasets.Dataset`, `IterableDataset` or dict of them.
+        task: "panoptic", "instance", "semantic" or "video"; what the annotations are made for if None. Panoptic
+            annotations do for all three of images, instances for semantic segmentation too.
         form: one of `FORMS`, where the guess is wrong.
         labels: class names, where the data set does not name them: a known label set ("ade20k-semantic"), a file
             (JSON or one name a line), `{number: name}`, or a list.
@@ -117,8 +118,8 @@ def open_dataset(
         ValueError: `source` is in no known form, splits have different classes, or an argument makes no sense.
         ImportError: `datasets` or `pycocotools` is needed and not installed.
     """
-    if task is not None and task not in TASKS:
-        raise ValueError(f"task={task!r}: use one of {', '.join(TASKS)}.")
+    if task not in (None, *TASKS, "video"):
+        raise ValueError(f"task={task!r}: use one of {', '.join(TASKS)}, video.")
     if form is not None and form not in FORMS:
         raise ValueError(f"form={form!r}: use one of {', '.join(FORMS)}.")
     if not 0 <= held_out < 1:
@@ -142,9 +143,17 @@ def open_dataset(
     if train.task != held.task:
         raise ValueError(f"The training data is for task {train.task!r}, the validation data for {held.task!r}.")
     held = _with_classes_of(train, held)
+    if task is not None and (task == "video") != (train.task == "video"):
+        raise ValueError(
+            f"{name} was taken for {opened.form}, whose task is {train.task!r}: that does not do for task={task!r}, "
+            "which needs YouTube-VIS' annotations of videos."
+            if task == "video"
+            else f"{name} has annotations of videos: no good for task={task!r}. Use task='video'."
+        )
     native = (train, held)
-    train = native[0].with_task(task or native[0].task)
-    held = train if native[1] is native[0] else native[1].with_task(task or native[1].task)
+    if train.task != "video":
+        train = native[0].with_task(task or native[0].task)
+        held = train if native[1] is native[0] else native[1].with_task(task or native[1].task)
     if len(train.categories) < len(native[0].categories):
         more.append(f"{len(native[0].categories) - len(train.categories)} stuff classes have no instances: left out")
     reports = [_report_on(train, native[0], "train", problems, max_opened)]
@@ -163,6 +172,10 @@ def open_dataset(
 def _report_on(split: Any, native: Any, name: str, problems: Problems, max_opened: int | None) -> SplitReport:
     if isinstance(split, StreamingDataset):
         return stream_report(split, name)
+    if isinstance(split, YouTubeVISDataset):  # a video has many images
+        found = inspect_videos(split, problems, None if max_opened is None else max_opened // 10)
+        counted = (found.counts, True, found.most_instances, found.num_crowds, found.num_empty)
+        return SplitReport(name, len(split), found.num_opened, found.sizes, *counted, unit="video")
     return inspect_split(split, native, name, problems, max_opened)
 
 
@@ -197,7 +210,7 @@ def _open_folder(folder: Path, arguments: _Arguments) -> _Opened:
     form = arguments.form
     if form == "table" or (form is None and _is_saved_table(folder)):
         return _open_table(folder, str(folder), arguments)
-    if form in (None, "coco-panoptic", "coco-instance"):
+    if form in (None, "coco-panoptic", "coco-instance", "youtube-vis"):
         kind, files = _find_coco(folder, arguments)
         if files:
             return _open_coco(files, arguments, kind)
@@ -213,9 +226,9 @@ def _open_folder(folder: Path, arguments: _Arguments) -> _Opened:
     names = sorted(path.name for path in folder.iterdir())
     raise ValueError(
         f"{folder} has no {'data set' if form is None else form} in a layout that is known (it has: "
-        f"{named(names) or 'nothing'}). Known are COCO's annotation files (in the folder, in annotations/ or in train/ "
-        "and valid/), images/ with masks/ (each with or without training/ and validation/), Cityscapes, Mapillary, "
-        "Parquet files, and what save_to_disk writes."
+        f"{named(names) or 'nothing'}). Known are COCO's and YouTube-VIS' annotation files (in the folder, in "
+        "annotations/ or in train/ and valid/), images/ with masks/ (each with or without training/ and validation/), "
+        "Cityscapes, Mapillary, Parquet files, and what save_to_disk writes."
     )
 
 
@@ -229,15 +242,17 @@ def _is_saved_table(folder: Path) -> bool:
     )
 
 
-# --- COCO's files ---
+# --- COCO's files, and YouTube-VIS' ---
 
 
 def _coco_kind(path: Path) -> str | None:
-    """ "panoptic" or "instance" for an annotation file in COCO's form, without parsing it; None for another file."""
+    """ "panoptic", "instance" (COCO's) or "video" (YouTube-VIS'), without parsing the file; None for another one."""
     if path.stat().st_size == 0:
         return None
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         has = {key: text.find(f'"{key}"'.encode()) >= 0 for key in ("images", "annotations", "categories")}
+        if not has["images"] and has["categories"] and text.find(b'"videos"') >= 0:
+            return "video"
         if not all(has.values()):
             return None
         return "panoptic" if text.find(b'"segments_info"') >= 0 else "instance"
@@ -252,7 +267,7 @@ def _split_of(text: str) -> str:
 def _find_coco(folder: Path, arguments: _Arguments) -> tuple[str, dict[str, Path]]:
     """The annotation files of a folder by split, of the kind that does best for the task."""
     inside = [child for child in sorted(folder.iterdir()) if child.is_dir() and _split_of(child.name)]
-    found: dict[str, dict[str, list[Path]]] = {"panoptic": {}, "instance": {}}
+    found: dict[str, dict[str, list[Path]]] = {"panoptic": {}, "instance": {}, "video": {}}
     for place in (folder, folder / "annotations", *inside):
         for path in sorted(place.glob("*.json")):
             # COCO's keypoint files repeat the people of its instance files.
@@ -263,7 +278,15 @@ def _find_coco(folder: Path, arguments: _Arguments) -> tuple[str, dict[str, Path
     kinds = {
         "coco-panoptic": ["panoptic"],
         "coco-instance": ["instance"],
-    }.get(arguments.form or "", ["instance", "panoptic"] if arguments.task == "instance" else ["panoptic", "instance"])
+        "youtube-vis": ["video"],
+    }.get(
+        arguments.form or "",
+        [
+            *(["video"] if arguments.task == "video" else []),
+            *(["instance", "panoptic"] if arguments.task == "instance" else ["panoptic", "instance"]),
+            "video",
+        ],
+    )
     if arguments.task == "panoptic" and arguments.form is None and found["panoptic"]:
         kinds = ["panoptic"]
     kind = next((kind for kind in kinds if found[kind]), kinds[0])
@@ -283,12 +306,19 @@ def _open_coco(files: dict[str, Path], arguments: _Arguments, kind: str | None) 
     listed = named([str(path) for path in files.values()])
     if kind is None:
         raise ValueError(f"{listed} is not in COCO's form: it lacks images, annotations or categories.")
-    reader = CocoPanopticDataset if kind == "panoptic" else CocoInstanceDataset
+    readers: dict[str, Any] = {"panoptic": CocoPanopticDataset, "instance": CocoInstanceDataset}
+    reader = readers.get(kind, YouTubeVISDataset)
     splits: dict[str, Any] = {}
     for split, path in files.items():
         if split == "test" and len(files) > 1:
             continue
         splits[split] = reader(path, arguments.image_folder, problems=arguments.problems)
+    if kind == "video":
+        annotated = {split: dataset for split, dataset in splits.items() if dataset.is_annotated}
+        if not annotated:
+            raise DatasetError(f"{listed} has no annotations: it is for prediction only.")
+        notes = [f"{split}: no annotations, left out" for split in splits if split not in annotated]
+        return _Opened(annotated, f"YouTube-VIS' annotations in {listed}", notes)
     other = "coco-instance" if kind == "panoptic" else "coco-panoptic"
     return _Opened(splits, f"COCO {kind} annotations in {listed} (override: form={other!r})", [])
 
@@ -557,10 +587,11 @@ def _split(splits: Mapping[str, Any], held_out: float, seed: int) -> tuple[Any, 
         )
         return rest, first, [f"no validation split: the first {count} rows of the stream are held out for validation"]
     if len(whole) == 1:
-        return whole, whole, ["one image only: validated on the training image itself"]
+        return whole, whole, [f"one {'video' if whole.task == 'video' else 'image'} only: validated on it, too"]
     count = min(max(1, round(held_out * len(whole))), len(whole) - 1)
     order = np.random.default_rng(seed).permutation(len(whole))
-    note = f"no validation split: {count} of {len(whole)} images held out for it (held_out={held_out}, seed={seed})"
+    unit = "videos" if whole.task == "video" else "images"
+    note = f"no validation split: {count} of {len(whole)} {unit} held out for it (held_out={held_out}, seed={seed})"
     return whole.select(np.sort(order[count:])), whole.select(np.sort(order[:count])), [note]
 
 

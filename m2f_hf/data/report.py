@@ -29,6 +29,7 @@ class SplitReport:
         most_segments: most segments in one image, counted like those.
         num_crowds: segments that are crowds.
         num_empty: images without a segment.
+        unit: "video" where the items are videos instead of images.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SplitReport:
     most_segments: int
     num_crowds: int
     num_empty: int
+    unit: str = "image"
 
 
 @dataclass
@@ -92,7 +94,9 @@ def problem_lines(problems: Problems) -> list[str]:
 
 def _split_lines(split: SplitReport) -> list[str]:
     total = "a stream" if split.num_images is None else split.num_images
-    lines = [f"{split.name} images: {total}" + (f" ({split.num_empty} without a segment)" if split.num_empty else "")]
+    lines = [
+        f"{split.name} {split.unit}s: {total}" + (f" ({split.num_empty} without a segment)" if split.num_empty else "")
+    ]
     if split.num_opened:
         height, width = split.sizes.T
         middle = np.argsort(height * width)[len(height) // 2]
@@ -102,12 +106,12 @@ def _split_lines(split: SplitReport) -> list[str]:
         )
     if split.num_images is None:
         return lines
-    scope = "" if split.counts_all else f" in the {split.num_opened} images opened"
+    scope = "" if split.counts_all else f" in the {split.num_opened} {split.unit}s opened"
     crowds = f"; crowds, which are ignored in training: {split.num_crowds}" if split.num_crowds else ""
-    most = f", at most {split.most_segments} in an image"
+    most = f", at most {split.most_segments} in {'an' if split.unit == 'image' else 'a'} {split.unit}"
     lines.append(f"  segments{scope}: {int(split.counts.sum())}{most}{crowds}")
     if split.num_opened < split.num_images:
-        lines.append(f"  images and annotations opened to check them: {split.num_opened} (max_opened=None: all)")
+        lines.append(f"  {split.unit}s and annotations opened to check them: {split.num_opened} (max_opened=None: all)")
     return lines
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..post_processing import encode_rle
-from .base import check_pixels, read_image, read_size
+from .base import Selection, check_pixels, read_image, read_size
 from .categories import make_categories
 from .coco import check_entries, check_segmentation, find_folder, group_annotations, image_folders, read_json
 from .coco_panoptic import new_folder
@@ -70,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-class YouTubeVISDataset(VideoDataset):
+class YouTubeVISDataset(Selection, VideoDataset):
     """Videos of an annotation file in YouTube-VIS' form: for each instance a mask or None in every frame.
 
     Masks stay as the file has them (polygons, run lengths), so instances may overlap. Videos without an annotation are
@@ -87,12 +87,16 @@ class YouTubeVISDataset(VideoDataset):
 
     Attributes:
         is_annotated: whether the file has annotations.
+        task: "video".
         segments: (S, 3) int32, position of the video, category id and iscrowd of every instance.
 
     Raises:
         FileNotFoundError: the annotation file or the frames are not there.
         ValueError: the file is not in YouTube-VIS' form, or (without `problems`) has errors; all are named.
     """
+
+    task = "video"
+    segments: np.ndarray
 
     def __init__(
         self,
@@ -113,6 +117,7 @@ class YouTubeVISDataset(VideoDataset):
             candidates = _frame_folders(self.annotation_file) if frame_folder is None else [self.frame_folder]
             self.frame_folder = find_folder(candidates, names, "frames")
         self._packed = PackedList(self._records(content, found))
+        self._positions = np.arange(len(self._packed))
         self.segments = np.array(
             [
                 (position, segment["category_id"], segment["iscrowd"])
@@ -126,9 +131,6 @@ class YouTubeVISDataset(VideoDataset):
         if problems is None:
             found.raise_errors(str(self.annotation_file))
 
-    def __len__(self) -> int:
-        return len(self._packed)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._record(index)
         files = [str(self.frame_folder / name) for name in record["file_names"]]
@@ -136,7 +138,7 @@ class YouTubeVISDataset(VideoDataset):
         return {
             "frames": Frames(partial(_read_frame, files, (height, width)), len(files)),
             "frame_files": files,
-            "segments_info": [{**segment, "isthing": self._is_thing(segment)} for segment in record["segments_info"]],
+            "segments_info": self._with_own_classes(record["segments_info"]),
             "video_id": record["video_id"],
             "file_name": str(Path(files[0]).parent),
             "height": height,
@@ -161,14 +163,11 @@ class YouTubeVISDataset(VideoDataset):
 
     def num_frames(self) -> np.ndarray:
         """Frames of each video: (videos,) int64."""
-        return np.array([len(record["file_names"]) for record in self._packed], dtype=np.int64)
-
-    def _is_thing(self, segment: Mapping[str, Any]) -> bool:
-        return bool(self.categories[segment["category_id"]]["isthing"])
+        return np.array([len(self._record(index)["file_names"]) for index in range(len(self))], dtype=np.int64)
 
     def _record(self, index: int) -> dict[str, Any]:
         self._check_index(index)
-        return self._packed[index]
+        return self._packed[int(self._positions[index])]
 
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:
         videos: dict[Any, Mapping[str, Any]] = {}
@@ -348,15 +347,25 @@ def open_youtube_vis(
     """
     problems = Problems()
     dataset = YouTubeVISDataset(annotation_file, frame_folder, problems)
+    report = inspect_videos(dataset, problems, max_opened)
+    problems.raise_errors(str(annotation_file))
+    return dataset, report
+
+
+def inspect_videos(dataset: YouTubeVISDataset, problems: Problems, max_opened: int | None) -> VideoReport:
+    """Decode the frames of some videos, and count. What is wrong goes to `problems`.
+
+    Args:
+        max_opened: as `open_youtube_vis` takes it.
+    """
     total = len(dataset)
     count = total if max_opened is None else min(total, max_opened)
     chosen = np.linspace(0, total - 1, count).round().astype(int).tolist()
     bar = tqdm(chosen, f"Checking {dataset.annotation_file.name}", unit="video", disable=count < 20)
     sizes = [size for size in (dataset.check(index, problems) for index in bar) if size is not None]
-    problems.raise_errors(str(annotation_file))
     counted = dataset.segments[dataset.segments[:, 2] == 0]
-    report = VideoReport(
-        source=str(annotation_file),
+    return VideoReport(
+        source=str(dataset.annotation_file),
         categories=dataset.categories,
         is_annotated=dataset.is_annotated,
         num_frames=dataset.num_frames(),
@@ -368,7 +377,6 @@ def open_youtube_vis(
         num_empty=total - len(np.unique(dataset.segments[:, 0])),
         problems=problems,
     )
-    return dataset, report
 
 
 # --- writing ---
