@@ -751,7 +751,8 @@ def post_process_video_panoptic_segmentation(
     Raises:
         ValueError: as `split_batch`.
     """
-    return [video_panoptic_segmentation(ClipOutputs(*clip), **settings) for clip in split_batch(outputs, target_sizes)]
+    clips = split_batch(outputs, target_sizes, of_clips=True)
+    return [video_panoptic_segmentation(ClipOutputs(*clip), **settings) for clip in clips]
 
 
 # --- forms of a mask ---
