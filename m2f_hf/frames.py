@@ -149,21 +149,22 @@ def _container(path: Path) -> Any:
 
 def _decode(path: Path, container: Any) -> Iterator[np.ndarray | _Broken]:
     av = _pyav(path)
+    broken: list[int] = []  # times of what could not be decoded; pictures may be stored in another order than shown
     with container:
-        packets = container.demux(container.streams.video[0])
-        while True:
+        for packet in container.demux(container.streams.video[0]):
             try:
-                frames = next(packets).decode()
-            except StopIteration:
-                return
+                frames = packet.decode()
             except av.error.EOFError:
-                return
-            except av.error.FFmpegError as error:
-                yield _Broken(f"{path}: {error}")
+                break
+            except av.error.FFmpegError:
+                broken.append(packet.pts or 0)
                 continue
             for frame in frames:
+                earlier = [time for time in broken if frame.pts is None or time < frame.pts]
+                broken = [time for time in broken if time not in earlier]
+                yield from [_Broken(f"{path} is damaged there")] * len(earlier)
                 if getattr(frame, "is_corrupt", False):
-                    yield _Broken(f"{path}: its data are damaged")
-                    continue
-                pixels = frame.to_ndarray(format="rgb24")
-                yield np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90))
+                    yield _Broken(f"{path} is damaged there")
+                else:
+                    yield np.rot90(frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0) / 90))
+    yield from [_Broken(f"{path} is damaged there")] * len(broken)

@@ -410,14 +410,25 @@ class M2FImageProcessor(PilBackend):
         """
         return post_process_panoptic_segmentation(
             outputs,
-            threshold=self.threshold if threshold is None else threshold,
-            mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
-            overlap_mask_area_threshold=(
-                self.overlap_mask_area_threshold if overlap_mask_area_threshold is None else overlap_mask_area_threshold
-            ),
-            label_ids_to_fuse=self.label_ids_to_fuse if label_ids_to_fuse is None else label_ids_to_fuse,
             target_sizes=target_sizes,
+            **self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse),
         )
+
+    def _panoptic_settings(
+        self,
+        threshold: float | None,
+        mask_threshold: float | None,
+        overlap_mask_area_threshold: float | None,
+        label_ids_to_fuse: Collection[int] | None,
+    ) -> dict[str, Any]:
+        """What was given, and for None the processor's own."""
+        given = {
+            "threshold": threshold,
+            "mask_threshold": mask_threshold,
+            "overlap_mask_area_threshold": overlap_mask_area_threshold,
+            "label_ids_to_fuse": label_ids_to_fuse,
+        }
+        return {name: getattr(self, name) if value is None else value for name, value in given.items()}
 
     def post_process(self, outputs: Any, task: Task | None = None, **kwargs: Any) -> Any:
         """The `post_process_*_segmentation` of a task, by default of the checkpoint's own; `kwargs` go to it.

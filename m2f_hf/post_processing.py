@@ -247,19 +247,48 @@ def panoptic_segmentation(
         not; None where these are not known), `score` (0 to 1; the best of those fused), `area` in pixels and `bbox` as
         [x, y, width, height].
     """
-    num_labels = image.class_logits.shape[-1] - 1
-    scores, labels = image.class_logits.float().softmax(-1).max(-1)
-    kept = (labels != num_labels) & (scores > threshold)
-    scores, labels = scores[kept], labels[kept]
-
+    kept, scores, labels = _likely(image.class_logits, threshold)
     segmentation, contest = _compete(image, image.mask_logits[kept], scores, mask_threshold)
-    areas = (area.tolist() for area in (contest.own_area, contest.won_area, contest.rows.sum(1)))
+    visible = contest.rows.sum(1)
+    segments, segment_of_query = _merge(
+        scores, labels, contest.own_area, contest.won_area, visible, overlap_mask_area_threshold, label_ids_to_fuse
+    )
+    areas = visible.tolist()
+    for segment, of_segment in zip(segments, _queries_of(segments, segment_of_query), strict=True):
+        segment["area"] = sum(areas[query] for query in of_segment)
+        segment["bbox"] = _box(contest.rows[of_segment].any(0), contest.columns[of_segment].any(0))
+    _write_ids(segmentation, segment_of_query)
+    return {"segmentation": segmentation, "segments_info": segments}
+
+
+def _likely(class_logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries (N,) whose likeliest class is not "no object" and above the threshold, its probability, the class."""
+    scores, labels = class_logits.float().softmax(-1).max(-1)
+    kept = ((labels != class_logits.shape[-1] - 1) & (scores > threshold)).nonzero()[:, 0]
+    return kept, scores[kept], labels[kept]
+
+
+def _merge(
+    scores: Tensor,
+    labels: Tensor,
+    own_area: Tensor,
+    won_area: Tensor,
+    visible: Tensor,
+    overlap_mask_area_threshold: float,
+    label_ids_to_fuse: Collection[int] | None,
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """The segments that N queries make, in the order of ids, which count up from 1, and each query's, 0 for none.
+
+    Args:
+        own_area, won_area, visible: (N,), the pixels of each mask, those it wins, and of these those inside of it.
+    """
     segment_of_query = [0] * len(scores)
     segments: list[dict[str, Any]] = []
     fused: dict[int, dict[str, Any]] = {}
+    areas = (area.tolist() for area in (own_area, won_area, visible))
     queries = zip(scores.tolist(), labels.tolist(), *areas, strict=True)
-    for query, (score, label, own, won, visible) in enumerate(queries):
-        if visible == 0 or won / own < overlap_mask_area_threshold:
+    for query, (score, label, own, won, has_pixels) in enumerate(queries):
+        if not has_pixels or won / own < overlap_mask_area_threshold:
             continue
         segment = fused.get(label)
         if segment is None:
@@ -270,22 +299,24 @@ def panoptic_segmentation(
                 "was_fused": is_stuff,
                 "isthing": None if label_ids_to_fuse is None else not is_stuff,
                 "score": 0.0,
-                "area": 0,
             }
             segments.append(segment)
             if is_stuff:
                 fused[label] = segment
         segment["score"] = max(segment["score"], round(score, 6))
-        segment["area"] += visible
         segment_of_query[query] = segment["id"]
+    return segments, segment_of_query
 
-    for segment in segments:
-        of_segment = [query for query, of_query in enumerate(segment_of_query) if of_query == segment["id"]]
-        segment["bbox"] = _box(contest.rows[of_segment].any(0), contest.columns[of_segment].any(0))
-    ids = torch.tensor([[segment, 0] for segment in segment_of_query], dtype=torch.int32, device=segmentation.device)
-    for rows in segmentation.split(ROWS_AT_ONCE) if len(scores) else ():
+
+def _queries_of(segments: list[dict[str, Any]], segment_of_query: list[int]) -> list[list[int]]:
+    return [[query for query, of_query in enumerate(segment_of_query) if of_query == info["id"]] for info in segments]
+
+
+def _write_ids(codes: Tensor, segment_of_query: list[int]) -> None:
+    """In place: codes of `_compete` -> ids of segments, 0 where none is."""
+    ids = torch.tensor([[segment, 0] for segment in segment_of_query], dtype=torch.int32, device=codes.device)
+    for rows in codes.split(ROWS_AT_ONCE) if segment_of_query else ():
         rows.copy_(ids.flatten().index_select(0, rows.flatten()).view_as(rows))
-    return {"segmentation": segmentation, "segments_info": segments}
 
 
 class _PanopticContest(NamedTuple):
@@ -418,9 +449,8 @@ def instance_segmentation(
     num_labels = class_probs.shape[1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
     labels = pairs % num_labels
-    is_dropped = torch.isin(labels, torch.tensor(sorted(label_ids_to_drop), dtype=labels.dtype, device=labels.device))
     # The mean probability inside a mask is at most 1, so a pair below the threshold now will be below it later.
-    candidates = ~is_dropped & (scores >= threshold)
+    candidates = ~_is_one_of(labels, label_ids_to_drop) & (scores >= threshold)
     scores, labels = scores[candidates], labels[candidates]
     queries, of_query = torch.unique(pairs[candidates] // num_labels, return_inverse=True)
 
@@ -455,6 +485,10 @@ def instance_segmentation(
     else:
         segmentation = _instance_map(image, mask_logits, of_instance, mask_threshold)
     return {"segmentation": segmentation, "segments_info": segments}
+
+
+def _is_one_of(labels: Tensor, label_ids: Collection[int]) -> Tensor:
+    return torch.isin(labels, torch.tensor(sorted(label_ids), dtype=labels.dtype, device=labels.device))
 
 
 def _mask_statistics(image: ImageOutputs, mask_logits: Tensor, mask_threshold: float) -> _MaskStatistics:
@@ -567,6 +601,10 @@ class ClipOutputs(NamedTuple):
     image_size: Size
     target_size: Size
 
+    def frame(self, mask_logits: Tensor) -> ImageOutputs:
+        """As one image, with masks (N, h, w) of one of its frames."""
+        return ImageOutputs(self.class_logits, mask_logits, self.image_size, self.target_size)
+
 
 def video_instance_segmentation(
     clip: ClipOutputs,
@@ -575,13 +613,15 @@ def video_instance_segmentation(
     mask_threshold: float = 0.5,
     max_detections: int = 10,
     use_mask_quality: bool = False,
+    label_ids_to_drop: Collection[int] = (),
     return_coco_annotation: bool = False,
 ) -> dict[str, Any]:
     """The best (query, class) pairs of one clip, each with a mask in every frame; masks may overlap.
 
     As the original's (arXiv 2112.10764): the `max_detections` most probable pairs, scored by class probability alone,
     whether or not their masks have a pixel. Where `use_mask_quality` is set, the score is times the mean mask
-    probability inside the mask, over all frames, as for images. Pairs below `threshold` are left out.
+    probability inside the mask, over all frames, as for images. Pairs below `threshold` are left out, and of the most
+    probable those whose class is in `label_ids_to_drop` (stuff, for a panoptic checkpoint).
 
     Returns:
         `segments_info`, by falling score, ids counting up from 0: `id`, `label_id`, `score` (0 to 1), `areas`, the
@@ -592,18 +632,13 @@ def video_instance_segmentation(
     class_probs = clip.class_logits.float().softmax(-1)[:, :-1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
     # Masks are at most certain, so a pair below the threshold now will be below it later.
-    scores, pairs = scores[scores >= threshold], pairs[scores >= threshold]
+    candidates = (scores >= threshold) & ~_is_one_of(pairs % class_probs.shape[1], label_ids_to_drop)
+    scores, pairs = scores[candidates], pairs[candidates]
     labels = pairs % class_probs.shape[1]
     all_queries, of_pair = torch.unique(pairs // class_probs.shape[1], return_inverse=True)
-    frames = [
-        ImageOutputs(clip.class_logits, of_frame, clip.image_size, clip.target_size)
-        for of_frame in clip.mask_logits[all_queries].unbind(1)
-    ]
+    frames = _frames_of(clip, all_queries)
     if use_mask_quality:
-        statistics = [_mask_statistics(frame, frame.mask_logits, mask_threshold) for frame in frames]
-        areas = torch.stack([of_frame.area for of_frame in statistics])  # (T, queries)
-        sums = torch.stack([of_frame.mean_prob for of_frame in statistics]) * areas
-        scores = scores * (sums.sum(0) / areas.sum(0).clamp(min=1))[of_pair]
+        scores = scores * _mask_quality(frames, mask_threshold)[of_pair]
     kept = (scores >= threshold).nonzero()[:, 0]
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
 
@@ -634,6 +669,68 @@ def video_instance_segmentation(
     return {"segmentation": segmentation, "segments_info": segments}
 
 
+def _frames_of(clip: ClipOutputs, queries: Tensor) -> list[ImageOutputs]:
+    """Of each frame the masks of some queries."""
+    return [clip.frame(mask_logits) for mask_logits in clip.mask_logits[queries].unbind(1)]
+
+
+def _mask_quality(frames: list[ImageOutputs], mask_threshold: float) -> Tensor:
+    """The mean mask probability inside of the masks of all frames: (Q,), 0 where there is no pixel."""
+    statistics = [_mask_statistics(frame, frame.mask_logits, mask_threshold) for frame in frames]
+    areas = torch.stack([of_frame.area for of_frame in statistics])  # (T, Q)
+    sums = torch.stack([of_frame.mean_prob for of_frame in statistics]) * areas
+    return sums.sum(0) / areas.sum(0).clamp(min=1)
+
+
+def video_panoptic_segmentation(
+    clip: ClipOutputs,
+    *,
+    threshold: float = 0.8,
+    mask_threshold: float = 0.5,
+    overlap_mask_area_threshold: float = 0.8,
+    label_ids_to_fuse: Collection[int] | None = None,
+    use_mask_quality: bool = False,
+) -> dict[str, Any]:
+    """Merges the queries of one clip into tracks that do not overlap: `panoptic_segmentation` over all frames at once.
+
+    A query is kept or dropped in all frames alike, by the pixels of its mask and those it wins in the whole clip.
+
+    Args:
+        threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse: as of `panoptic_segmentation`.
+        use_mask_quality: scores, by which queries are kept and compete, are times the mean mask probability inside the
+            mask, over all frames.
+
+    Returns:
+        `segmentation`, (T, height, width) int32, 0 is void; `segments_info`, in the order of ids, which count up from
+        1: `id`, `label_id`, `was_fused`, `isthing` and `score` as of `panoptic_segmentation`, `areas`, the pixels in
+        each frame, and `query`, the best of those fused.
+    """
+    kept, scores, labels = _likely(clip.class_logits, threshold)
+    frames = _frames_of(clip, kept)
+    if use_mask_quality:
+        scores = scores * _mask_quality(frames, mask_threshold)
+        good = (scores > threshold).nonzero()[:, 0]
+        kept, scores, labels = kept[good], scores[good], labels[good]
+        frames = _frames_of(clip, kept)
+    segmentation = torch.zeros(len(frames), *clip.target_size, dtype=torch.int32, device=scores.device)
+    own_area, won_area = (torch.zeros(len(kept), dtype=torch.int64, device=scores.device) for _ in range(2))
+    visible = torch.zeros(len(kept), len(frames), dtype=torch.int64, device=scores.device)
+    for index, frame in enumerate(frames):
+        segmentation[index], contest = _compete(frame, frame.mask_logits, scores, mask_threshold)
+        own_area += contest.own_area
+        won_area += contest.won_area
+        visible[:, index] = contest.rows.sum(1)
+    segments, segment_of_query = _merge(
+        scores, labels, own_area, won_area, visible.sum(1), overlap_mask_area_threshold, label_ids_to_fuse
+    )
+    for codes in segmentation:
+        _write_ids(codes, segment_of_query)
+    for segment, of_segment in zip(segments, _queries_of(segments, segment_of_query), strict=True):
+        segment["areas"] = visible[of_segment].sum(0).tolist()
+        segment["query"] = int(kept[max(of_segment, key=lambda query: float(scores[query]))])
+    return {"segmentation": segmentation, "segments_info": segments}
+
+
 def post_process_video_instance_segmentation(
     outputs: Any, target_sizes: Sequence[Size] | Tensor | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
@@ -644,6 +741,18 @@ def post_process_video_instance_segmentation(
     """
     clips = split_batch(outputs, target_sizes, of_clips=True)
     return [video_instance_segmentation(ClipOutputs(*clip), **settings) for clip in clips]
+
+
+def post_process_video_panoptic_segmentation(
+    outputs: Any, target_sizes: Sequence[Size] | Tensor | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """`video_panoptic_segmentation` of every clip of a batch; `settings` go to it.
+
+    Raises:
+        ValueError: as `split_batch`.
+    """
+    clips = split_batch(outputs, target_sizes, of_clips=True)
+    return [video_panoptic_segmentation(ClipOutputs(*clip), **settings) for clip in clips]
 
 
 # --- forms of a mask ---

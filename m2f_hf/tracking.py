@@ -25,6 +25,8 @@ from .video_processing_mask2former import Mask2FormerVideoProcessor
 # Of tracks of equal masks, such as two classes of one query, the one of the same class goes on.
 _SAME_LABEL = 1e-3
 
+TASKS_OF_CLIPS = ("instance", "panoptic")
+
 
 class WindowTracks(NamedTuple):
     """What was found in a window of T frames, N tracks.
@@ -230,10 +232,12 @@ class ClipTracker:
         window: frames that the masked-attention decoder reads at once, 1 or more.
         overlap: frames that successive windows share, less than `window`; by default half of it. Without any, tracks
             are joined by the likeness of their queries alone. The last window has its full length and may share more.
-        threshold: least score of a track. None: the processor's, or 0.5 where the processor has none (0), since tracks
-            of any score would each go on.
-        mask_threshold, max_detections: of the tracks of one window; None: the processor's.
-        use_mask_quality: as of `post_process_video_instance_segmentation`.
+        task: "instance", whose tracks may overlap, or "panoptic", whose do not, with stuff; None: the processor's.
+        threshold: least score of a track. None: the processor's of the task; of instances 0.5 where the processor has
+            none (0), since tracks of any score would each go on.
+        mask_threshold: None: the processor's.
+        max_detections: most tracks of one window, for instances; None: the processor's.
+        use_mask_quality: as of `post_process_video_instance_segmentation`; None: the processor's.
         min_iou, min_similarity, memory: as of [`TrackMemory`].
 
     Raises:
@@ -248,10 +252,11 @@ class ClipTracker:
         *,
         window: int = 8,
         overlap: int | None = None,
+        task: str | None = None,
         threshold: float | None = None,
         mask_threshold: float | None = None,
         max_detections: int | None = None,
-        use_mask_quality: bool = False,
+        use_mask_quality: bool | None = None,
         min_iou: float = 0.3,
         min_similarity: float = 0.6,
         memory: int = 100,
@@ -274,11 +279,18 @@ class ClipTracker:
                 f"{memory} a number of frames, 0 or more"
             )
         self.model, self.processor, self.window, self.overlap = model, processor, window, overlap
+        self.task = processor.task if task is None else task
+        if self.task not in TASKS_OF_CLIPS:
+            raise ValueError(f"clips have no task {self.task!r}: pass task={' or '.join(map(repr, TASKS_OF_CLIPS))}")
+        if self.task == "panoptic" and max_detections is not None:
+            raise ValueError("max_detections is for task='instance': panoptic tracks compete for their pixels instead")
+        if threshold is None:
+            threshold = processor.threshold if self.task == "panoptic" else processor.instance_threshold or 0.5
         self.settings: dict[str, Any] = {
-            "threshold": (processor.instance_threshold or 0.5) if threshold is None else threshold,
+            "threshold": threshold,
             "mask_threshold": processor.mask_threshold if mask_threshold is None else mask_threshold,
-            "max_detections": max_detections,
             "use_mask_quality": use_mask_quality,
+            **({"max_detections": max_detections} if self.task == "instance" else {}),
         }
         self._memory_settings = (min_iou, min_similarity, memory)
 
@@ -291,10 +303,11 @@ class ClipTracker:
 
         Returns:
             An iterator of one result for each frame, in order and as soon as their window is done: `frame`, its number
-            from 0; `segmentation`, (N, height, width) bool, the masks of the tracks that have a pixel in the frame, by
-            falling score; `segments_info`, for each of them `id` (from 1, the same in all frames), `label_id` (by all
-            windows so far), `score` (in this window) and `area` in pixels. A damaged frame has none, and `damaged`
-            says why.
+            from 0; `segmentation`, for instances (N, height, width) bool, the masks of the tracks that have a pixel in
+            the frame, by falling score, otherwise (height, width) int32 ids, 0 for void; `segments_info`, for each of
+            them `id` (from 1, the same in all frames), `label_id` (by all windows so far), `isthing` (None where the
+            processor does not tell), `score` (in this window) and `area` in pixels. A damaged frame has none, and
+            `damaged` says why.
 
         Raises:
             ValueError, FileNotFoundError, ImportError: as `stream_frames`.
@@ -321,11 +334,16 @@ class ClipTracker:
                 del new
                 batch, num_missing = [], self.window - self.overlap
                 for damaged, reason in zip(is_damaged, reasons, strict=True):
-                    result = {"segmentation": torch.zeros(0, *size, dtype=torch.bool), "segments_info": []}
-                    yield {"frame": num_results, **(result | {"damaged": reason} if damaged else next(results))}
+                    result = {"segmentation": self._nothing(size), "segments_info": [], "damaged": reason}
+                    yield {"frame": num_results, **(result if damaged else next(results))}
                     num_results += 1
             if item is None:
                 return
+
+    def _nothing(self, size: tuple[int, ...]) -> Tensor:
+        if self.task == "panoptic":
+            return torch.zeros(size, dtype=torch.int32)
+        return torch.zeros(0, *size, dtype=torch.bool)
 
     @torch.inference_mode()
     def _read_window(
@@ -338,9 +356,8 @@ class ClipTracker:
             inputs: Any = self.processor(frames[start : start + step], return_tensors="pt")
             features.add(self.model.encode_frames(**inputs.to(self.model.device)))
         outputs: Any = self.model.decode_frames(features.encoded())
-        (tracks,) = self.processor.post_process_video_instance_segmentation(
-            outputs, target_sizes=[frames[0].shape[-2:]], **self.settings
-        )
+        post_process = getattr(self.processor, f"post_process_video_{self.task}_segmentation")
+        (tracks,) = post_process(outputs, target_sizes=[frames[0].shape[-2:]], **self.settings)
         infos = tracks["segments_info"]
         seen = [index for index, info in enumerate(infos) if any(info["areas"])]
         queries = torch.tensor([infos[index]["query"] for index in seen], dtype=torch.int64, device=self.model.device)
@@ -352,28 +369,42 @@ class ClipTracker:
             embeddings=outputs.transformer_decoder_last_hidden_state[0, queries],
             class_probs=outputs.class_queries_logits[0, queries].float().softmax(-1)[:, :-1],
             labels=[infos[index]["label_id"] for index in seen],
-            is_stuff=[False] * len(seen),
+            is_stuff=[infos[index].get("was_fused", False) for index in seen],
         )
         ids, labels = memory.join(window, [infos[index]["score"] for index in seen])
-        masks = tracks["segmentation"][seen, -len(frames) :].cpu()
-        return self._of_frames(masks, [infos[index] for index in seen], ids, labels)
+        named = [
+            {**infos[index], "track": track, "label_id": label}
+            for index, track, label in zip(seen, ids, labels, strict=True)
+        ]
+        return self._of_frames(tracks["segmentation"].cpu(), named, len(frames))
 
     @staticmethod
     def _start(memory: TrackMemory, features: _FeatureWindow, num_new: int) -> int:
         return memory._end + num_new - features.count
 
-    @staticmethod
-    def _of_frames(
-        masks: Tensor, infos: list[dict[str, Any]], ids: list[int], labels: list[int]
-    ) -> Iterator[dict[str, Any]]:
-        num_frames = masks.shape[1]
-        for frame in range(num_frames):
-            areas = [info["areas"][frame - num_frames] for info in infos]
-            present = [index for index, area in enumerate(areas) if area]
+    def _of_frames(self, segmentation: Tensor, infos: list[dict[str, Any]], num_new: int) -> Iterator[dict[str, Any]]:
+        """The results of a window's last frames; `infos` have the `track` that each goes on with."""
+        is_stuff_known = self.processor.label_ids_to_fuse is not None
+        for frame in range(-num_new, 0):
+            present = [info for info in infos if info["areas"][frame]]
+            if self.task == "panoptic":
+                track_of_segment = torch.zeros(1 + max((info["id"] for info in infos), default=0), dtype=torch.int32)
+                for info in infos:
+                    track_of_segment[info["id"]] = info["track"]
+                of_frame = track_of_segment[segmentation[frame].long()]
+            else:
+                of_frame = segmentation[[info["id"] for info in present], frame]
             yield {
-                "segmentation": masks[present, frame],
+                "segmentation": of_frame,
                 "segments_info": [
-                    {"id": ids[i], "label_id": labels[i], "score": infos[i]["score"], "area": areas[i]} for i in present
+                    {
+                        "id": info["track"],
+                        "label_id": info["label_id"],
+                        "isthing": info.get("isthing", True if is_stuff_known else None),
+                        "score": info["score"],
+                        "area": info["areas"][frame],
+                    }
+                    for info in present
                 ],
             }
 
@@ -381,6 +412,8 @@ class ClipTracker:
 def to_id_map(result: dict[str, Any]) -> np.ndarray:
     """A frame's result as a map: (height, width) int32 ids, 0 where there is none; the better score is on top."""
     masks = np.asarray(result["segmentation"])
+    if masks.ndim == 2:
+        return masks
     ids = np.zeros(masks.shape[1:], dtype=np.int32)
     for mask, info in reversed(list(zip(masks, result["segments_info"], strict=True))):
         ids[mask] = info["id"]

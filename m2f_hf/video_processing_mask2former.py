@@ -1,6 +1,6 @@
 """Frames to the video model's input, and its outputs back to tracks, with the image processor's arithmetic."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from .frames import FRAME_SUFFIXES, DamagedFrame, stream_frames
 from .image_processing_mask2former import M2FImageProcessor
 from .images import Size
-from .post_processing import post_process_video_instance_segmentation
+from .post_processing import post_process_video_instance_segmentation, post_process_video_panoptic_segmentation
 
 
 class Mask2FormerVideoProcessor(M2FImageProcessor):
@@ -147,6 +147,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     ) -> list[dict[str, Any]]:
         """Tracks by falling score, each with its own masks; see `post_processing.video_instance_segmentation`.
 
+        The classes in the processor's `label_ids_to_fuse`, stuff, are left out.
+
         Args:
             outputs: the model's, of a batch of clips.
             threshold: least score; None: the processor's `instance_threshold`.
@@ -163,7 +165,37 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
             max_detections=self.max_detections if max_detections is None else max_detections,
             use_mask_quality=self.use_mask_quality if use_mask_quality is None else use_mask_quality,
+            label_ids_to_drop=self.label_ids_to_fuse or (),
             return_coco_annotation=return_coco_annotation,
+        )
+
+    def post_process_video_panoptic_segmentation(
+        self,
+        outputs: Any,
+        threshold: float | None = None,
+        mask_threshold: float | None = None,
+        overlap_mask_area_threshold: float | None = None,
+        label_ids_to_fuse: Collection[int] | None = None,
+        target_sizes: list[Size] | torch.Tensor | None = None,
+        use_mask_quality: bool | None = None,
+    ) -> list[dict[str, Any]]:
+        """Tracks of things and stuff without overlaps; see `post_processing.video_panoptic_segmentation`.
+
+        Args:
+            outputs: the model's, of a batch of clips.
+            threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse: as for images; None: the
+                processor's.
+            target_sizes: height and width of each clip's result; by default the size it had before padding.
+            use_mask_quality: multiply scores with the mean mask probability inside the mask; None: the processor's.
+
+        Returns:
+            For each clip `segmentation`, (T, height, width) int32 with ids from 1 and 0 for void; and `segments_info`.
+        """
+        return post_process_video_panoptic_segmentation(
+            outputs,
+            target_sizes,
+            use_mask_quality=self.use_mask_quality if use_mask_quality is None else use_mask_quality,
+            **self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse),
         )
 
 

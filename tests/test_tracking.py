@@ -140,7 +140,13 @@ def test_a_window_that_covers_the_clip_gives_what_one_pass_gives(window):
         infos = [expected["segments_info"][index] for index in seen]
         present = [(number, info) for number, info in enumerate(infos, start=1) if info["areas"][frame]]
         assert result["segments_info"] == [
-            {"id": number, "label_id": info["label_id"], "score": info["score"], "area": info["areas"][frame]}
+            {
+                "id": number,
+                "label_id": info["label_id"],
+                "isthing": None,
+                "score": info["score"],
+                "area": info["areas"][frame],
+            }
             for number, info in present
         ]
         assert torch.equal(result["segmentation"], expected["segmentation"][[info["id"] for _, info in present], frame])
@@ -169,6 +175,39 @@ def test_each_window_is_the_pass_over_its_frames(window, overlap):
             assert [info["area"] for info in infos] == [area for area in areas if area]
             assert results[frame]["segmentation"].sum((1, 2)).tolist() == [info["area"] for info in infos]
             assert len({info["id"] for info in infos}) == len(infos)
+
+
+@pytest.mark.parametrize("stuff", [None, [0, 3]])
+def test_panoptic_tracks_of_a_covered_clip_are_those_of_one_pass(stuff):
+    model, frames = tiny_model(num_queries=20), pictures(5)
+    processor = Mask2FormerVideoProcessor(
+        do_resize=False, task="panoptic", threshold=0.1, overlap_mask_area_threshold=0.1, label_ids_to_fuse=stuff
+    )
+    inputs = processor(frames, return_tensors="pt")
+    outputs = run(model, inputs["pixel_values_videos"], pixel_mask=inputs["pixel_mask"])
+    (expected,) = processor.post_process_video_panoptic_segmentation(outputs)
+    assert expected["segments_info"], "the random model finds something, or this test shows nothing"
+    results = list(ClipTracker(model, processor, window=5)(frames))
+    # Stuff is counted after things here.
+    ids = {(info["label_id"], info["score"]): info["id"] for result in results for info in result["segments_info"]}
+    for result in results:
+        of_frame = torch.zeros(40, 60, dtype=torch.int32)
+        for info in expected["segments_info"]:
+            of_frame[expected["segmentation"][result["frame"]] == info["id"]] = ids[info["label_id"], info["score"]]
+        assert torch.equal(result["segmentation"], of_frame)
+        for info in result["segments_info"]:
+            assert info["area"] == (result["segmentation"] == info["id"]).sum()
+            assert info["isthing"] == (None if stuff is None else info["label_id"] not in stuff)
+        assert np.array_equal(to_id_map(result), of_frame)
+
+
+def test_stuff_keeps_its_id_where_nothing_else_would_tell():
+    model = seeing_bright(tiny_model())
+    processor = Mask2FormerVideoProcessor(do_resize=False, task="panoptic", label_ids_to_fuse=[3])
+    results = list(ClipTracker(model, processor, window=2, overlap=0, min_similarity=1.0)(moving_square(8)))
+    stuff = {info["id"] for result in results for info in result["segments_info"] if not info["isthing"]}
+    things = {info["id"] for result in results for info in result["segments_info"] if info["isthing"]}
+    assert len(stuff) == 1 < len(things)
 
 
 def moving_square(number):
@@ -280,6 +319,10 @@ def test_what_cannot_be_tracked_is_refused_early():
     image_model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY))
     with pytest.raises(TypeError, match=r"Mask2FormerForVideoSegmentation\.from_pretrained"):
         tracker(image_model)
+    with pytest.raises(ValueError, match=r"no task 'semantic'.*'instance' or 'panoptic'"):
+        tracker(task="semantic")
+    with pytest.raises(ValueError, match="max_detections is for task='instance'"):
+        tracker(task="panoptic")
     with pytest.raises(ValueError, match="no frames"):
         list(tracker()([]))
     with pytest.raises(FileNotFoundError, match="no folder or video file"):

@@ -17,9 +17,16 @@ from m2f_hf import (
     Mask2FormerVideoConfig,
     Mask2FormerVideoProcessor,
 )
+from m2f_hf.frames import count_frames, frame_rate, stream_frames
 from m2f_hf.modeling_mask2former import Mask2FormerSinePositionEmbedding
 from m2f_hf.point_sampling import SeededPoints
-from m2f_hf.post_processing import ClipOutputs, encode_rle, video_instance_segmentation
+from m2f_hf.post_processing import (
+    ClipOutputs,
+    encode_rle,
+    panoptic_segmentation,
+    video_instance_segmentation,
+    video_panoptic_segmentation,
+)
 
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -329,8 +336,7 @@ def clip_outputs(queries=5, labels=3, frames=2, seed=0):
 def test_tracks_follow_their_definition(use_mask_quality):
     clip = clip_outputs()
     result = video_instance_segmentation(clip, max_detections=4, use_mask_quality=use_mask_quality)
-    logits = torch.nn.functional.interpolate(clip.mask_logits, (32, 48), mode="bilinear")[..., :30, :45]
-    logits = torch.nn.functional.interpolate(logits, (50, 75), mode="bilinear")
+    logits = enlarged(clip.mask_logits)
     found = []
     probs = clip.class_logits.softmax(-1)[:, :-1]
     for score, pair in zip(*probs.flatten().topk(4), strict=True):
@@ -345,6 +351,15 @@ def test_tracks_follow_their_definition(use_mask_quality):
     assert result["segmentation"].shape == (4, 2, 50, 75)
 
 
+def test_stuff_is_no_track_of_an_instance():
+    clip = clip_outputs()
+    everything = video_instance_segmentation(clip, max_detections=6)["segments_info"]
+    things = video_instance_segmentation(clip, max_detections=6, label_ids_to_drop=[1])["segments_info"]
+    kept = [info for info in everything if info["label_id"] != 1]
+    assert 0 < len(kept) < len(everything)
+    assert [{**info, "id": None} for info in things] == [{**info, "id": None} for info in kept]
+
+
 def test_tracks_as_encodings_and_none_at_all():
     clip = clip_outputs()
     clip.mask_logits[:, 1] = -1  # nothing in the second frame
@@ -355,6 +370,73 @@ def test_tracks_as_encodings_and_none_at_all():
         assert of_frames == [encode_rle(masks[0]), None]
     nothing = video_instance_segmentation(clip, threshold=1.0)
     assert nothing["segmentation"].shape == (0, 2, 50, 75) and nothing["segments_info"] == []
+
+
+# --- tracks without overlaps ---
+
+LOOSE = {"threshold": 0.4, "overlap_mask_area_threshold": 0.2}
+
+
+def enlarged(logits):
+    """(Q, T, 8, 12) mask logits, by way of the 32 x 48 input and the 30 x 45 frame in it, at the target's size."""
+    logits = torch.nn.functional.interpolate(logits, (32, 48), mode="bilinear")[..., :30, :45]
+    return torch.nn.functional.interpolate(logits, (50, 75), mode="bilinear")
+
+
+@pytest.mark.parametrize("stuff", [None, [1]])
+def test_a_panoptic_clip_of_one_frame_is_the_image(stuff):
+    clip = clip_outputs(queries=12, frames=1)
+    ours = video_panoptic_segmentation(clip, label_ids_to_fuse=stuff, **LOOSE)
+    expected = panoptic_segmentation(clip.frame(clip.mask_logits[:, 0]), label_ids_to_fuse=stuff, **LOOSE)
+    assert expected["segments_info"], "there are segments, or this test shows nothing"
+    assert torch.equal(ours["segmentation"][0], expected["segmentation"])
+    for info, image_info in zip(ours["segments_info"], expected["segments_info"], strict=True):
+        assert {**info, "areas": info["areas"][0]} == {
+            **{name: value for name, value in image_info.items() if name not in ("area", "bbox")},
+            "areas": image_info["area"],
+            "query": info["query"],
+        }
+
+
+@pytest.mark.parametrize("use_mask_quality", [False, True])
+def test_panoptic_tracks_follow_their_definition(use_mask_quality):
+    clip = clip_outputs(queries=12, frames=3, seed=5)
+    result = video_panoptic_segmentation(clip, label_ids_to_fuse=[1], use_mask_quality=use_mask_quality, **LOOSE)
+    probs, labels = clip.class_logits.softmax(-1).max(-1)
+    masks = enlarged(clip.mask_logits).sigmoid()
+    if use_mask_quality:
+        probs = probs * torch.stack([mask[mask > 0.5].mean() for mask in masks])
+    kept = [query for query in range(12) if labels[query] != 3 and probs[query] > LOOSE["threshold"]]
+    winner = (probs[kept, None, None, None] * masks[kept]).argmax(0)
+    expected, info_of = torch.zeros(3, 50, 75, dtype=torch.int32), {}
+    for index, query in enumerate(kept):
+        won, own = winner == index, masks[query] >= 0.5
+        if (won & own).any() and won.sum() / own.sum() >= LOOSE["overlap_mask_area_threshold"]:
+            label = int(labels[query])
+            number = next((i for i, of in info_of.items() if label == of == 1), len(info_of) + 1)
+            info_of[number] = label
+            expected[won & own] = number
+    assert 1 < len(info_of) < len(kept), "some are dropped or fused, or this test shows nothing"
+    assert [(info["id"], info["label_id"]) for info in result["segments_info"]] == list(info_of.items())
+    assert (result["segmentation"] != expected).float().mean() < 1e-3
+    for info in result["segments_info"]:
+        assert info["areas"] == (result["segmentation"] == info["id"]).sum((1, 2)).tolist()
+        assert labels[info["query"]] == info["label_id"]
+        assert info["score"] == pytest.approx(float(probs[info["query"]]), abs=1e-4)
+        assert info["isthing"] == (info["label_id"] != 1) == (not info["was_fused"])
+
+
+def test_panoptic_tracks_by_the_processors_settings_and_none_at_all():
+    processor = Mask2FormerVideoProcessor(task="panoptic", label_ids_to_fuse=[0], threshold=0.3)
+    outputs = run(tiny_model(), clips(2))
+    by_default = processor.post_process_video_panoptic_segmentation(outputs, target_sizes=[(64, 96), (32, 48)])
+    assert [result["segmentation"].shape for result in by_default] == [(3, 64, 96), (3, 32, 48)]
+    said = Mask2FormerVideoProcessor().post_process_video_panoptic_segmentation(
+        outputs, threshold=0.3, label_ids_to_fuse=[0], target_sizes=[(64, 96), (32, 48)]
+    )
+    assert [result["segments_info"] for result in by_default] == [result["segments_info"] for result in said]
+    (nothing, _) = processor.post_process_video_panoptic_segmentation(outputs, threshold=1.0)
+    assert not nothing["segmentation"].any() and nothing["segments_info"] == []
 
 
 # --- frames ---
@@ -419,6 +501,37 @@ def test_the_processor_is_saved_and_reads_an_image_checkpoints_settings(tmp_path
     back = M2FImageProcessor.from_pretrained(tmp_path / "video")
     assert (back.task, dict(back.size)) == ("instance", {"shortest_edge": 360, "longest_edge": 1333})
     assert caplog.text == ""  # nothing had to be guessed
+
+
+def test_frames_of_a_folder_come_by_their_numbers(tmp_path):
+    for number in (10, 9, 100):
+        Image.new("L", (8, 8), number).save(tmp_path / f"frame{number}.png")
+    Image.new("L", (8, 8)).save(tmp_path / ".hidden.png")
+    assert [int(frame[0, 0, 0]) for frame in stream_frames(tmp_path)] == [9, 10, 100]
+    assert count_frames(tmp_path) == 3 and count_frames(iter([])) is None
+
+
+def test_a_stream_holds_one_frame_and_knows_early_that_there_is_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder or video file"):
+        stream_frames(tmp_path / "nowhere")
+    opened = []
+    frames = stream_frames(opened.append(frame) or frame for frame in pictures(3))
+    next(frames)
+    assert len(opened) == 1
+
+
+def test_a_damaged_frame_of_a_stream_keeps_its_number(tmp_path):
+    for index, frame in enumerate(pictures(3)):
+        frame.save(tmp_path / f"{index}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"frame 1 \(.*1\.png"):
+        first, damaged, last = stream_frames(tmp_path)
+    assert damaged.index == 1 and "1.png" in damaged.reason
+    assert first.shape == last.shape == (3, 40, 60)
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "2.png").unlink()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no frames that can be read"):
+        list(stream_frames(tmp_path))
 
 
 def test_a_clip_that_cannot_be_read_says_why(tmp_path):
@@ -505,20 +618,46 @@ def test_a_video_file_without_pyav(tmp_path, monkeypatch):
         Mask2FormerVideoProcessor()(path)
 
 
-def test_a_video_file_is_read(tmp_path):
+def write_video(path, pictures, codec="mpeg4"):
     av = pytest.importorskip("av", reason="needs PyAV")
-    shades = (40, 120, 200)
-    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        for shade in shades:
-            frame = av.VideoFrame.from_ndarray(np.full((32, 64, 3), shade, dtype=np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=5)
+        stream.height, stream.width, stream.pix_fmt = (
+            *np.asarray(pictures[0]).shape[:2],
+            stream.codec.video_formats[0].name,
+        )
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
         container.mux(stream.encode())
+
+
+def test_a_video_file_is_read(tmp_path):
+    shades = (40, 120, 200)
+    write_video(tmp_path / "clip.mp4", [np.full((32, 64, 3), shade, dtype=np.uint8) for shade in shades])
     batch = Mask2FormerVideoProcessor(do_resize=False, do_normalize=False)(tmp_path / "clip.mp4", return_tensors="pt")
     assert batch["pixel_values_videos"].shape == (1, 3, 3, 32, 64)
     for frame, shade in zip(batch["pixel_values_videos"][0], shades, strict=True):
         assert (255 * frame - shade).abs().max() < 8
+    assert count_frames(tmp_path / "clip.mp4") == 3 and frame_rate(tmp_path / "clip.mp4") == 5
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"broken\.mp4 is no video file that can be read"):
         Mask2FormerVideoProcessor()(tmp_path / "broken.mp4")
+
+
+@pytest.mark.parametrize(("codec", "name"), [("mjpeg", "clip.avi"), ("mpeg4", "clip.mp4"), ("libx264", "clip.mp4")])
+def test_damage_in_the_middle_of_a_video_file_is_named(codec, name, tmp_path):
+    """Also where pictures are stored in another order than they are shown in."""
+    av = pytest.importorskip("av", reason="needs PyAV")
+    path = tmp_path / name
+    write_video(path, [frame.resize((64, 48)) for frame in pictures(8)], codec=codec)
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        times = sorted(packet.pts for packet in packets)
+        place, size, number = packets[3].pos, packets[3].size, times.index(packets[3].pts)
+    content = bytearray(path.read_bytes())
+    content[place + 8 : place + size] = bytes(size - 8)
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"clip\.\w+ goes on without what cannot be read: frame {number} \("):
+        frames = list(stream_frames(path))
+    shapes = [getattr(frame, "shape", None) for frame in frames]
+    assert shapes == [None if index == number else (3, 48, 64) for index in range(8)]
