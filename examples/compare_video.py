@@ -47,7 +47,8 @@ COVERED = 0.5
 FIGURES = ("ap", "ap50", "ap75", "ar10")
 VIDEO_SETTINGS = {"use_mask_quality": (False, True), "mask_threshold": (0.4, 0.5, 0.6)}
 JOINED_SETTINGS = {
-    "threshold": (0.1, 0.3, 0.5),
+    "threshold": (0.05, 0.1, 0.3),
+    "max_overlap": (0.5, 0.7),
     "min_iou": (0.1, 0.3),
     "max_gap": (0, 4),
     "mean_of_seen": (False, True),
@@ -125,12 +126,15 @@ class _Track(NamedTuple):
     instances: list[Mapping[str, Any]]
 
 
-def join_frames(frames: Sequence[Tracks], threshold: float, min_iou: float, max_gap: int, mean_of_seen: bool) -> Tracks:
+def join_frames(
+    frames: Sequence[Tracks], threshold: float, max_overlap: float, min_iou: float, max_gap: int, mean_of_seen: bool
+) -> Tracks:
     """Instances of single frames to tracks: the pairs of highest IoU first, each track and each instance once.
 
     Args:
         frames: the instances of each frame.
         threshold: instances of a lower score are left out.
+        max_overlap: of two instances of a frame with a higher IoU the better one stays: in a track they would be twice.
         min_iou: of an instance with the track's last mask; below, it begins a track.
         max_gap: frames that a track may miss; then it has ended.
         mean_of_seen: a track's score is the mean over its frames; otherwise over all frames of the clip.
@@ -140,7 +144,7 @@ def join_frames(frames: Sequence[Tracks], threshold: float, min_iou: float, max_
     """
     tracks: list[_Track] = []
     for number, instances in enumerate(frames):
-        found = [instance for instance in instances if instance["score"] >= threshold]
+        found = without_doubles([one for one in instances if one["score"] >= threshold], max_overlap)
         alive = [track for track in tracks if number - max(track.masks) <= max_gap + 1]
         pairs = [
             (iou(track.masks[max(track.masks)], instance["mask"]), i, j)
@@ -157,6 +161,15 @@ def join_frames(frames: Sequence[Tracks], threshold: float, min_iou: float, max_
         tracks += [_Track({number: new["mask"]}, [new]) for j, new in enumerate(found) if j not in joined]
     result = [_finish(track, len(frames), mean_of_seen) for track in tracks]
     return sorted(result, key=lambda track: -track["score"])[:MAX_TRACKS]
+
+
+def without_doubles(instances: Tracks, max_overlap: float) -> Tracks:
+    """Instances of one frame by falling score, without those that overlap a better one too far."""
+    kept: Tracks = []
+    for instance in instances:
+        if all(iou(instance["mask"], other["mask"]) <= max_overlap for other in kept):
+            kept.append(instance)
+    return kept
 
 
 def _finish(track: _Track, num_frames: int, mean_of_seen: bool) -> dict[str, Any]:

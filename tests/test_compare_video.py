@@ -18,7 +18,7 @@ import compare_video
 from compare_video import cases, gaps, join_frames, keeps
 
 
-SETTINGS = {"threshold": 0.3, "min_iou": 0.1, "max_gap": 1, "mean_of_seen": True}
+SETTINGS = {"threshold": 0.3, "max_overlap": 0.5, "min_iou": 0.1, "max_gap": 1, "mean_of_seen": True}
 
 
 def square(left: int, top: int = 0) -> np.ndarray:
@@ -39,6 +39,12 @@ def test_things_that_move_a_little_are_joined_whatever_their_order():
     for t in range(5):
         assert np.array_equal(second["segmentations"][t], square(2 * t))
         assert np.array_equal(first["segmentations"][t], square(30 - 2 * t, 12))
+
+
+def test_of_two_instances_on_one_thing_the_better_one_stays():
+    frames = [[instance(square(3), 0, 0.9), instance(square(4), 1, 0.5), instance(square(20), 1, 0.5)]] * 2
+    assert [track["label_id"] for track in join_frames(frames, **SETTINGS)] == [0, 1]
+    assert len(join_frames(frames, **{**SETTINGS, "max_overlap": 0.9})) == 3
 
 
 def test_a_track_ends_after_its_gap_and_its_class_is_voted_for():
