@@ -1,4 +1,4 @@
-"""The `m2f` command: segment pictures, run the bundled demo, describe a checkpoint, publish one.
+"""The `m2f` command: segment pictures, track through clips, run the demo, describe a checkpoint, publish one.
 
 Exit status: 0, all done; 1, some pictures could not be read or written, the others are done; 2, nothing was done,
 because the arguments, the model, the device, the output folder or the repository cannot be used.
@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,29 +25,38 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
-    StrictDataclassError,
 )
 from PIL import Image
-from safetensors import SafetensorError
 from scipy.ndimage import find_objects
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from . import __version__
-from .checkpoint_lookup import NETWORK_ERRORS, find_config
+from .checkpoint_lookup import NETWORK_ERRORS
+from .cli_common import (
+    BUNDLED_MODEL,
+    BUNDLED_SCENES,
+    CommandError,
+    ImageError,
+    check_device,
+    check_model,
+    check_output,
+    describe,
+    first_line,
+    loading,
+    make_output,
+    probability,
+)
+from .cli_common import BUNDLED_VIDEO_MODEL as BUNDLED_VIDEO_MODEL  # found beside the other
+from .cli_track import add_track_parser
 from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
 from .data.masks import decode_rle
-from .hub import IMAGES, VIDEOS, Family, HubFolder, family_of, label_names, load_whole
+from .hub import VIDEOS, HubFolder, label_names, load_whole
 from .image_processing_mask2former import TASKS, M2FImageProcessor
 from .modeling_mask2former import Mask2FormerForUniversalSegmentation
 from .segment_ids import id_to_rgb
 from .visualization import ClassColors, contact_sheet, draw_segments, semantic_to_segments
 
 
-ASSETS = Path(__file__).parent / "assets"
-BUNDLED_MODEL = ASSETS / "shapes-panoptic"
-BUNDLED_VIDEO_MODEL = BUNDLED_MODEL.with_name("shapes-video")
-BUNDLED_SCENES = ASSETS / "scenes"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 OUTPUT_SUFFIXES = (".overlay.png", ".segments.png", ".json")
 INFO_KEYS = ("id", "label_id", "label", "isthing", "score", "area", "bbox", "segmentation")
@@ -61,14 +69,6 @@ _DEMO_SCALE = 3
 
 Sizes = list[tuple[int, int]]
 Segments = tuple[np.ndarray, list[dict[str, Any]]]
-
-
-class CommandError(Exception):
-    """What was asked for cannot be started; the message says why and what to do, in one line."""
-
-
-class ImageError(Exception):
-    """One picture cannot be segmented or its results not written; the message says why, in one line."""
 
 
 # --- entry ---
@@ -110,12 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of a model on the Hub; default: main")
     segment.add_argument("--task", choices=TASKS, help="default: what the model was made for")
     segment.add_argument(
-        "--threshold", type=_probability, help="leave out segments with a lower score, 0 to 1; default: the model's"
+        "--threshold", type=probability, help="leave out segments with a lower score, 0 to 1; default: the model's"
     )
     segment.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a CUDA GPU where there is one, else cpu")
     segment.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     segment.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
     segment.set_defaults(run=_segment)
+
+    add_track_parser(commands)
 
     demo = commands.add_parser("demo", help="segment the bundled scenes with the bundled model, offline")
     demo.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
@@ -143,22 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-    return value
-
-
 # --- m2f segment ---
 
 
 def _segment(options: argparse.Namespace) -> int:
     paths = _find_images(options.images)
-    _check_output(options.output)
+    check_output(options.output)
     if options.model == str(BUNDLED_MODEL):
         print(
             "m2f: no --model given: the bundled one knows generated shapes only. For photos, give for example "
@@ -168,7 +160,7 @@ def _segment(options: argparse.Namespace) -> int:
     segmenter = Segmenter.load(
         options.model, options.task, options.threshold, options.device, options.dtype, options.revision
     )
-    _make_output(options.output)
+    make_output(options.output)
 
     revision = {"revision": options.revision} if options.revision else {}
     num_failed = 0
@@ -260,13 +252,13 @@ class Segmenter:
             CommandError: where the device, the model or its files cannot be used.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        _check_device(device)
-        if _check_model(model, revision) is VIDEOS:
+        check_device(device)
+        if check_model(model, revision) is VIDEOS:
             raise CommandError(
                 f"{model} is a video model, which follows objects through clips: load it with "
                 "Mask2FormerForVideoSegmentation (docs/video.md), or give --model an image model"
             )
-        with _loading(model):
+        with loading(model):
             processor = M2FImageProcessor.from_pretrained(model, revision=revision or "main")
             if (task or processor.task) == "semantic" and threshold is not None:
                 raise CommandError("--threshold has no meaning for semantic segmentation: leave it out")
@@ -289,7 +281,7 @@ class Segmenter:
         try:
             inputs: Any = self.processor(images=image, return_tensors="pt")
         except ValueError as error:
-            raise ImageError(_first_line(error)) from error
+            raise ImageError(first_line(error)) from error
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)  # the mask, of integers, keeps its type
         with torch.inference_mode():
             outputs = self.model(**inputs)
@@ -335,7 +327,7 @@ def _open_image(path: Path, processor: M2FImageProcessor) -> Image.Image:
     try:
         pixels = processor.process_image(path)  # (3, H, W)
     except (FileNotFoundError, ValueError) as error:
-        raise ImageError(_first_line(error).removeprefix(f"{path} ")) from error
+        raise ImageError(first_line(error).removeprefix(f"{path} ")) from error
     if pixels.dtype != np.uint8:
         raise ImageError("its pixels are fractions, whose range is unknown; save it with 8 or 16 bits")
     return Image.fromarray(pixels.transpose(1, 2, 0))
@@ -376,7 +368,7 @@ def write_result(
             for target in (overlay, segments, description):
                 os.replace(Path(work, target.name), target)
     except OSError as error:
-        raise ImageError(f"cannot write to {folder} ({_first_line(error)}); free space or name another") from error
+        raise ImageError(f"cannot write to {folder} ({first_line(error)}); free space or name another") from error
     return overlay
 
 
@@ -388,47 +380,14 @@ def _to_json(record: Mapping[str, Any], segments_info: Sequence[Mapping[str, Any
     return "{\n " + ",\n ".join(fields) + "\n}\n"
 
 
-# --- words ---
-
-
-def describe(segments_info: Sequence[Mapping[str, Any]]) -> str:
-    """What was found: `3 circles and 1 star on striped ground`; for a semantic result, shares of the labelled area."""
-    if not segments_info:
-        return "nothing found"
-    if segments_info[0]["score"] is None:
-        total = sum(info["area"] for info in segments_info)
-        by_area = sorted(segments_info, key=lambda info: -info["area"])
-        return ", ".join(f"{info['label']} {info['area'] / total:.0%}" for info in by_area)
-    # Where a checkpoint does not tell things from stuff, every segment is counted.
-    counts = Counter(info["label"] for info in segments_info if info["isthing"] is not False)
-    things = [f"{number} {label if number == 1 else plural(label)}" for label, number in counts.most_common()]
-    stuff = [info["label"] for info in segments_info if info["isthing"] is False]
-    return " on ".join(_join(words) for words in (things, stuff) if words)
-
-
-def plural(label: str) -> str:
-    """English plural of a class name, by the common rules."""
-    irregular = {"person": "people", "sheep": "sheep", "mouse": "mice", "knife": "knives"}
-    head, space, last = label.rpartition(" ")
-    if last in irregular:
-        return head + space + irregular[last]
-    if label.endswith(("ss", "us", "x", "ch", "sh")):
-        return label + "es"
-    return label + "s" if label[-1:].isalpha() and not label.endswith("s") else label
-
-
-def _join(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
 # --- m2f demo ---
 
 
 def _demo(options: argparse.Namespace) -> int:
     scenes = sorted(BUNDLED_SCENES.glob("*.png"))
-    _check_output(options.output)
+    check_output(options.output)
     segmenter = Segmenter.load(str(BUNDLED_MODEL), task=None, threshold=None, device="cpu", dtype="float32")
-    _make_output(options.output)
+    make_output(options.output)
 
     print(f"{len(scenes)} generated scenes that the bundled model has never seen, each for {len(TASKS)} tasks:")
     rows = []
@@ -456,7 +415,7 @@ def _demo(options: argparse.Namespace) -> int:
             picture.save(Path(work, sheet.name))
             os.replace(Path(work, sheet.name), sheet)
     except OSError as error:
-        raise CommandError(f"cannot write {sheet} ({_first_line(error)}); free space or name another folder") from error
+        raise CommandError(f"cannot write {sheet} ({first_line(error)}); free space or name another folder") from error
     print(f"\nSee {sheet}; beside it lie an overlay, an id map and a JSON file for each scene and task.")
     return 0
 
@@ -465,8 +424,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    family = _check_model(options.model, options.revision)
-    with _loading(options.model):
+    family = check_model(options.model, options.revision)
+    with loading(options.model):
         config = family.config.from_pretrained(options.model, revision=options.revision or "main")
         processor = family.processor.from_pretrained(options.model, revision=options.revision or "main")
     # Names stay whole, to be searched for and copied.
@@ -532,7 +491,7 @@ def _count_parameters(config: Mask2FormerConfig) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
-    with _loading(str(options.folder)):
+    with loading(str(options.folder)):
         folder = HubFolder(options.folder)
     with _publishing(options.repo_id):
         HfApi().whoami()  # before anything is shown or asked
@@ -591,95 +550,12 @@ def _publishing(repo_id: str) -> Iterator[None]:
             ) from error
         is_passing = status >= 500 or status in (408, 409, 412, 429)
         raise CommandError(
-            f"the Hub refuses ({_first_line(error)}); {again if is_passing else 'no file was published'}"
+            f"the Hub refuses ({first_line(error)}); {again if is_passing else 'no file was published'}"
         ) from error
     except ValueError as error:
-        raise CommandError(_first_line(error)) from error
+        raise CommandError(first_line(error)) from error
     except UPLOAD_ERRORS as error:
-        raise CommandError(f"the upload broke off ({_first_line(error.__cause__ or error)}); {again}") from error
-
-
-# --- checks before anything is started ---
-
-
-def _check_output(folder: Path) -> None:
-    """Try to write where the output folder is or will be, before minutes are spent on results that nothing can hold."""
-    with _writing(folder):
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-
-
-def _make_output(folder: Path) -> None:
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CommandError(f"--output {folder}: a file is in the way; name a folder") from error
-    except OSError as error:
-        raise CommandError(f"--output {folder} cannot be written ({error.strerror}); name another folder") from error
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = _first_line(error)
-        raise CommandError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
-
-
-def _check_model(model: str, revision: str | None) -> Family:
-    """Whose model it is, of images or of clips; says in one line what `from_pretrained` would say late and at length.
-
-    Raises:
-        CommandError: there is no such model, or it is another kind of model.
-    """
-    if revision is not None and Path(model).is_dir():
-        raise CommandError(f"{model} is a folder, and --revision is of a model on the Hub: leave it out")
-    try:
-        config_file = find_config(model, revision=revision)
-    except OSError as error:
-        raise CommandError(str(error)) from error
-    try:
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
-        model_type = settings.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise CommandError(f"the config.json of {model} is no JSON object ({_first_line(error)})") from error
-    family = IMAGES if model_type == "mask2former" else family_of(settings)
-    if family is None:
-        raise CommandError(f"{model} has model_type {model_type!r}; m2f reads 'm2f', 'm2f_video' and 'mask2former'")
-    return family
-
-
-@contextmanager
-def _loading(model: str) -> Iterator[None]:
-    """Turn the many errors of damaged or incomplete checkpoints into one line."""
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (
-        *(OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError),
-        *(AttributeError, KeyError, TypeError),  # JSON of another form
-    ) as error:
-        reason = _reason(error)
-        # Some name it already, or a file in it.
-        raise CommandError(reason if reason.startswith(model) else f"{model} cannot be loaded: {reason}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """What is wrong, in one line; a configuration's error names the field in the first line and the fault below."""
-    if isinstance(error, StrictDataclassError):
-        return " ".join(str(error).split())
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CommandError(f"the upload broke off ({first_line(error.__cause__ or error)}); {again}") from error
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def stream_frames(source: Any) -> Iterator[np.ndarray | DamagedFrame]:
     Raises:
         FileNotFoundError: a path that leads nowhere.
         ImportError: a video file without PyAV.
-        ValueError: a file that is no video; and, when the iterator gets there, no frame that can be read, one of
+        ValueError: a file that is no video, a folder without images; and, when the iterator gets there, no frame that can be read, one of
             another size than those before, or what is not an image.
     """
     is_path = isinstance(source, str | Path)
@@ -96,9 +96,13 @@ def _checked(items: Iterable[Any], name: str) -> Iterator[np.ndarray | DamagedFr
         yield array
         del item, array  # while the next is read
     if first is None:
-        raise ValueError(
-            f"{name} has no frames that can be read: give at least one image ({', '.join(FRAME_SUFFIXES)} in a folder)"
-        )
+        raise _no_frames(name)
+
+
+def _no_frames(name: str) -> ValueError:
+    return ValueError(
+        f"{name} has no frames that can be read: give at least one image ({', '.join(FRAME_SUFFIXES)} in a folder)"
+    )
 
 
 # --- folders and files ---
@@ -111,7 +115,12 @@ class _Broken(NamedTuple):
 def _open(path: Path) -> Iterable[Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no folder or video file {path}")
-    return _files_in(path) if path.is_dir() else _decode(path, _container(path))
+    if not path.is_dir():
+        return _decode(path, _container(path))
+    files = _files_in(path)
+    if not files:
+        raise _no_frames(str(path))
+    return files
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ clip of any length needs the memory of one window.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -284,6 +284,8 @@ class ClipTracker:
             raise ValueError(f"clips have no task {self.task!r}: pass task={' or '.join(map(repr, TASKS_OF_CLIPS))}")
         if self.task == "panoptic" and max_detections is not None:
             raise ValueError("max_detections is for task='instance': panoptic tracks compete for their pixels instead")
+        if max_detections is not None and max_detections < 1:
+            raise ValueError(f"max_detections must be at least 1, not {max_detections}")
         if threshold is None:
             threshold = processor.threshold if self.task == "panoptic" else processor.instance_threshold or 0.5
         self.settings: dict[str, Any] = {
@@ -409,7 +411,7 @@ class ClipTracker:
             }
 
 
-def to_id_map(result: dict[str, Any]) -> np.ndarray:
+def to_id_map(result: Mapping[str, Any]) -> np.ndarray:
     """A frame's result as a map: (height, width) int32 ids, 0 where there is none; the better score is on top."""
     masks = np.asarray(result["segmentation"])
     if masks.ndim == 2:

@@ -17,7 +17,8 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 
-from m2f_hf.cli import ASSETS, BUNDLED_SCENES, CommandError, ImageError, describe, main, plural, write_result
+from m2f_hf.cli import BUNDLED_SCENES, CommandError, ImageError, describe, main, write_result
+from m2f_hf.cli_common import ASSETS, plural
 from m2f_hf.configuration_mask2former import Mask2FormerConfig
 from m2f_hf.data.shapes import CATEGORIES, ShapesDataset
 from m2f_hf.image_processing_mask2former import M2FImageProcessor
