@@ -871,6 +871,20 @@ answer = [json.loads(line) for line in open("run/training_log.jsonl")]
         assert files["example.jpg"] == (client.folder / "run" / "best" / "example.jpg").read_bytes()
 
 
+def test_a_training_run_on_clips_publishes_a_video_model(hub, client):
+    client("""
+import finetune
+finetune.main("--dataset moving_shapes --model shapes --output clips --image_size 64 --input_size 64 --video_length 3 "
+              "--steps 1 --batch_size 1 --num_workers 0 --eval_scenes 1 --push_to_hub".split())
+answer = None
+""", OWNER)  # fmt: skip
+    files = hub.repositories["owner/clips"].files()
+    assert json.loads(files["config.json"])["model_type"] == "m2f_video"
+    assert {"modeling_mask2former_video.py", "preprocessor_config.json", "example.jpg"} <= set(files)
+    card = files["README.md"].decode()
+    assert "Mask2FormerForVideoSegmentation" in card and "| num_frames | 2 |" in card
+
+
 def test_a_training_run_that_may_not_publish_does_not_start(client):
     with pytest.raises(ClientError) as caught:
         client(
