@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 _NUMBERS_PER_PIECE = 1 << 20  # 4 MB in float32: of the widest tensor of a layer, in a core's share of the cache
 
+# Several threads wait for each other after every operation on a piece. On a machine with nothing else to do that costs
+# nothing, but where another program has one of the cores they wait until it lets go: larger pieces, fewer times.
+_TIMES_LARGER_FOR_SEVERAL_THREADS = 8
+
 
 def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
     """Whether a layer should treat `hidden_states` piece by piece."""
@@ -50,6 +54,7 @@ def pieces(length: int, width: int) -> Iterator[slice]:
         length: number of positions.
         width: numbers that the layer's widest tensor has for each of them.
     """
-    step = max(1, _NUMBERS_PER_PIECE // width)
+    numbers = _NUMBERS_PER_PIECE * (_TIMES_LARGER_FOR_SEVERAL_THREADS if torch.get_num_threads() > 1 else 1)
+    step = max(1, numbers // width)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))

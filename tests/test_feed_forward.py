@@ -28,6 +28,7 @@ def run(layers, states, function):
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_gradients_are_those_of_the_layers(activation, numbers, kept, monkeypatch):
     monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+    monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     monkeypatch.setattr(feed_forward, "_NUMBERS_KEPT", kept)
     layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0])
     expected = run(layers, states, lambda rows, fc1, fc2: fc2(getattr(nn.functional, activation)(fc1(rows))))
@@ -88,3 +89,17 @@ def test_half_precision_and_autocast_take_the_layers_themselves():
     layers = nn.ModuleList(layers).to(torch.bfloat16)
     output = feed_forward.feed_forward(states.bfloat16(), *layers, "gelu")
     assert output.dtype == torch.bfloat16 and not output.grad_fn.name().startswith("FeedForward")
+
+
+def test_several_threads_have_larger_pieces():
+    """Each piece ends in a barrier, where threads wait for whoever shares the machine."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        of_one = len(list(chunking.pieces(1 << 16, width=1 << 10)))
+        torch.set_num_threads(2)
+        of_two = len(list(chunking.pieces(1 << 16, width=1 << 10)))
+    finally:
+        torch.set_num_threads(threads)
+    assert of_one == 64
+    assert of_two == 8

@@ -1009,6 +1009,7 @@ def test_pieces_of_maps_give_what_whole_maps_give(backbone, monkeypatch):
         whole = model(images(), pixel_mask=pixel_mask)
         for numbers in (1, 1000):
             monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+            monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
             with torch.no_grad():
                 outputs = model(images(), pixel_mask=pixel_mask)
             for name in ("class_queries_logits", "masks_queries_logits"):

@@ -78,6 +78,7 @@ def test_pieces_change_nothing(numbers, monkeypatch):
     with torch.no_grad():
         expected = layer(states, (9, 7), always_partition=True)[0]
         monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+        monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
         torch.testing.assert_close(layer(states, (9, 7), always_partition=True)[0], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -99,6 +100,7 @@ def test_pieces_learn_what_the_whole_learns(case, shift, numbers, monkeypatch):
     for in_pieces in (False, True):
         if in_pieces:
             monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+            monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
         else:
             monkeypatch.setattr(swin, "learns_in_pieces", lambda *_: False)
             monkeypatch.setattr(feed_forward, "learns_in_pieces", lambda *_: False)
