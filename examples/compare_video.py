@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from m2f_hf import (
+    ClipTracker,
     M2FImageProcessor,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerForVideoSegmentation,
@@ -84,6 +85,35 @@ class VideoSide:
         )[0]
         masks = found["segmentation"].numpy()
         return [{**info, "segmentations": mask} for info, mask in zip(found["segments_info"], masks, strict=True)]
+
+
+class WindowedSide(VideoSide):
+    """The video model over windows of a clip, their tracks joined; post-processing as the checkpoint has it."""
+
+    settings: Mapping[str, Sequence[Any]] = {}
+
+    def __init__(self, folder: str, window: int) -> None:
+        super().__init__(folder)
+        self.tracker = ClipTracker(self.model, self.processor, window=window, threshold=0.0, max_detections=MAX_TRACKS)
+
+    def read(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The results of all frames."""
+        return list(self.tracker(item["frames"]))
+
+    def tracks(self, read: list[dict[str, Any]]) -> Tracks:  # type: ignore[override]
+        """The best tracks, each scored by the mean over the frames that it is seen in."""
+        found: dict[int, list[tuple[int, dict[str, Any], np.ndarray]]] = {}
+        for result in read:
+            for info, mask in zip(result["segments_info"], result["segmentation"].numpy(), strict=True):
+                found.setdefault(info["id"], []).append((result["frame"], info, mask))
+        tracks = []
+        for seen in found.values():
+            masks = np.zeros((len(read), *seen[0][2].shape), dtype=bool)
+            for frame, _, mask in seen:
+                masks[frame] = mask
+            score = sum(info["score"] for _, info, _ in seen) / len(seen)
+            tracks.append({"label_id": seen[-1][1]["label_id"], "score": score, "segmentations": masks})
+        return sorted(tracks, key=lambda track: -track["score"])[:MAX_TRACKS]
 
 
 # --- frames of the image model, joined ---
@@ -295,7 +325,7 @@ def draw_case(
     items: Sequence[Any], sides: Mapping[str, Any], names: Mapping[int, str]
 ) -> tuple[Image.Image, str] | None:
     """The first gap that the first side kept and the second lost; None where there is none."""
-    first, second = (result[1] for result in sides.values())
+    first, second = (result[1] for result in list(sides.values())[:2])
     for index, item in enumerate(items):
         for case, (number, before, after) in enumerate(cases(item)):
             if first[index][case] and not second[index][case]:
@@ -321,6 +351,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--occlusion_clips", type=int, default=20, help="clips in which a star goes behind a circle")
     parser.add_argument("--length", type=int, default=16, help="frames of a video")
     parser.add_argument("--image_size", type=int, default=160, help="side of the frames")
+    parser.add_argument(
+        "--windows", type=int, nargs="*", default=[], help="also measure the video model over windows of so many frames"
+    )
     parser.add_argument("--picture", type=Path, help="file for a strip of a case that one side kept and the other lost")
     args = parser.parse_args(arguments)
     if min(args.videos, args.choice_videos, args.occlusion_clips) < 1:
@@ -338,6 +371,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     sides = {
         "video model": VideoSide(args.model),
         "image model, joined frames": JoinedSide(args.image_model),
+        **{f"video model, windows of {window}": WindowedSide(args.model, window) for window in args.windows},
     }
     results, report = {}, {}
     lines = [

@@ -42,8 +42,8 @@ def stream_frames(source: Any) -> Iterator[np.ndarray | DamagedFrame]:
     Raises:
         FileNotFoundError: a path that leads nowhere.
         ImportError: a video file without PyAV.
-        ValueError: a file that is no video, a folder without images; and, when the iterator gets there, no frame that can be read, one of
-            another size than those before, or what is not an image.
+        ValueError: a file that is no video, a folder without images; and, when the iterator gets there, no frame that
+            can be read, one of another size than those before, or what is not an image.
     """
     is_path = isinstance(source, str | Path)
     return _checked(_open(Path(source)) if is_path else source, str(source) if is_path else "the clip")

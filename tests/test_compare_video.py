@@ -95,13 +95,15 @@ def test_the_comparison_measures_both_on_the_same_videos(tmp_path, capsys):
         "5",
         "--image_size",
         "64",
+        "--windows",
+        "3",
     ]
     models = ["--model", str(BUNDLED_VIDEO_MODEL), "--image_model", str(BUNDLED_MODEL)]
     picture = tmp_path / "strip.png"
     report = compare_video.main([*models, *arguments, "--output", str(tmp_path), "--picture", str(picture)])
-    video, joined = report.values()
+    video, joined, windowed = report.values()
     assert video["cases"] == joined["cases"] and video["cases"][1] == 1
-    assert all(0 <= side[figure] <= 1 for side in (video, joined) for figure in compare_video.FIGURES)
+    assert all(0 <= side[figure] <= 1 for side in (video, joined, windowed) for figure in compare_video.FIGURES)
     assert set(joined["settings"]) == set(compare_video.JOINED_SETTINGS)
     assert json.loads((tmp_path / "results.json").read_text()) == report
     said = capsys.readouterr().out
