@@ -6,8 +6,8 @@
 Both see the same generated videos that no training has seen. What can be set in post-processing and in joining is
 chosen for each side by its AP on other videos (`--choice_videos`). Measured are video AP, and identity: of things that
 are seen, then gone for some frames, then seen again, for how many one track covers the thing before and after. In the
-output folder: `results.json` and `results.md`. `--picture`: a strip of the first case that the video model kept and the
-joined frames lost, if there is one.
+output folder: `results.json` and `results.md`. `--picture`: a strip of the first clip in which the video
+model keeps the star that goes behind a circle, and the joined frames lose it, if there is one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAX_TRACKS = 10
 SEEN, GONE = 0.25, 0.02
 """A thing counts as seen from this share of its largest area on, and as gone below that one."""
 COVERED = 0.5
-"""IoU over the frames before a gap, and over those after it, from which a track covers the thing there."""
+"""IoU over the frames before a gap, over those after it, and over all, from which a track covers the thing there."""
 FIGURES = ("ap", "ap50", "ap75", "ar10")
 VIDEO_SETTINGS = {"use_mask_quality": (False, True), "mask_threshold": (0.4, 0.5, 0.6)}
 JOINED_SETTINGS = {
@@ -242,10 +242,10 @@ def gaps(areas: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def keeps(tracks: Tracks, target: np.ndarray, before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether one track covers the target (T, height, width) before the gap and after it."""
-    return any(
-        min(iou(track["segmentations"][part], target[part]) for part in (before, after)) >= COVERED for track in tracks
-    )
+    """Whether one track covers the target (T, height, width) before the gap, after it, and over all frames: on another
+    thing in the meantime it does not."""
+    parts = (before, after, np.arange(len(target)))
+    return any(min(iou(track["segmentations"][part], target[part]) for part in parts) >= COVERED for track in tracks)
 
 
 def cases(item: Mapping[str, Any]) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -302,8 +302,13 @@ def row(name: str, result: Any) -> str:
 
 
 def draw_strip(item: Mapping[str, Any], tracks: Tracks, names: Mapping[int, str], shown: Sequence[int]) -> list[Any]:
-    """Frames with tracks painted over them, a track in one colour; those of less than half the best score left out."""
-    kept = [track for track in tracks if track["score"] >= 0.5 * tracks[0]["score"]] if tracks else []
+    """Frames with, for each thing, the track that covers it best painted over them, in one colour."""
+    best = [
+        max(range(len(tracks)), key=lambda number: iou(tracks[number]["segmentations"], mask))
+        for mask in tube_masks(item)
+        if tracks
+    ]
+    kept = [tracks[number] for number in dict.fromkeys(best)]
     palette = dict(enumerate(COLORS))
     infos = [
         {"id": number + 1, "label_id": number % len(COLORS), "label": f"{number + 1} {names[track['label_id']]}"}
@@ -322,19 +327,18 @@ COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 10
 
 
 def draw_case(
-    items: Sequence[Any], sides: Mapping[str, Any], names: Mapping[int, str]
-) -> tuple[Image.Image, str] | None:
-    """The first gap that the first side kept and the second lost; None where there is none."""
-    first, second = (result[1] for result in list(sides.values())[:2])
-    for index, item in enumerate(items):
-        for case, (number, before, after) in enumerate(cases(item)):
-            if first[index][case] and not second[index][case]:
+    clips: Sequence[Any], sides: Mapping[str, Any], names: Mapping[int, str]
+) -> tuple[Image.Image, int] | None:
+    """The first clip in which the first side kept the hidden thing and the second lost it; None where there is none."""
+    for index, item in enumerate(clips):
+        first, second = (result[2][index] for result in sides.values())
+        for case, (_, before, after) in enumerate(cases(item)):
+            if first[case] and not second[case]:
                 start, end = max(before[0], before[-1] - 2), min(after[-1], after[0] + 2)
-                shown = np.unique(np.linspace(start, end, 7).round().astype(int)).tolist()
-                rows = [draw_strip(item, result[3][index], names, shown) for result in sides.values()]
-                what = f"{names[item['segments_info'][number]['category_id']]} of {item['file_name']}"
-                titles = [f"{name}: the {what}" for name in sides]
-                return contact_sheet(rows, titles, [f"frame {frame + 1}" for frame in shown]), what
+                shown = np.unique(np.linspace(start, end, 6).round().astype(int)).tolist()
+                rows = [draw_strip(item, result[3][index - len(clips)], names, shown) for result in sides.values()]
+                sheet = contact_sheet(rows, list(sides), [f"frame {frame + 1}" for frame in shown])
+                return sheet.quantize(64), index  # the frames' noise would make a large file
     return None
 
 
@@ -354,7 +358,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--windows", type=int, nargs="*", default=[], help="also measure the video model over windows of so many frames"
     )
-    parser.add_argument("--picture", type=Path, help="file for a strip of a case that one side kept and the other lost")
+    parser.add_argument("--picture", type=Path, help="file for a strip of a clip that one side kept and the other lost")
     args = parser.parse_args(arguments)
     if min(args.videos, args.choice_videos, args.occlusion_clips) < 1:
         parser.error("--videos, --choice_videos and --occlusion_clips are 1 or more")
@@ -396,12 +400,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print("\n".join(lines))
     if args.picture is not None:
         names = {category["id"]: category["name"] for category in dataset.categories}
-        drawn = draw_case(items, results, names)
+        drawn = draw_case(hidden, results, names)
         if drawn is None:
-            print("no case that the video model kept and the joined frames lost: no picture")
+            print("no clip that the video model kept and the joined frames lost: no picture")
         else:
             drawn[0].save(args.picture)
-            print(f"{args.picture}: the {drawn[1]}, the first case that only the video model kept")
+            print(f"{args.picture}: clip {drawn[1]}, the first that only the video model kept")
     return report
 
 

@@ -79,6 +79,9 @@ def test_an_identity_is_kept_by_one_track_before_and_after():
     whole = {"segmentations": target}
     assert keeps([whole], target, before, after)
     assert not keeps([{"segmentations": early}, {"segmentations": late}], target, before, after)
+    stray = target.copy()  # on the other star while this one is hidden
+    stray[before[-1] + 1 : after[0]] = tube_masks(item)[2][before[-1] + 1 : after[0]]
+    assert not keeps([{"segmentations": stray}], target, before, after)
     other = {"segmentations": tube_masks(item)[2]}
     assert not keeps([other], target, before, after) and not keeps([], target, before, after)
 
