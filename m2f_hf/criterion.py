@@ -143,7 +143,11 @@ class Mask2FormerLoss(nn.Module):
         matching = by_frame(matching, num_frames)
         images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
         point_logits, points = MatchedMasksAtPoints.apply(
-            mask_features, matched, matching.counts, lambda logits, layer: self.select_points(logits, layer, images)
+            mask_features,
+            matched,
+            matching.counts,
+            self.num_uncertain + self.num_random,
+            lambda logits, layer: self.select_points(logits, layer, images),
         )
         point_labels = self.sample_targets(targets, matching, points)
         # Output by output, so that what is written down on the way is small.
@@ -209,6 +213,7 @@ class MatchedMasksAtPoints(torch.autograd.Function):
         mask_features: Tensor,
         embeddings: Tensor,
         counts: Sequence[int],
+        num_points: int,
         choose: Callable[[Tensor, int], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """
@@ -216,12 +221,14 @@ class MatchedMasksAtPoints(torch.autograd.Function):
             mask_features: (B, C, H, W) float32, of clips (B * T, C, H, W).
             embeddings: (L, M, C) float32, of the matched queries, image after image.
             counts: how many masks belong to each image: of the M, of clips T times as many.
+            num_points: P.
             choose: makes (M * T, P, 2) points of an output's (M * T, 1, H, W) logits and its number.
 
         Returns:
             (L, M * T, P) logits and their points (L, M * T, P, 2).
         """
-        point_logits, points = [], []
+        point_logits = embeddings.new_empty(len(embeddings), sum(counts), num_points)
+        points = embeddings.new_empty(len(embeddings), sum(counts), num_points, 2)
         pairs = list(pairs_of_frames(mask_features, counts))
         size = mask_features.shape[2:]
         for part in outputs_at_once(mask_features, sum(counts), len(embeddings)):
@@ -231,17 +238,16 @@ class MatchedMasksAtPoints(torch.autograd.Function):
                 # (L' * M', C) x (C, H * W) -> (L', M', H, W)
                 logits[:, masks] = (rows.flatten(0, 1) @ features.flatten(1)).view(*rows.shape[:2], *size)
             for layer, of_layer in enumerate(logits[:, :, None], start=part.start):
-                points.append(choose(of_layer, layer))
-                point_logits.append(sample_points(of_layer, points[-1])[:, 0])
-        chosen = torch.stack(points)
-        ctx.save_for_backward(mask_features, embeddings, chosen)
+                points[layer] = choose(of_layer, layer)
+                point_logits[layer] = sample_points(of_layer, points[layer])[:, 0]
+        ctx.save_for_backward(mask_features, embeddings, points)
         ctx.counts = counts
-        ctx.mark_non_differentiable(chosen)
-        return torch.stack(point_logits), chosen
+        ctx.mark_non_differentiable(points)
+        return point_logits, points
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         mask_features, embeddings, points = ctx.saved_tensors
         features_grad, embeddings_grad = torch.zeros_like(mask_features), torch.zeros_like(embeddings)
         size = mask_features.shape[2:]
@@ -254,7 +260,7 @@ class MatchedMasksAtPoints(torch.autograd.Function):
                 rows = embeddings[part, of_frame]
                 embeddings_grad[part, of_frame] += (frame_grad @ features.flatten(1).T).view(rows.shape)
                 features_grad[frame].flatten(1).addmm_(rows.flatten(0, 1).T, frame_grad)
-        return features_grad, embeddings_grad, None, None
+        return features_grad, embeddings_grad, None, None, None
 
 
 def pairs_of_frames(mask_features: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, slice, slice]]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .chunking import pieces
+
 
 _FLOATS_AT_ONCE = 1 << 22  # of masks that are sampled, 16 MB
 
@@ -75,7 +77,7 @@ def sample_points(features: Tensor, points: Tensor) -> Tensor:
     Returns:
         (N, C, P) float32.
     """
-    grid = 2 * points.float()[:, :, None] - 1  # (N, P, 2) -> (N, P, 1, 2), [0, 1] -> [-1, 1]
+    grid = _grid(points.float())[:, :, None]  # (N, P, 1, 2)
     sampled = F.grid_sample(features.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return sampled.squeeze(3)
 
@@ -86,10 +88,15 @@ def spread_to_maps(grad: Tensor, points: Tensor, shape: Sequence[int]) -> Tensor
     Sampling is linear in the maps, so their values don't matter: a single zero stands for all of them, and whoever
     samples need not keep them.
     """
-    grid = 2 * points[:, :, None] - 1
+    grid = _grid(points)[:, :, None]
     nothing = grad.new_zeros(()).expand(shape)
     # Bilinear, zeros outside, corners not aligned; of the two gradients the first.
     return torch.ops.aten.grid_sampler_2d_backward(grad[..., None], nothing, grid, 0, 0, False, [True, False])[0]
+
+
+def _grid(points: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1], in one pass."""
+    return torch.add(points.new_full((), -1.0), points, alpha=2)
 
 
 class PointRows:
@@ -183,12 +190,17 @@ def select_uncertain_points(logits: Tensor, candidates: Tensor, random: Tensor, 
     Returns:
         (N, num_uncertain + S, 2) points.
     """
-    certainty = sample_points(logits, candidates).squeeze(1).abs_()  # (N, R)
-    # Their order does not matter, and most of the time would go into it.
-    if certainty.device.type == "cpu" and num_uncertain > 0:
-        kept = torch.from_numpy(np.argpartition(certainty.numpy(), num_uncertain - 1, axis=1)[:, :num_uncertain])
-    else:
+    if logits.device.type != "cpu":
+        certainty = sample_points(logits, candidates).squeeze(1).abs_()  # (N, R)
+        # Their order does not matter, and most of the time would go into it.
         kept = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
-    first = torch.arange(len(kept), device=kept.device)[:, None] * candidates.shape[1]
-    uncertain = candidates.flatten(0, 1).index_select(0, (first + kept).flatten())
-    return torch.cat([uncertain.view(*kept.shape, 2), random], dim=1)
+        return torch.cat([candidates.take_along_dim(kept[..., None], dim=1), random], dim=1)
+    chosen = torch.empty(len(logits), num_uncertain + random.shape[1], 2)
+    chosen[:, num_uncertain:] = random
+    for part in pieces(len(logits) if num_uncertain else 0, candidates[0].numel() if len(logits) else 1):
+        certainty = sample_points(logits[part], candidates[part]).squeeze(1).abs_()
+        kept = torch.from_numpy(np.argpartition(certainty.numpy(), num_uncertain - 1, axis=1)[:, :num_uncertain])
+        first = torch.arange(len(kept))[:, None] * candidates.shape[1]
+        uncertain = candidates[part].flatten(0, 1).index_select(0, (first + kept).flatten())
+        chosen[part, :num_uncertain] = uncertain.view(*kept.shape, 2)
+    return chosen

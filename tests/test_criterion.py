@@ -355,7 +355,7 @@ def test_matched_masks_at_points_have_the_gradient_of_the_masks(counts, at_once,
         seen.append(logits)
         return points[layer]
 
-    logits, chosen = MatchedMasksAtPoints.apply(features, embeddings, counts, choose)
+    logits, chosen = MatchedMasksAtPoints.apply(features, embeddings, counts, points.shape[2], choose)
     images = torch.tensor([image for image, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
     masks = torch.einsum("lmc,mchw->lmhw", embeddings, features[images])
     expected = torch.stack(
