@@ -255,7 +255,7 @@ class Segmenter:
         check_device(device)
         if check_model(model, revision) is VIDEOS:
             raise CommandError(
-                f"{model} is a video model, which follows objects through clips: load it with "
+                f"{model} is a video model, which follows objects through clips: run it with `m2f track`, load it with "
                 "Mask2FormerForVideoSegmentation (docs/video.md), or give --model an image model"
             )
         with loading(model):
