@@ -356,9 +356,7 @@ def to_figure(entry: EvalResult) -> Figure:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a checkpoint")
-    parser.add_argument(
-        "--dataset", required=True, help='"shapes", for clips "moving_shapes", or what open_dataset opens'
-    )
+    parser.add_argument("--dataset", required=True, help='"shapes", "moving_shapes", or what open_dataset opens')
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--task", choices=list(MEASURES), help="default: the checkpoint's own")
     parser.add_argument("--split", choices=["validation", "train"], default="validation")
