@@ -40,23 +40,25 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, output_hidden_states: bool = False
     ) -> Mask2FormerPixelLevelModuleOutput:
         """As for images, but (B, T, 3, H, W), with sizes (B, 2) that all frames of a clip share -> maps (B, T, …)."""
-        leading = pixel_values.shape[:2]
-        frames = pixel_values.flatten(0, 1)
-        sizes = None if image_sizes is None else image_sizes.repeat_interleave(leading[1], dim=0)
-        if not self._reads_in_parts(frames):
-            maps = self._maps(super().forward(frames, sizes, output_hidden_states))
-        else:
-            maps = []
+        clips = pixel_values.shape[:2]  # (B, T)
+        frames = pixel_values.flatten(0, 1)  # (B, T, 3, H, W) -> (B * T, 3, H, W)
+        sizes = None if image_sizes is None else image_sizes.repeat_interleave(clips[1], dim=0)
+        if self._reads_in_parts():
+            maps: list[Tensor] = []
             step = frames_at_once(self.config, frames.device)
             for start in range(0, len(frames), step):
                 part = slice(start, start + step)
                 of_part = self._maps(
                     super().forward(frames[part], None if sizes is None else sizes[part], output_hidden_states)
                 )
+                # Written into place: the decoder reads all frames at once, and joining the parts would hold them twice.
                 maps = maps or [level.new_empty(len(frames), *level.shape[1:]) for level in of_part]
                 for level, values in zip(maps, of_part, strict=True):
                     level[part] = values
-        mask_features, coarsest, *others = (level.unflatten(0, leading) for level in maps)
+        else:
+            maps = self._maps(super().forward(frames, sizes, output_hidden_states))
+        # (B * T, C, h, w) -> (B, T, C, h, w)
+        mask_features, coarsest, *others = (level.unflatten(0, clips) for level in maps)
         return Mask2FormerPixelLevelModuleOutput(
             encoder_last_hidden_state=coarsest,
             encoder_hidden_states=tuple(others[3:]) if output_hidden_states else None,
@@ -65,7 +67,8 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
         )
 
     @staticmethod
-    def _maps(output: Mask2FormerPixelLevelModuleOutput) -> list[Any]:
+    def _maps(output: Any) -> list[Tensor]:
+        """Mask features, the backbone's coarsest map, the decoder's three scales, and the backbone's where wanted."""
         return [
             output.decoder_last_hidden_state,
             output.encoder_last_hidden_state,
@@ -73,7 +76,7 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
             *(output.encoder_hidden_states or ()),
         ]
 
-    def _reads_in_parts(self, frames: Tensor) -> bool:
+    def _reads_in_parts(self) -> bool:
         # Where gradients are wanted everything is kept anyway, and in training a norm may count on the whole batch. A
         # graph must not know how many parts there are.
         return not (

@@ -8,6 +8,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from test_modeling import NothingWaits, refuse_uploads
+from torch.utils._pytree import tree_flatten
 
 from m2f_hf import (
     M2FImageProcessor,
@@ -232,6 +234,30 @@ def test_an_image_checkpoint_is_a_start(tmp_path):
         "criterion.empty_weight",
     }
     assert run(model, clips()).class_queries_logits.shape == (1, 6, 4)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_without_labels_the_host_never_waits(with_mask, monkeypatch):
+    model = tiny_model().to("meta")
+    refuse_uploads(monkeypatch)
+    pixel_values = torch.empty(2, 3, 3, *SIZE, device="meta")
+    pixel_mask = torch.empty(2, *SIZE, dtype=torch.int64, device="meta") if with_mask else None
+    with NothingWaits():
+        outputs = run(model, pixel_values, pixel_mask=pixel_mask, output_hidden_states=True)
+    assert outputs.masks_queries_logits.shape == (2, 6, 3, 16, 24)
+    assert {tensor.device.type for tensor in tree_flatten(outputs.to_tuple())[0]} == {"meta"}
+
+
+def test_a_graph_of_clips_is_whole():
+    """Compiled without a break and exported, with padding that is hidden: frames are read together there."""
+    model, mask = tiny_model(), torch.ones(2, *SIZE, dtype=torch.int64)
+    mask[1, :, 64:] = 0
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_same(compiled(clips(2), pixel_mask=mask), model(clips(2), pixel_mask=mask))
+        exported = torch.export.export(model, (clips(2),)).module()
+        assert_same(exported(clips(2, seed=3)), model(clips(2, seed=3)))
 
 
 def test_shapes_that_are_no_clips_are_refused():
