@@ -643,29 +643,27 @@ def video_instance_segmentation(
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
 
     queries, of_track = torch.unique(of_pair[kept], return_inverse=True)  # classes may share a query
-    areas_of_tracks: list[Tensor] = []
-    masks: list[Any] = []
-    for frame in frames:
-        maps = _binary_maps(frame, frame.mask_logits[queries], mask_threshold)
-        areas_of_tracks.append(maps.flatten(1).sum(1)[of_track])
-        masks.append([encode_rle(mask) if mask.any() else None for mask in maps] if return_coco_annotation else maps)
+    areas = torch.empty(len(kept), len(frames), dtype=torch.int64, device=scores.device)
+    # Filled frame by frame: joining the frames' masks afterwards would hold all of them twice.
+    segmentation: Any = (
+        [[None] * len(frames) for _ in range(len(kept))]
+        if return_coco_annotation
+        else torch.empty(len(kept), len(frames), *clip.target_size, dtype=torch.bool, device=scores.device)
+    )
+    for index, frame in enumerate(frames):
+        maps = _binary_maps(frame, frame.mask_logits[queries], mask_threshold)  # (queries, height, width)
+        areas[:, index] = maps.flatten(1).sum(1)[of_track]
+        if return_coco_annotation:
+            encodings = [encode_rle(mask) if mask.any() else None for mask in maps]
+            for of_frames, query in zip(segmentation, of_track.tolist(), strict=True):
+                of_frames[index] = encodings[query]
+        else:
+            segmentation[:, index] = maps[of_track]
+    found = (labels[kept], scores[kept], areas, all_queries[of_pair[kept]])
     segments = [
         {"id": index, "label_id": label, "score": round(score, 6), "areas": of_frames, "query": query}
-        for index, (label, score, of_frames, query) in enumerate(
-            zip(
-                labels[kept].tolist(),
-                scores[kept].tolist(),
-                torch.stack(areas_of_tracks, 1).tolist(),
-                all_queries[of_pair[kept]].tolist(),
-                strict=True,
-            )
-        )
+        for index, (label, score, of_frames, query) in enumerate(zip(*(v.tolist() for v in found), strict=True))
     ]
-    segmentation: Tensor | list[Any]
-    if return_coco_annotation:
-        segmentation = [[of_frame[track] for of_frame in masks] for track in of_track.tolist()]
-    else:
-        segmentation = torch.stack(masks, 1)[of_track]
     return {"segmentation": segmentation, "segments_info": segments}
 
 
@@ -725,9 +723,10 @@ def video_panoptic_segmentation(
     )
     for codes in segmentation:
         _write_ids(codes, segment_of_query)
+    score_of, query_of = scores.tolist(), kept.tolist()
     for segment, of_segment in zip(segments, _queries_of(segments, segment_of_query), strict=True):
         segment["areas"] = visible[of_segment].sum(0).tolist()
-        segment["query"] = int(kept[max(of_segment, key=lambda query: float(scores[query]))])
+        segment["query"] = query_of[max(of_segment, key=score_of.__getitem__)]
     return {"segmentation": segmentation, "segments_info": segments}
 
 
