@@ -154,18 +154,17 @@ class TrackMemory:
         same_label = torch.tensor([[old.label == new.label for new in found] for old in self._tracks])
         pairs = _assign(overlaps + _SAME_LABEL * same_label, overlaps >= max(self.min_iou, 1e-6))
 
-        similarity = torch.stack([track.embedding for track in self._tracks]) @ torch.stack(
-            [track.embedding for track in found]
-        ).T.clamp(-1, 1)
+        old, new = (torch.stack([track.embedding for track in tracks]) for tracks in (self._tracks, found))
         old_probs, new_probs = (
             torch.stack([track.class_probs for track in tracks]).sqrt() for tracks in (self._tracks, found)
         )
-        similarity = (similarity * (old_probs @ new_probs.T)).cpu()
+        # (known, C) x (found, C) -> (known, found), times the same of K classes
+        similarity = ((old @ new.T) * (old_probs @ new_probs.T)).cpu()
         may = (similarity >= self.min_similarity) & ~is_apart
-        for old, new in pairs:
-            may[old], may[:, new] = False, False
+        for row, column in pairs:
+            may[row], may[:, column] = False, False
         pairs += _assign(similarity + _SAME_LABEL * same_label, may)
-        return {new: self._tracks[old] for old, new in pairs}
+        return {column: self._tracks[row] for row, column in pairs}
 
 
 def _overlaps(before: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,9 +178,8 @@ def _overlaps(before: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
 def _assign(values: Tensor, may: Tensor) -> list[tuple[int, int]]:
     """The one-to-one pairs of the largest sum of values, of those that may be."""
     rows, columns = linear_sum_assignment(torch.where(may, values, 0).numpy(), maximize=True)
-    return [
-        (row, column) for row, column in zip(rows.tolist(), columns.tolist(), strict=True) if may[row, column].item()
-    ]
+    is_pair = may.numpy()[rows, columns]
+    return list(zip(rows[is_pair].tolist(), columns[is_pair].tolist(), strict=True))
 
 
 class _FeatureWindow:
