@@ -24,9 +24,11 @@ from tqdm.auto import tqdm
 from .cli_common import (
     BUNDLED_VIDEO_MODEL,
     CommandError,
-    check_device,
+    add_model_options,
+    add_run_options,
     check_model,
     check_output,
+    choose_device,
     describe,
     first_line,
     loading,
@@ -61,14 +63,7 @@ def add_track_parser(commands: Any) -> None:
         "so on (the track of each pixel, 0 for none), and results.json (YouTube-VIS' form of results).",
     )
     track.add_argument("clip", type=Path, metavar="CLIP", help="a folder of frames, or a video file")
-    track.add_argument(
-        "--model",
-        default=str(BUNDLED_VIDEO_MODEL),
-        metavar="ID_OR_FOLDER",
-        help="a model on the Hugging Face Hub or a folder; default: the bundled model, which knows generated shapes",
-    )
-    track.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of a model on the Hub; default: main")
-    track.add_argument("--task", choices=TASKS_OF_CLIPS, help="default: what the model was made for")
+    add_model_options(track, BUNDLED_VIDEO_MODEL, TASKS_OF_CLIPS)
     track.add_argument("--window", type=int, default=8, metavar="FRAMES", help="read at once; default: 8")
     track.add_argument("--overlap", type=int, metavar="FRAMES", help="that windows share; default: half of --window")
     track.add_argument(
@@ -83,9 +78,7 @@ def add_track_parser(commands: Any) -> None:
         help="most instances of a window; default: the model's",
     )
     track.add_argument("--fps", type=float, help="frames a second of overlay.mp4 and .gif; default: the file's, or 10")
-    track.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a CUDA GPU where there is one, else cpu")
-    track.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    track.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+    add_run_options(track)
     track.set_defaults(run=run_track)
 
 
@@ -134,8 +127,7 @@ def run_track(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> ClipTracker:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = choose_device(options.device)
     family = check_model(options.model, options.revision)
     if options.model == str(BUNDLED_VIDEO_MODEL):
         print(
