@@ -88,19 +88,20 @@ def draw_frames(
     """
     length = len(item["frames"])
     frames = np.linspace(0, length - 1, min(number, length)).round().astype(int).tolist()
+    absent = np.zeros(image_size(item), dtype=bool)
     rows = []
     for frame in frames:
-        size = image_size(item)
-        masks = (frame_mask(item, info, frame) for info in item["segments_info"])
-        segments = [
-            {**info, "segmentation": np.zeros(size, dtype=bool) if mask is None else mask}
-            for info, mask in zip(item["segments_info"], masks, strict=True)
-        ]
-        still = {"image": item["frames"][frame], "segments_info": segments}
-        instances = dict(prediction["instances"])
-        instances["segmentation"] = [
-            np.zeros(size, dtype=bool) if masks[frame] is None else masks[frame] for masks in instances["segmentation"]
-        ]
+        targets = [frame_mask(item, info, frame) for info in item["segments_info"]]
+        still = {
+            "image": item["frames"][frame],
+            "segments_info": [
+                {**info, "segmentation": absent if mask is None else mask}
+                for info, mask in zip(item["segments_info"], targets, strict=True)
+            ],
+        }
+        tracks = prediction["instances"]
+        found = [tube[frame] for tube in tracks["segmentation"]]
+        instances = {**tracks, "segmentation": [absent if mask is None else mask for mask in found]}
         rows.append(draw_comparison(still, {"instances": instances}, evaluation, id2label, colors))
     return rows, [f"{item['file_name']}, frame {frame + 1} of {length}" for frame in frames]
 
