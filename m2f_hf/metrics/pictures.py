@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.augmentation import sheet_of
 from ..data.masks import decode_segmentation
 from ..data.video import frame_mask
-from ..visualization import contact_sheet, draw_segments, semantic_to_segments
+from ..visualization import draw_segments, semantic_to_segments
 from .evaluation import Evaluation, Prediction, detections, image_size, to_array, with_masks
 from .mask_ap import is_thing
 
@@ -108,20 +109,10 @@ def draw_frames(
 
 def comparison_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], side: int = 480) -> Image.Image:
     """Rows of `draw_comparison` in one picture, each with its title; images are fitted into `side` pixels."""
-    fitted = [[_fit(picture, side) for picture in row] for row in rows]
-    height = max(picture.height for row in fitted for picture in row)
-    return contact_sheet(
-        [[_on_white(picture, (side, height)) for picture in row] for row in fitted], titles, list(COLUMNS)
-    )
+    return sheet_of([[_fit(picture, side) for picture in row] for row in rows], titles, COLUMNS, side)
 
 
 def _fit(picture: Image.Image, side: int) -> Image.Image:
     fitted = picture.copy()
     fitted.thumbnail((side, side), Image.Resampling.LANCZOS)
     return fitted
-
-
-def _on_white(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    sheet = Image.new("RGB", size, "white")
-    sheet.paste(picture, (0, 0))
-    return sheet
