@@ -115,10 +115,10 @@ class Mask2FormerVideoModel(Mask2FormerModel):
 
     @staticmethod
     def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
-        if pixel_values.dim() != 5 or pixel_values.shape[1] == 0:
+        if pixel_values.dim() != 5 or 0 in pixel_values.shape[:2]:
             raise ValueError(
                 f"`pixel_values_videos` has shape {tuple(pixel_values.shape)}, expected (batch, frames, channels, "
-                "height, width) with at least one frame; add the batch with `pixel_values_videos[None]`."
+                "height, width) with at least one clip and one frame; add the batch with `pixel_values_videos[None]`."
             )
         return Mask2FormerModel._image_sizes(pixel_values[:, 0], pixel_mask)
 
@@ -190,7 +190,15 @@ class Mask2FormerForVideoSegmentation(Mask2FormerForUniversalSegmentation):
         return self.model.encode(pixel_values_videos, pixel_mask)
 
     def decode_frames(self, encoded: EncodedImages) -> Mask2FormerForUniversalSegmentationOutput:
-        """The second half of `forward`, over the frames of `encode_frames`: queries read all of them at once."""
+        """
+        The second half of `forward`, over the frames of `encode_frames`: queries read all of them at once.
+
+        Raises:
+            ValueError: what is not of `encode_frames`.
+        """
+        maps: Any = encoded.pixel_level.decoder_last_hidden_state if isinstance(encoded, EncodedImages) else None
+        if maps is None or maps.dim() != 5:
+            raise ValueError("these are no encoded frames: pass what `encode_frames` gave, with maps (B, T, C, h, w)")
         return self.predict(self.model.decode(encoded))
 
 

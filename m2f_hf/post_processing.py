@@ -87,7 +87,34 @@ def split_batch(
 
 def _to_sizes(sizes: Sequence[Size] | Tensor) -> list[Size]:
     rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-    return [(int(height), int(width)) for height, width in rows]
+    try:
+        return [(int(height), int(width)) for height, width in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{sizes} is no list of sizes: pass one (height, width) in pixels for each image, [(480, 640)] for one"
+        ) from error
+
+
+# --- settings ---
+
+
+def check_probabilities(**values: float) -> None:
+    """
+    Raises:
+        ValueError: one that is not from 0 to 1, by its name.
+    """
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} {value} is not a probability or ratio from 0 to 1")
+
+
+def check_max_detections(number: int) -> None:
+    """
+    Raises:
+        ValueError: fewer than one.
+    """
+    if number < 1:
+        raise ValueError(f"max_detections must be at least 1, not {number}")
 
 
 # --- decisions in a tile ---
@@ -247,6 +274,11 @@ def panoptic_segmentation(
         not; None where these are not known), `score` (0 to 1; the best of those fused), `area` in pixels and `bbox` as
         [x, y, width, height].
     """
+    check_probabilities(
+        threshold=threshold,
+        mask_threshold=mask_threshold,
+        overlap_mask_area_threshold=overlap_mask_area_threshold,
+    )
     kept, scores, labels = _likely(image.class_logits, threshold)
     segmentation, contest = _compete(image, image.mask_logits[kept], scores, mask_threshold)
     visible = contest.rows.sum(1)
@@ -445,6 +477,8 @@ def instance_segmentation(
         instances overlap; (N, height, width) bool with `return_binary_maps`; a list of N COCO run-length encodings
         with `return_coco_annotation`.
     """
+    check_probabilities(threshold=threshold, mask_threshold=mask_threshold)
+    check_max_detections(max_detections)
     class_probs = image.class_logits.float().softmax(-1)[:, :-1]
     num_labels = class_probs.shape[1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
@@ -629,6 +663,8 @@ def video_instance_segmentation(
         `return_coco_annotation` for each of the N a list of T COCO run-length encodings, None for a frame without a
         pixel.
     """
+    check_probabilities(threshold=threshold, mask_threshold=mask_threshold)
+    check_max_detections(max_detections)
     class_probs = clip.class_logits.float().softmax(-1)[:, :-1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
     # Masks are at most certain, so a pair below the threshold now will be below it later.
@@ -703,6 +739,11 @@ def video_panoptic_segmentation(
         1: `id`, `label_id`, `was_fused`, `isthing` and `score` as of `panoptic_segmentation`, `areas`, the pixels in
         each frame, and `query`, the best of those fused.
     """
+    check_probabilities(
+        threshold=threshold,
+        mask_threshold=mask_threshold,
+        overlap_mask_area_threshold=overlap_mask_area_threshold,
+    )
     kept, scores, labels = _likely(clip.class_logits, threshold)
     frames = _frames_of(clip, kept)
     if use_mask_quality:
