@@ -129,6 +129,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"there is no file {args.config}")
     for name in (
         *FIELDS,
+        "eval_scenes",
+        "image_size",
         "video_length",
         "num_frames",
         "frame_range",

@@ -40,7 +40,7 @@ from .hub import IMAGES, VIDEOS, label_names, load_whole
 from .label_sets import find_label_set
 from .post_processing import encode_rle
 from .tracking import ClipTracker, to_id_map
-from .video_processing_mask2former import TASKS_OF_CLIPS, Mask2FormerVideoProcessor
+from .video_processing_mask2former import Mask2FormerVideoProcessor
 from .visualization import ClassColors, draw_segments
 
 
@@ -69,7 +69,7 @@ def add_track_parser(commands: Any) -> None:
         "so on (the track of each pixel, 0 for none), and results.json (YouTube-VIS' form of results).",
     )
     track.add_argument("clip", type=Path, metavar="CLIP", help="a folder of frames, or a video file")
-    add_model_options(track, BUNDLED_VIDEO_MODEL, TASKS_OF_CLIPS)
+    add_model_options(track, BUNDLED_VIDEO_MODEL, Mask2FormerVideoProcessor.tasks)
     track.add_argument("--window", type=int, default=8, metavar="FRAMES", help="read at once; default: 8")
     track.add_argument("--overlap", type=int, metavar="FRAMES", help="that windows share; default: half of --window")
     track.add_argument(

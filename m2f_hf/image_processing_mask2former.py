@@ -97,6 +97,8 @@ class M2FImageProcessor(PilBackend):
 
     valid_kwargs = M2FImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 (transformers declares it so)
+    tasks: tuple[str, ...] = TASKS
+    post_processing_name = "post_process_{}_segmentation"
 
     do_resize = True
     size: Any = {"shortest_edge": 800, "longest_edge": 1333}  # noqa: RUF012
@@ -138,8 +140,7 @@ class M2FImageProcessor(PilBackend):
         self._validate_settings()
 
     def _validate_settings(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task {self.task!r} does not exist; choose one of {', '.join(TASKS)}")
+        self.check_task(self.task)
         probabilities = ("threshold", "instance_threshold", "mask_threshold", "overlap_mask_area_threshold")
         check_probabilities(**{name: getattr(self, name) for name in probabilities})
         check_max_detections(self.max_detections)
@@ -431,15 +432,23 @@ class M2FImageProcessor(PilBackend):
         return {name: getattr(self, name) if value is None else value for name, value in given.items()}
 
     def post_process(self, outputs: Any, task: Task | None = None, **kwargs: Any) -> Any:
-        """The `post_process_*_segmentation` of a task, by default of the checkpoint's own; `kwargs` go to it.
+        """The `post_process_*_segmentation` of one of `tasks`, by default of the checkpoint's own; `kwargs` go to it.
 
         Raises:
             ValueError: a task that does not exist.
         """
         task = self.task if task is None else task
-        if task not in TASKS:
-            raise ValueError(f"task {task!r} does not exist; choose one of {', '.join(TASKS)}")
-        return getattr(self, f"post_process_{task}_segmentation")(outputs, **kwargs)
+        self.check_task(task)
+        return getattr(self, self.post_processing_name.format(task))(outputs, **kwargs)
+
+    @classmethod
+    def check_task(cls, task: str) -> None:
+        """
+        Raises:
+            ValueError: one that is not among `tasks`.
+        """
+        if task not in cls.tasks:
+            raise ValueError(f"{cls.__name__} has no task {task!r}; choose one of {', '.join(cls.tasks)}")
 
 
 # The name that `transformers` has for it. The class is named otherwise because `AutoImageProcessor` finds classes by

@@ -18,10 +18,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .frames import DamagedFrame, stream_frames
+from .image_processing_mask2former import Task
 from .modeling_mask2former import EncodedImages, Mask2FormerPixelLevelModuleOutput
 from .modeling_mask2former_video import Mask2FormerForVideoSegmentation, frames_at_once
 from .post_processing import check_max_detections, check_probabilities
-from .video_processing_mask2former import Mask2FormerVideoProcessor, check_task_of_clips
+from .video_processing_mask2former import Mask2FormerVideoProcessor
 
 
 # Of tracks of equal masks, such as two classes of one query, the one of the same class goes on.
@@ -254,7 +255,7 @@ class ClipTracker:
         *,
         window: int = 8,
         overlap: int | None = None,
-        task: str | None = None,
+        task: Task | None = None,
         threshold: float | None = None,
         mask_threshold: float | None = None,
         max_detections: int | None = None,
@@ -288,7 +289,7 @@ class ClipTracker:
             )
         self.model, self.processor, self.window, self.overlap = model, processor, window, overlap
         self.task = processor.task if task is None else task
-        check_task_of_clips(self.task)
+        processor.check_task(self.task)
         if self.task == "panoptic" and max_detections is not None:
             raise ValueError("max_detections is for task='instance': panoptic tracks compete for their pixels instead")
         if max_detections is not None:
@@ -370,8 +371,9 @@ class ClipTracker:
             )
             features.add(self.model.encode_frames(**inputs.to(self.model.device)))
         outputs: Any = self.model.decode_frames(features.encoded())
-        post_process = getattr(self.processor, f"post_process_video_{self.task}_segmentation")
-        (tracks,) = post_process(outputs, target_sizes=[frames[0].shape[-2:]], **self.settings)
+        (tracks,) = self.processor.post_process(
+            outputs, self.task, target_sizes=[frames[0].shape[-2:]], **self.settings
+        )
         infos = tracks["segments_info"]
         seen = [index for index, info in enumerate(infos) if any(info["areas"])]
         queries = torch.tensor([infos[index]["query"] for index in seen], dtype=torch.int64, device=self.model.device)

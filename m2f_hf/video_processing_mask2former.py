@@ -14,9 +14,6 @@ from .images import Size
 from .post_processing import post_process_video_instance_segmentation, post_process_video_panoptic_segmentation
 
 
-TASKS_OF_CLIPS = ("instance", "panoptic")
-
-
 class Mask2FormerVideoProcessor(M2FImageProcessor):
     """Prepares clips for [`Mask2FormerForVideoSegmentation`], and turns its outputs into tracks.
 
@@ -32,6 +29,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     """
 
     model_input_names = ["pixel_values_videos", "pixel_mask"]  # noqa: RUF012
+    tasks = ("instance", "panoptic")
+    post_processing_name = "post_process_video_{}_segmentation"
     size: Any = {"shortest_edge": 360, "longest_edge": 1333}  # noqa: RUF012
 
     def __init__(
@@ -129,16 +128,6 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             data["class_labels"] = batch["class_labels"][::length]
         return BatchFeature(data=data)
 
-    def post_process(self, outputs: Any, task: Any = None, **kwargs: Any) -> Any:
-        """The `post_process_video_*_segmentation` of a task, by default of the checkpoint's own; `kwargs` go to it.
-
-        Raises:
-            ValueError: another task than "instance" and "panoptic".
-        """
-        task = self.task if task is None else task
-        check_task_of_clips(task)
-        return getattr(self, f"post_process_video_{task}_segmentation")(outputs, **kwargs)
-
     def post_process_video_instance_segmentation(
         self,
         outputs: Any,
@@ -201,15 +190,6 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             use_mask_quality=self.use_mask_quality if use_mask_quality is None else use_mask_quality,
             **self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse),
         )
-
-
-def check_task_of_clips(task: str) -> None:
-    """
-    Raises:
-        ValueError: a task that clips do not have.
-    """
-    if task not in TASKS_OF_CLIPS:
-        raise ValueError(f"clips have no task {task!r}: pass task={' or '.join(map(repr, TASKS_OF_CLIPS))}")
 
 
 # --- frames ---

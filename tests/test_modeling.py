@@ -1020,7 +1020,7 @@ def test_training_under_a_compiler_learns_the_same():
     torch.compiler.reset()
     results = []
     for compiled in (False, True):
-        model = tiny_model().train()
+        model = tiny_model(encoder_layers=1, decoder_layers=2).train()
         model.criterion.draw_points = SeededPoints(0)
         run = torch.compile(model, backend="aot_eager") if compiled else model
         loss = run(images(), **labels()).loss
@@ -1046,7 +1046,7 @@ class Logits(nn.Module):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_one_exported_graph_serves_all_batches_and_sizes(backbone):
-    model = Logits(tiny_model(backbone))
+    model = Logits(tiny_model(backbone, encoder_layers=1, decoder_layers=2))
     batch, rows, columns = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "rows", "columns"))
     shapes = ({0: batch, 2: 32 * rows, 3: 32 * columns},)
     with torch.no_grad():

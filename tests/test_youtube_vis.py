@@ -180,6 +180,15 @@ def test_a_size_that_nobody_wrote_is_that_of_the_first_frame(written, tmp_path):
     assert (dataset[1]["height"], dataset[1]["width"]) == (48, 48) and report.sizes.tolist() == [[48, 48]] * 3
 
 
+@pytest.mark.parametrize("height", [float("nan"), 1e30, -48])
+def test_a_size_that_no_picture_has_is_told(height, written, tmp_path):
+    def change(content):
+        content["videos"][1]["height"] = height
+
+    with pytest.raises(DatasetError, match=r"state a size that no picture has: correct or remove(?s:.)*00001"):
+        open_youtube_vis(changed(written, tmp_path, change), written / "JPEGImages")
+
+
 def test_files_of_another_kind_are_refused(written, tmp_path):
     with pytest.raises(FileNotFoundError, match="annotation file in YouTube-VIS' form"):
         YouTubeVISDataset(tmp_path / "none.json")

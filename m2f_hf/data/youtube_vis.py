@@ -34,6 +34,7 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     },
     "categories": {"id": (int,), "name": (str,), "isthing": (int,)},
 }
+_NO_SIDE = 1 << 20  # pixels: no picture is as long
 _OTHER_SIZE = "Frames have another size than the first of their video, or than its annotation says: scale them."
 
 
@@ -188,7 +189,12 @@ class YouTubeVISDataset(Selection, VideoDataset):
                 if not os.path.isfile(self.frame_folder / name):
                     fix = "put them there, or remove them and their masks from the file"
                     problems.error(f"Frames {IS_MISSING} in {self.frame_folder}: {fix}.", name)
-            size = (int(video["height"]), int(video["width"])) if video.get("height") and video.get("width") else None
+            stated = (video.get("height") or 0, video.get("width") or 0)
+            if not all(0 <= side < _NO_SIDE for side in stated):  # nor is NaN
+                fix = f"correct or remove `height` and `width` in {self.annotation_file}"
+                problems.error(f"Videos state a size that no picture has: {fix}.", f"{_name(video)}: {stated}")
+                continue
+            size = (int(stated[0]), int(stated[1])) if all(stated) else None
             annotations = by_video.get(video_id, ())
             segments = [
                 self._segment(annotation, number, video, size, contiguous, problems)
