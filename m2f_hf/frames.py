@@ -128,10 +128,10 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted((file for file in files if not file.name.startswith(".")), key=_by_numbers)
 
 
-def _by_numbers(file: Path) -> list[Any]:
+def _by_numbers(file: Path) -> tuple[list[Any], str]:
     # Texts and numbers take turns, so that only like is compared; of 1 and 01 the name decides.
     parts = re.split(r"([0-9]+)", file.name)
-    return [*(int(part) if part.isdecimal() else part for part in parts), file.name]
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], file.name
 
 
 def _pyav(path: Path) -> Any:
