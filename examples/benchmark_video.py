@@ -41,16 +41,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=[128, 224], metavar=("HEIGHT", "WIDTH"), help="of a frame")
     parser.add_argument("--window", type=int, default=8, help="frames of a window")
     parser.add_argument("--overlap", type=int, default=4, help="frames that windows share")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of the processor")
     parser.add_argument("--tiny", action="store_true", help="a model of few parameters, to try the script")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-video"))
-    parser.add_argument(
-        "--measure", nargs=2, metavar=("WAY", "FRAMES"), help=argparse.SUPPRESS
-    )  # in a process of its own
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-video"), help="folder for the results")
+    # What each of the fresh processes is told to do.
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FRAMES"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def build(tiny: bool) -> tuple[Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor]:
+    """The ResNet-50 model with 100 queries, or a tiny one, of random weights; frames stay at their size."""
     torch.manual_seed(0)
     stages = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
     if tiny:
@@ -97,6 +97,7 @@ def measure(way: str, number: int, options: argparse.Namespace) -> dict[str, Any
 
 
 def measure_apart(way: str, number: int, arguments: list[str]) -> dict[str, Any]:
+    """`measure` in a process of its own; where that fails, `error` with its last words, such as of memory's end."""
     command = [sys.executable, __file__, *arguments, "--measure", way, str(number)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

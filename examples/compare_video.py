@@ -6,8 +6,8 @@
 Both see the same generated videos that no training has seen. What can be set in post-processing and in joining is
 chosen for each side by its AP on other videos (`--choice_videos`). Measured are video AP, and identity: of things that
 are seen, then gone for some frames, then seen again, for how many one track covers the thing before and after. In the
-output folder: `results.json` and `results.md`. `--picture`: a strip of the first clip in which the video
-model keeps the star that goes behind a circle, and the joined frames lose it, if there is one.
+output folder: `results.json` and `results.md`. `--picture`: a strip of the first clip in which the video model keeps
+the star that goes behind a circle, and the joined frames lose it, if there is one.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ JOINED_SETTINGS = {
     "max_gap": (0, 4),
     "mean_of_seen": (False, True),
 }
+COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194))
+"""Of the tracks in a strip, RGB."""
 
 Tracks = list[dict[str, Any]]
 """Dicts of `label_id`, `score` and `segmentations` (T, height, width) bool, by falling score."""
@@ -276,8 +278,25 @@ def choose(side: Any, items: Sequence[Any], categories: Any) -> tuple[dict[str, 
     return best
 
 
-def measure(side: Any, settings: Mapping[str, Any], items: Sequence[Any], hidden: Sequence[Any], dataset: Any) -> Any:
-    """AP, and which gaps are kept, of the videos and of clips made to hide one thing."""
+class Measured(NamedTuple):
+    """What one side reached.
+
+    Args:
+        figures: of the videos.
+        in_videos, in_clips: for each of them, gap by gap as `cases` lists them, whether the thing was kept.
+        clip_tracks: the tracks of each clip.
+    """
+
+    figures: dict[str, float]
+    in_videos: list[list[bool]]
+    in_clips: list[list[bool]]
+    clip_tracks: list[Tracks]
+
+
+def measure(
+    side: Any, settings: Mapping[str, Any], items: Sequence[Any], hidden: Sequence[Any], dataset: Any
+) -> Measured:
+    """AP of the videos, and which gaps are kept in them and in clips made to hide one thing."""
     tracks_of = [
         side.tracks(side.read(item), **settings)
         for item in tqdm([*items, *hidden], f"{type(side).__name__}: measured", unit="video")
@@ -288,14 +307,13 @@ def measure(side: Any, settings: Mapping[str, Any], items: Sequence[Any], hidden
     ]
     result = average_precision(items, tracks_of[: len(items)], dataset.categories)
     figures = {name: result[name] for name in FIGURES}
-    return figures, kept[: len(items)], kept[len(items) :], tracks_of
+    return Measured(figures, kept[: len(items)], kept[len(items) :], tracks_of[len(items) :])
 
 
-def row(name: str, result: Any) -> str:
+def row(name: str, result: Measured) -> str:
     """A row of the table."""
-    figures, in_videos, in_clips, _ = result
-    counts = [f"{sum(map(sum, kept))} of {sum(map(len, kept))}" for kept in (in_videos, in_clips)]
-    return f"| {name} | " + " | ".join([f"{figures[figure]:.3f}" for figure in FIGURES] + counts) + " |"
+    counts = [f"{sum(map(sum, kept))} of {sum(map(len, kept))}" for kept in (result.in_videos, result.in_clips)]
+    return f"| {name} | " + " | ".join([f"{result.figures[figure]:.3f}" for figure in FIGURES] + counts) + " |"
 
 
 # --- picture ---
@@ -323,20 +341,17 @@ def draw_strip(item: Mapping[str, Any], tracks: Tracks, names: Mapping[int, str]
     return strip
 
 
-COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194))
-
-
 def draw_case(
-    clips: Sequence[Any], sides: Mapping[str, Any], names: Mapping[int, str]
+    clips: Sequence[Any], sides: Mapping[str, Measured], names: Mapping[int, str]
 ) -> tuple[Image.Image, int] | None:
     """The first clip in which the first side kept the hidden thing and the second lost it; None where there is none."""
     for index, item in enumerate(clips):
-        first, second = (result[2][index] for result in sides.values())
+        first, second = (result.in_clips[index] for result in sides.values())
         for case, (_, before, after) in enumerate(cases(item)):
             if first[case] and not second[case]:
                 start, end = max(before[0], before[-1] - 2), min(after[-1], after[0] + 2)
                 shown = np.unique(np.linspace(start, end, 6).round().astype(int)).tolist()
-                rows = [draw_strip(item, result[3][index - len(clips)], names, shown) for result in sides.values()]
+                rows = [draw_strip(item, result.clip_tracks[index], names, shown) for result in sides.values()]
                 sheet = contact_sheet(rows, list(sides), [f"frame {frame + 1}" for frame in shown])
                 return sheet.quantize(64), index  # the frames' noise would make a large file
     return None
@@ -386,13 +401,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         settings, chosen_at = choose(side, [others[index] for index in range(len(others))], dataset.categories)
         results[name] = measure(side, settings, items, hidden, dataset)
         lines.append(row(name, results[name]))
-        figures, in_videos, in_clips, _ = results[name]
+        kept = (results[name].in_videos, results[name].in_clips)
         report[name] = {
             "settings": settings,
             "ap of the choice": chosen_at,
-            **figures,
-            "kept": [sum(map(sum, in_videos)), sum(map(sum, in_clips))],
-            "cases": [sum(map(len, in_videos)), sum(map(len, in_clips))],
+            **results[name].figures,
+            "kept": [sum(map(sum, part)) for part in kept],
+            "cases": [sum(map(len, part)) for part in kept],
         }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

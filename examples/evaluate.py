@@ -247,6 +247,11 @@ def draw_per_class(per_class: Mapping[str, Mapping[str, Any]], evaluation: Evalu
 # --- results ---
 
 
+def units_of(task: str) -> str:
+    """What a task's items are, in a word."""
+    return "videos" if task == "video" else "images"
+
+
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
@@ -254,10 +259,11 @@ def percent(value: float | None) -> str:
 def markdown(result: Mapping[str, Any]) -> str:
     """The results as tables, in percent as the field writes them."""
     figures, per_class = result["figures"], result["per_class"]
+    units = units_of(result["task"])
     lines = [
         f"# {result['model']} on {result['dataset']}",
         "",
-        f"{'Videos' if result['task'] == 'video' else 'Images'}: {result['num_images']} ({result['split']}), "
+        f"{units.capitalize()}: {result['num_images']} ({result['split']}), "
         f"task {result['task']}, {result['processing']}.",
         "",
     ]
@@ -284,7 +290,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         for name, entry in per_class.items()
     ]
     if result["worst"]:
-        lines += ["", "The worst images:", ""]
+        lines += ["", f"The worst {units}:", ""]
         lines += [f"- [{row['file_name']}]({row['picture']})" for row in result["worst"]]
     return "\n".join(lines) + "\n"
 
@@ -299,9 +305,10 @@ def write_text(path: Path, text: str) -> None:
 def headline(task: str, figures: Mapping[str, Any], dataset: str, split: str) -> list[Figure]:
     """The figures that the paper's tables have, on their scale, for a model's card."""
     names = {"pq_all": "PQ", "ap": "AP", "miou": "mIoU"}
+    of_card = "instance" if task == "video" else task  # that the instances are of clips, the card knows from the model
     return [
         Figure(
-            task, dataset, split, names[name], round(100 * figures[name], 2), source="examples/evaluate.py of m2f_hf"
+            of_card, dataset, split, names[name], round(100 * figures[name], 2), source="examples/evaluate.py of m2f_hf"
         )
         for name in names
         if figures.get(name) is not None
@@ -349,7 +356,7 @@ def to_figure(entry: EvalResult) -> Figure:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a checkpoint")
-    parser.add_argument("--dataset", required=True, help='"shapes", or what m2f_hf.data.open_dataset opens')
+    parser.add_argument("--dataset", required=True, help='"shapes", "moving_shapes", or what open_dataset opens')
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--task", choices=list(MEASURES), help="default: the checkpoint's own")
     parser.add_argument("--split", choices=["validation", "train"], default="validation")
@@ -361,10 +368,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--post_processing", choices=["ours", "stock"], default="ours", help="stock: transformers' own")
     parser.add_argument("--tta", action="store_true", help="semantic: average over sizes and mirror images")
-    parser.add_argument("--limit", type=int, help="measure on the first so many images")
-    parser.add_argument("--worst", type=int, default=8, help="how many of the worst images are drawn")
+    parser.add_argument("--limit", type=int, help="measure on the first so many images, or videos")
+    parser.add_argument("--worst", type=int, default=8, help="how many of the worst images, or videos, are drawn")
     parser.add_argument("--card", action="store_true", help="put the figures on the card in --model's folder")
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=4, help="images that are read at once; videos come alone")
     parser.add_argument("--num_workers", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.card and not Path(args.model).is_dir():
@@ -401,7 +408,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     categories = label_categories(dataset_categories, label_of, model, processor)
     num_images = min(len(dataset), args.limit or len(dataset))
     if num_images == 0:
-        raise SystemExit(f"{args.dataset} has no images in its {args.split} part")
+        raise SystemExit(f"{args.dataset} has no {units_of(task)} in its {args.split} part")
 
     evaluation = Evaluation(task, used, categories)
     positions = range(accelerator.process_index, num_images, accelerator.num_processes)
@@ -437,8 +444,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         put_on_card(Path(args.model), model, processor, headline(task, figures, Path(args.dataset).name, split))
     main_figure = MAIN_FIGURE[task]
     figure = percent(figures[main_figure])
-    unit = "videos" if is_video else "images"
-    print(f"{main_figure} {figure} on {num_images} {unit} ({split}); see {args.output / 'results.md'}")
+    print(f"{main_figure} {figure} on {num_images} {units_of(task)} ({split}); see {args.output / 'results.md'}")
     return result
 
 

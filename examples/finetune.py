@@ -642,8 +642,8 @@ def run_training(
         step = training.progress.best_step
         describe_run(args, data, plan, training, accelerator.num_processes, repo_id)
         best = args.output / "best"
-        how = "" if data.task == "video" else f": m2f segment photo.jpg --model {best}"
-        say(f"Done. The best checkpoint, of step {step}, is {best}{how}")
+        how = "track clip.mp4" if data.task == "video" else "segment photo.jpg"
+        say(f"Done. The best checkpoint, of step {step}, is {best}: m2f {how} --model {best}")
         if args.push_to_hub:
             publish(args, repo_id)
     accelerator.end_training()

@@ -37,9 +37,13 @@ from .cli_common import (
     BUNDLED_SCENES,
     CommandError,
     ImageError,
-    check_device,
+    add_model_options,
+    add_output,
+    add_revision,
+    add_run_options,
     check_model,
     check_output,
+    choose_device,
     describe,
     first_line,
     loading,
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="m2f", description="Segment pictures with Mask2Former.")
+    parser = argparse.ArgumentParser(prog="m2f", description="Segment pictures and follow objects through clips.")
     parser.add_argument("--version", action="version", version=f"m2f_hf {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -101,31 +105,22 @@ def _parser() -> argparse.ArgumentParser:
         "(id = R + 256 G + 65536 B) and photo.json (what each segment is).",
     )
     segment.add_argument("images", nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
-    segment.add_argument(
-        "--model",
-        default=str(BUNDLED_MODEL),
-        metavar="ID_OR_FOLDER",
-        help="a model on the Hugging Face Hub or a folder; default: the bundled model, which knows generated shapes",
-    )
-    segment.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of a model on the Hub; default: main")
-    segment.add_argument("--task", choices=TASKS, help="default: what the model was made for")
+    add_model_options(segment, BUNDLED_MODEL, TASKS)
     segment.add_argument(
         "--threshold", type=probability, help="leave out segments with a lower score, 0 to 1; default: the model's"
     )
-    segment.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a CUDA GPU where there is one, else cpu")
-    segment.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    segment.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+    add_run_options(segment)
     segment.set_defaults(run=_segment)
 
     add_track_parser(commands)
 
     demo = commands.add_parser("demo", help="segment the bundled scenes with the bundled model, offline")
-    demo.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+    add_output(demo)
     demo.set_defaults(run=_demo)
 
     info = commands.add_parser("info", help="describe a model without loading its weights")
     info.add_argument("model", metavar="MODEL", help="a model on the Hugging Face Hub or a folder")
-    info.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of a model on the Hub; default: main")
+    add_revision(info)
     info.set_defaults(run=_info)
 
     push = commands.add_parser(
@@ -251,8 +246,7 @@ class Segmenter:
         Raises:
             CommandError: where the device, the model or its files cannot be used.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_device(device)
+        device = choose_device(device)
         if check_model(model, revision) is VIDEOS:
             raise CommandError(
                 f"{model} is a video model, which follows objects through clips: run it with `m2f track`, load it with "

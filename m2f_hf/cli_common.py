@@ -67,6 +67,36 @@ def _join(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
+# --- options that commands share ---
+
+
+def add_model_options(command: argparse.ArgumentParser, bundled: Path, tasks: Sequence[str]) -> None:
+    """Which model, and for which of its tasks."""
+    command.add_argument(
+        "--model",
+        default=str(bundled),
+        metavar="ID_OR_FOLDER",
+        help="a model on the Hugging Face Hub or a folder; default: the bundled model, which knows generated shapes",
+    )
+    add_revision(command)
+    command.add_argument("--task", choices=tasks, help="default: what the model was made for")
+
+
+def add_revision(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of a model on the Hub; default: main")
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """Where and how a model runs, and where results go."""
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a CUDA GPU where there is one, else cpu")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add_output(command)
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+
+
 # --- checks before anything is started ---
 
 
@@ -93,12 +123,19 @@ def _writing(folder: Path) -> Iterator[None]:
         raise CommandError(f"--output {folder} cannot be written ({error.strerror}); name another folder") from error
 
 
-def check_device(device: str) -> None:
+def choose_device(device: str | None) -> str:
+    """The device asked for, or else a GPU where there is one.
+
+    Raises:
+        CommandError: it cannot be used here.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)
         raise CommandError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
+    return device
 
 
 def check_model(model: str, revision: str | None) -> Family:

@@ -24,9 +24,11 @@ from tqdm.auto import tqdm
 from .cli_common import (
     BUNDLED_VIDEO_MODEL,
     CommandError,
-    check_device,
+    add_model_options,
+    add_run_options,
     check_model,
     check_output,
+    choose_device,
     describe,
     first_line,
     loading,
@@ -37,8 +39,8 @@ from .frames import DamagedFrame, count_frames, frame_rate, stream_frames
 from .hub import IMAGES, VIDEOS, label_names, load_whole
 from .label_sets import find_label_set
 from .post_processing import encode_rle
-from .tracking import TASKS_OF_CLIPS, ClipTracker, to_id_map
-from .video_processing_mask2former import Mask2FormerVideoProcessor
+from .tracking import ClipTracker, to_id_map
+from .video_processing_mask2former import TASKS_OF_CLIPS, Mask2FormerVideoProcessor
 from .visualization import ClassColors, draw_segments
 
 
@@ -46,10 +48,16 @@ from .visualization import ClassColors, draw_segments
 _FILES = ("results.json", "overlay.mp4", "overlay.gif")
 _FOLDERS = ("ids", "overlay")
 _DEFAULT_RATE = 10.0
+_LEAST_RATE, _MOST_RATE = 0.01, 1000.0
 # An overlay is enlarged until its shorter side has so many pixels, for labels that can be read.
 _READABLE_SIDE = 320
+_LONGEST_ENLARGED = 4096
+# H.264 has no longer ones.
+_LONGEST_SIDE = 16384
 _GIF_SIDE = 480
 _GIF_FRAMES = 120
+# In milliseconds: a picture's time is 16 bits of hundredths of a second, and Pillow makes equal pictures one.
+_LONGEST_GIF = 655350
 
 
 def add_track_parser(commands: Any) -> None:
@@ -61,14 +69,7 @@ def add_track_parser(commands: Any) -> None:
         "so on (the track of each pixel, 0 for none), and results.json (YouTube-VIS' form of results).",
     )
     track.add_argument("clip", type=Path, metavar="CLIP", help="a folder of frames, or a video file")
-    track.add_argument(
-        "--model",
-        default=str(BUNDLED_VIDEO_MODEL),
-        metavar="ID_OR_FOLDER",
-        help="a model on the Hugging Face Hub or a folder; default: the bundled model, which knows generated shapes",
-    )
-    track.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of a model on the Hub; default: main")
-    track.add_argument("--task", choices=TASKS_OF_CLIPS, help="default: what the model was made for")
+    add_model_options(track, BUNDLED_VIDEO_MODEL, TASKS_OF_CLIPS)
     track.add_argument("--window", type=int, default=8, metavar="FRAMES", help="read at once; default: 8")
     track.add_argument("--overlap", type=int, metavar="FRAMES", help="that windows share; default: half of --window")
     track.add_argument(
@@ -83,9 +84,7 @@ def add_track_parser(commands: Any) -> None:
         help="most instances of a window; default: the model's",
     )
     track.add_argument("--fps", type=float, help="frames a second of overlay.mp4 and .gif; default: the file's, or 10")
-    track.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: a CUDA GPU where there is one, else cpu")
-    track.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    track.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+    add_run_options(track)
     track.set_defaults(run=run_track)
 
 
@@ -95,25 +94,22 @@ def run_track(options: argparse.Namespace) -> int:
     Raises:
         CommandError: nothing was written; what was there is unchanged.
     """
-    if options.fps is not None and not 0 < options.fps <= 1000:
-        raise CommandError(f"--fps {options.fps} is no number of frames a second: give one above 0, up to 1000")
-    inside = [options.output / name for name in _FOLDERS]
-    if any(options.clip.resolve() == folder.resolve() for folder in inside):
-        raise CommandError(f"{options.clip} would be replaced by the results: name another --output")
+    if options.fps is not None and not _LEAST_RATE <= options.fps <= _MOST_RATE:
+        raise CommandError(f"--fps {options.fps} is no number of frames a second from {_LEAST_RATE} to {_MOST_RATE:g}")
     with _reading():
         frames = stream_frames(options.clip)
         rate = options.fps or frame_rate(options.clip) or _DEFAULT_RATE
+        rate = min(max(rate, _LEAST_RATE), _MOST_RATE)
         total = count_frames(options.clip)
-    check_output(options.output)
+    _check_places(options.clip, options.output)
     tracker = _load(options)
-    make_output(options.output)
     num_damaged = 0
-    with tempfile.TemporaryDirectory(dir=options.output, prefix=".m2f-") as work, _reading():
-        writer = _Writer(Path(work), tracker.model.config, rate)
+    with _reading(), _work_folder(options.output) as work:
+        writer = _Writer(work, tracker.model.config, rate)
         try:
             # A frame waits for the result of its window.
             read, waiting = itertools.tee(frames)
-            pairs = zip(tracker(read), waiting, strict=True)
+            pairs = zip(tracker(read, "channels_first"), waiting, strict=True)
             for result, frame in tqdm(pairs, unit="frame", total=total):
                 if "damaged" in result:
                     num_damaged += 1
@@ -123,9 +119,12 @@ def run_track(options: argparse.Namespace) -> int:
         finally:
             writer.close()
         with _writing(options.output):
-            _put_in_place(Path(work), options.output)
+            _put_in_place(work, options.output)
     shown = next(path for path in (options.output / "overlay.mp4", options.output / "overlay") if path.exists())
-    print(f"{options.clip}: {describe(writer.infos())} in {writer.num_frames} frames -> {shown}")
+    frames_read = "1 frame" if writer.num_frames == 1 else f"{writer.num_frames} frames"
+    print(f"{options.clip}: {describe(writer.infos())} in {frames_read} -> {shown}")
+    if total is not None and writer.num_frames < total:
+        print(f"m2f: {options.clip} says that it has {total} frames: it may be incomplete", file=sys.stderr)
     if shown.name == "overlay":
         print(
             "m2f: an overlay.mp4 needs PyAV: pip install 'm2f_hf[video]'; there are pictures instead", file=sys.stderr
@@ -133,9 +132,34 @@ def run_track(options: argparse.Namespace) -> int:
     return 1 if num_damaged else 0
 
 
+def _check_places(clip: Path, output: Path) -> None:
+    """That results can be put in place, before minutes are spent on them."""
+    for name in (*_FILES, *_FOLDERS):
+        path = output / name
+        if path.exists() and path.resolve() == clip.resolve():
+            raise CommandError(f"{clip} would be replaced by the results: name another --output")
+        if path.exists() and path.is_dir() == (name in _FILES):
+            what = "folder" if path.is_dir() else "file"
+            raise CommandError(f"the {what} {path} is where results would go: move it, or name another --output")
+    check_output(output)
+
+
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder in the output folder, which is made, and taken away again if nothing gets into it."""
+    is_new = not output.exists()
+    make_output(output)
+    try:
+        with tempfile.TemporaryDirectory(dir=output, prefix=".m2f-") as work:
+            yield Path(work)
+    finally:
+        if is_new:
+            with suppress(OSError):
+                output.rmdir()
+
+
 def _load(options: argparse.Namespace) -> ClipTracker:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = choose_device(options.device)
     family = check_model(options.model, options.revision)
     if options.model == str(BUNDLED_VIDEO_MODEL):
         print(
@@ -173,7 +197,7 @@ def _reading() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* goes on without what cannot be read")
             yield
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise CommandError(first_line(error)) from error
 
 
@@ -227,7 +251,7 @@ class _Writer:
         if pixels.dtype != np.uint8:
             pixels = (pixels.clip(0, 1) * 255).astype(np.uint8)
         height, width = ids.shape
-        scale = max(1, round(_READABLE_SIDE / min(height, width)))
+        scale = max(1, min(round(_READABLE_SIDE / min(height, width)), _LONGEST_ENLARGED // max(height, width)))
         # All tracks so far, with the class that each had first: so one keeps its colour.
         infos = [
             {
@@ -324,6 +348,9 @@ class _Movie:
         return cls(av, path, rate)
 
     def add(self, picture: Image.Image) -> None:
+        if max(picture.size) > _LONGEST_SIDE:
+            picture = picture.copy()
+            picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
         pixels = np.asarray(picture)
         height, width = pixels.shape[:2]
         # The format halves colours' sides.
@@ -377,7 +404,7 @@ class _Gif:
 
     def save(self, path: Path) -> None:
         first, *others = self._pictures
-        duration = max(20, round(1000 * self._stride / self._rate))
+        duration = min(max(20, round(1000 * self._stride / self._rate)), _LONGEST_GIF // len(self._pictures))
         first.save(path, save_all=True, append_images=others, duration=duration, loop=0)
 
 

@@ -2,12 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from .images import read_image
 
@@ -28,12 +29,13 @@ class DamagedFrame:
     reason: str
 
 
-def stream_frames(source: Any) -> Iterator[np.ndarray | DamagedFrame]:
+def stream_frames(source: Any, data_format: str | None = None) -> Iterator[np.ndarray | DamagedFrame]:
     """The frames of one clip; no more than one of them is in memory at a time.
 
     Args:
         source: a folder of frames (in the order of their names, numbers by value: 9 before 10), a video file, an array
             or tensor (T, H, W, 3) or (T, 3, H, W), or any iterable of images in a form that `M2FImageProcessor` takes.
+        data_format: of arrays and tensors, "channels_first" or "channels_last"; by default their shape tells.
 
     Returns:
         An iterator of upright (3, H, W) arrays, RGB. Of a file that cannot be read, in a folder, a video or a sequence
@@ -42,11 +44,27 @@ def stream_frames(source: Any) -> Iterator[np.ndarray | DamagedFrame]:
     Raises:
         FileNotFoundError: a path that leads nowhere.
         ImportError: a video file without PyAV.
-        ValueError: a file that is no video, a folder without images; and, when the iterator gets there, no frame that
-            can be read, one of another size than those before, or what is not an image.
+        ValueError: a file that is no video, a folder without images, what is no clip; and, when the iterator gets
+            there, no frame that can be read, one of another size than those before, or what is not an image.
     """
-    is_path = isinstance(source, str | Path)
-    return _checked(_open(Path(source)) if is_path else source, str(source) if is_path else "the clip")
+    if isinstance(source, str | Path):
+        return _checked(_open(Path(source)), str(source), data_format)
+    check_clip(source)
+    return _checked(source, "the clip", data_format)
+
+
+def check_clip(clip: Any) -> None:
+    """
+    Raises:
+        ValueError: what is no clip, such as a single image.
+    """
+    dimensions = getattr(clip, "ndim", 4)
+    if isinstance(clip, Image.Image) or dimensions < 4:
+        raise ValueError("a single image is no clip: give a list of frames, [image] for one")
+    if dimensions > 4 or isinstance(clip, Mapping | bytes) or not isinstance(clip, str | Path | Iterable):
+        raise ValueError(
+            f"{type(clip).__name__} is no clip: give a list of images, an array (T, H, W, 3), a folder or a video"
+        )
 
 
 def count_frames(source: Any) -> int | None:
@@ -69,7 +87,7 @@ def frame_rate(source: Any) -> float | None:
         return float(rate) if rate else None
 
 
-def _checked(items: Iterable[Any], name: str) -> Iterator[np.ndarray | DamagedFrame]:
+def _checked(items: Iterable[Any], name: str, data_format: str | None) -> Iterator[np.ndarray | DamagedFrame]:
     first: tuple[int, tuple[int, int]] | None = None  # number and size of the first that was read
     for index, item in enumerate(items):
         if isinstance(item, DamagedFrame):  # of a stream that has been through here
@@ -78,7 +96,7 @@ def _checked(items: Iterable[Any], name: str) -> Iterator[np.ndarray | DamagedFr
         try:
             if isinstance(item, _Broken):
                 raise ValueError(item.reason)
-            array = read_image(item)
+            array = read_image(item, data_format)
         except (ValueError, OSError) as error:
             if not isinstance(item, str | Path | _Broken) or isinstance(error, FileNotFoundError):
                 raise
@@ -120,18 +138,19 @@ def _open(path: Path) -> Iterable[Any]:
     files = _files_in(path)
     if not files:
         raise _no_frames(str(path))
-    return files
+    # A link may lead nowhere, and a file be gone by its turn.
+    return (file if file.exists() else _Broken(f"there is no image file {file}") for file in files)
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = (file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+    files = (file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES and not file.is_dir())
     return sorted((file for file in files if not file.name.startswith(".")), key=_by_numbers)
 
 
 def _by_numbers(file: Path) -> tuple[list[Any], str]:
     # Texts and numbers take turns, so that only like is compared; of 1 and 01 the name decides.
     parts = re.split(r"([0-9]+)", file.name)
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], file.name
+    return [int(part) if position % 2 else part for position, part in enumerate(parts)], file.name
 
 
 def _pyav(path: Path) -> Any:
@@ -147,7 +166,7 @@ def _pyav(path: Path) -> Any:
 def _container(path: Path) -> Any:
     av = _pyav(path)
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), metadata_errors="ignore")  # titles are not always UTF-8
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{path} is no video file that can be read ({error})") from error
     if not container.streams.video:

@@ -307,6 +307,8 @@ def _usage_of_clips(repo_id: str) -> Iterator[str]:
         f'processor = Mask2FormerVideoProcessor.from_pretrained("{repo_id}")',
         _TRACKING,
     )
+    yield "On the command line, for a clip of any length, a folder of frames or a video file:"
+    yield f"```bash\nm2f track folder-of-frames --model {repo_id}\n```"
     yield _TRUST
     yield _python(
         "import torch",

@@ -27,6 +27,8 @@ from .images import Size, list_of_images, pad_to, read_image, resize_image, scal
 from .label_sets import TASKS
 from .mask_labels import labels_of_images, to_targets
 from .post_processing import (
+    check_max_detections,
+    check_probabilities,
     post_process_instance_segmentation,
     post_process_panoptic_segmentation,
     post_process_semantic_segmentation,
@@ -138,11 +140,9 @@ class M2FImageProcessor(PilBackend):
     def _validate_settings(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task {self.task!r} does not exist; choose one of {', '.join(TASKS)}")
-        for name in ("threshold", "instance_threshold", "mask_threshold", "overlap_mask_area_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not a probability or ratio from 0 to 1")
-        if self.max_detections < 1:
-            raise ValueError(f"max_detections must be at least 1, not {self.max_detections}")
+        probabilities = ("threshold", "instance_threshold", "mask_threshold", "overlap_mask_area_threshold")
+        check_probabilities(**{name: getattr(self, name) for name in probabilities})
+        check_max_detections(self.max_detections)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self.valid_kwargs.__annotations__})
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]

@@ -40,23 +40,25 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, output_hidden_states: bool = False
     ) -> Mask2FormerPixelLevelModuleOutput:
         """As for images, but (B, T, 3, H, W), with sizes (B, 2) that all frames of a clip share -> maps (B, T, …)."""
-        leading = pixel_values.shape[:2]
-        frames = pixel_values.flatten(0, 1)
-        sizes = None if image_sizes is None else image_sizes.repeat_interleave(leading[1], dim=0)
-        if not self._reads_in_parts(frames):
-            maps = self._maps(super().forward(frames, sizes, output_hidden_states))
-        else:
-            maps = []
+        clips = pixel_values.shape[:2]  # (B, T)
+        frames = pixel_values.flatten(0, 1)  # (B, T, 3, H, W) -> (B * T, 3, H, W)
+        sizes = None if image_sizes is None else image_sizes.repeat_interleave(clips[1], dim=0)
+        if self._reads_in_parts():
+            maps: list[Tensor] = []
             step = frames_at_once(self.config, frames.device)
             for start in range(0, len(frames), step):
                 part = slice(start, start + step)
                 of_part = self._maps(
                     super().forward(frames[part], None if sizes is None else sizes[part], output_hidden_states)
                 )
+                # Written into place: the decoder reads all frames at once, and joining the parts would hold them twice.
                 maps = maps or [level.new_empty(len(frames), *level.shape[1:]) for level in of_part]
                 for level, values in zip(maps, of_part, strict=True):
                     level[part] = values
-        mask_features, coarsest, *others = (level.unflatten(0, leading) for level in maps)
+        else:
+            maps = self._maps(super().forward(frames, sizes, output_hidden_states))
+        # (B * T, C, h, w) -> (B, T, C, h, w)
+        mask_features, coarsest, *others = (level.unflatten(0, clips) for level in maps)
         return Mask2FormerPixelLevelModuleOutput(
             encoder_last_hidden_state=coarsest,
             encoder_hidden_states=tuple(others[3:]) if output_hidden_states else None,
@@ -65,7 +67,8 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
         )
 
     @staticmethod
-    def _maps(output: Mask2FormerPixelLevelModuleOutput) -> list[Any]:
+    def _maps(output: Any) -> list[Tensor]:
+        """Mask features, the backbone's coarsest map, the decoder's three scales, and the backbone's where wanted."""
         return [
             output.decoder_last_hidden_state,
             output.encoder_last_hidden_state,
@@ -73,7 +76,7 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
             *(output.encoder_hidden_states or ()),
         ]
 
-    def _reads_in_parts(self, frames: Tensor) -> bool:
+    def _reads_in_parts(self) -> bool:
         # Where gradients are wanted everything is kept anyway, and in training a norm may count on the whole batch. A
         # graph must not know how many parts there are.
         return not (
@@ -112,10 +115,10 @@ class Mask2FormerVideoModel(Mask2FormerModel):
 
     @staticmethod
     def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
-        if pixel_values.dim() != 5 or pixel_values.shape[1] == 0:
+        if pixel_values.dim() != 5 or 0 in pixel_values.shape[:2]:
             raise ValueError(
                 f"`pixel_values_videos` has shape {tuple(pixel_values.shape)}, expected (batch, frames, channels, "
-                "height, width) with at least one frame; add the batch with `pixel_values_videos[None]`."
+                "height, width) with at least one clip and one frame; add the batch with `pixel_values_videos[None]`."
             )
         return Mask2FormerModel._image_sizes(pixel_values[:, 0], pixel_mask)
 
@@ -187,7 +190,15 @@ class Mask2FormerForVideoSegmentation(Mask2FormerForUniversalSegmentation):
         return self.model.encode(pixel_values_videos, pixel_mask)
 
     def decode_frames(self, encoded: EncodedImages) -> Mask2FormerForUniversalSegmentationOutput:
-        """The second half of `forward`, over the frames of `encode_frames`: queries read all of them at once."""
+        """
+        The second half of `forward`, over the frames of `encode_frames`: queries read all of them at once.
+
+        Raises:
+            ValueError: what is not of `encode_frames`.
+        """
+        maps: Any = encoded.pixel_level.decoder_last_hidden_state if isinstance(encoded, EncodedImages) else None
+        if maps is None or maps.dim() != 5:
+            raise ValueError("these are no encoded frames: pass what `encode_frames` gave, with maps (B, T, C, h, w)")
         return self.predict(self.model.decode(encoded))
 
 

@@ -87,7 +87,34 @@ def split_batch(
 
 def _to_sizes(sizes: Sequence[Size] | Tensor) -> list[Size]:
     rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-    return [(int(height), int(width)) for height, width in rows]
+    try:
+        return [(int(height), int(width)) for height, width in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{sizes} is no list of sizes: pass one (height, width) in pixels for each image, [(480, 640)] for one"
+        ) from error
+
+
+# --- settings ---
+
+
+def check_probabilities(**values: float) -> None:
+    """
+    Raises:
+        ValueError: one that is not from 0 to 1, by its name.
+    """
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} {value} is not a probability or ratio from 0 to 1")
+
+
+def check_max_detections(number: int) -> None:
+    """
+    Raises:
+        ValueError: fewer than one.
+    """
+    if number < 1:
+        raise ValueError(f"max_detections must be at least 1, not {number}")
 
 
 # --- decisions in a tile ---
@@ -247,6 +274,11 @@ def panoptic_segmentation(
         not; None where these are not known), `score` (0 to 1; the best of those fused), `area` in pixels and `bbox` as
         [x, y, width, height].
     """
+    check_probabilities(
+        threshold=threshold,
+        mask_threshold=mask_threshold,
+        overlap_mask_area_threshold=overlap_mask_area_threshold,
+    )
     kept, scores, labels = _likely(image.class_logits, threshold)
     segmentation, contest = _compete(image, image.mask_logits[kept], scores, mask_threshold)
     visible = contest.rows.sum(1)
@@ -445,6 +477,8 @@ def instance_segmentation(
         instances overlap; (N, height, width) bool with `return_binary_maps`; a list of N COCO run-length encodings
         with `return_coco_annotation`.
     """
+    check_probabilities(threshold=threshold, mask_threshold=mask_threshold)
+    check_max_detections(max_detections)
     class_probs = image.class_logits.float().softmax(-1)[:, :-1]
     num_labels = class_probs.shape[1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
@@ -629,6 +663,8 @@ def video_instance_segmentation(
         `return_coco_annotation` for each of the N a list of T COCO run-length encodings, None for a frame without a
         pixel.
     """
+    check_probabilities(threshold=threshold, mask_threshold=mask_threshold)
+    check_max_detections(max_detections)
     class_probs = clip.class_logits.float().softmax(-1)[:, :-1]
     scores, pairs = class_probs.flatten().topk(min(max_detections, class_probs.numel()))
     # Masks are at most certain, so a pair below the threshold now will be below it later.
@@ -643,29 +679,27 @@ def video_instance_segmentation(
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
 
     queries, of_track = torch.unique(of_pair[kept], return_inverse=True)  # classes may share a query
-    areas_of_tracks: list[Tensor] = []
-    masks: list[Any] = []
-    for frame in frames:
-        maps = _binary_maps(frame, frame.mask_logits[queries], mask_threshold)
-        areas_of_tracks.append(maps.flatten(1).sum(1)[of_track])
-        masks.append([encode_rle(mask) if mask.any() else None for mask in maps] if return_coco_annotation else maps)
+    areas = torch.empty(len(kept), len(frames), dtype=torch.int64, device=scores.device)
+    # Filled frame by frame: joining the frames' masks afterwards would hold all of them twice.
+    segmentation: Any = (
+        [[None] * len(frames) for _ in range(len(kept))]
+        if return_coco_annotation
+        else torch.empty(len(kept), len(frames), *clip.target_size, dtype=torch.bool, device=scores.device)
+    )
+    for index, frame in enumerate(frames):
+        maps = _binary_maps(frame, frame.mask_logits[queries], mask_threshold)  # (queries, height, width)
+        areas[:, index] = maps.flatten(1).sum(1)[of_track]
+        if return_coco_annotation:
+            encodings = [encode_rle(mask) if mask.any() else None for mask in maps]
+            for of_frames, query in zip(segmentation, of_track.tolist(), strict=True):
+                of_frames[index] = encodings[query]
+        else:
+            segmentation[:, index] = maps[of_track]
+    found = (labels[kept], scores[kept], areas, all_queries[of_pair[kept]])
     segments = [
         {"id": index, "label_id": label, "score": round(score, 6), "areas": of_frames, "query": query}
-        for index, (label, score, of_frames, query) in enumerate(
-            zip(
-                labels[kept].tolist(),
-                scores[kept].tolist(),
-                torch.stack(areas_of_tracks, 1).tolist(),
-                all_queries[of_pair[kept]].tolist(),
-                strict=True,
-            )
-        )
+        for index, (label, score, of_frames, query) in enumerate(zip(*(v.tolist() for v in found), strict=True))
     ]
-    segmentation: Tensor | list[Any]
-    if return_coco_annotation:
-        segmentation = [[of_frame[track] for of_frame in masks] for track in of_track.tolist()]
-    else:
-        segmentation = torch.stack(masks, 1)[of_track]
     return {"segmentation": segmentation, "segments_info": segments}
 
 
@@ -705,6 +739,11 @@ def video_panoptic_segmentation(
         1: `id`, `label_id`, `was_fused`, `isthing` and `score` as of `panoptic_segmentation`, `areas`, the pixels in
         each frame, and `query`, the best of those fused.
     """
+    check_probabilities(
+        threshold=threshold,
+        mask_threshold=mask_threshold,
+        overlap_mask_area_threshold=overlap_mask_area_threshold,
+    )
     kept, scores, labels = _likely(clip.class_logits, threshold)
     frames = _frames_of(clip, kept)
     if use_mask_quality:
@@ -725,9 +764,10 @@ def video_panoptic_segmentation(
     )
     for codes in segmentation:
         _write_ids(codes, segment_of_query)
+    score_of, query_of = scores.tolist(), kept.tolist()
     for segment, of_segment in zip(segments, _queries_of(segments, segment_of_query), strict=True):
         segment["areas"] = visible[of_segment].sum(0).tolist()
-        segment["query"] = int(kept[max(of_segment, key=lambda query: float(scores[query]))])
+        segment["query"] = query_of[max(of_segment, key=score_of.__getitem__)]
     return {"segmentation": segmentation, "segments_info": segments}
 
 

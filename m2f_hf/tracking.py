@@ -6,6 +6,7 @@ clip of any length needs the memory of one window.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,12 @@ from torch import Tensor
 from .frames import DamagedFrame, stream_frames
 from .modeling_mask2former import EncodedImages, Mask2FormerPixelLevelModuleOutput
 from .modeling_mask2former_video import Mask2FormerForVideoSegmentation, frames_at_once
-from .video_processing_mask2former import Mask2FormerVideoProcessor
+from .post_processing import check_max_detections, check_probabilities
+from .video_processing_mask2former import Mask2FormerVideoProcessor, check_task_of_clips
 
 
 # Of tracks of equal masks, such as two classes of one query, the one of the same class goes on.
 _SAME_LABEL = 1e-3
-
-TASKS_OF_CLIPS = ("instance", "panoptic")
 
 
 class WindowTracks(NamedTuple):
@@ -154,18 +154,17 @@ class TrackMemory:
         same_label = torch.tensor([[old.label == new.label for new in found] for old in self._tracks])
         pairs = _assign(overlaps + _SAME_LABEL * same_label, overlaps >= max(self.min_iou, 1e-6))
 
-        similarity = torch.stack([track.embedding for track in self._tracks]) @ torch.stack(
-            [track.embedding for track in found]
-        ).T.clamp(-1, 1)
+        old, new = (torch.stack([track.embedding for track in tracks]) for tracks in (self._tracks, found))
         old_probs, new_probs = (
             torch.stack([track.class_probs for track in tracks]).sqrt() for tracks in (self._tracks, found)
         )
-        similarity = (similarity * (old_probs @ new_probs.T)).cpu()
+        # (known, C) x (found, C) -> (known, found), times the same of K classes
+        similarity = ((old @ new.T) * (old_probs @ new_probs.T)).cpu()
         may = (similarity >= self.min_similarity) & ~is_apart
-        for old, new in pairs:
-            may[old], may[:, new] = False, False
+        for row, column in pairs:
+            may[row], may[:, column] = False, False
         pairs += _assign(similarity + _SAME_LABEL * same_label, may)
-        return {new: self._tracks[old] for old, new in pairs}
+        return {column: self._tracks[row] for row, column in pairs}
 
 
 def _overlaps(before: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,21 +178,24 @@ def _overlaps(before: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
 def _assign(values: Tensor, may: Tensor) -> list[tuple[int, int]]:
     """The one-to-one pairs of the largest sum of values, of those that may be."""
     rows, columns = linear_sum_assignment(torch.where(may, values, 0).numpy(), maximize=True)
-    return [
-        (row, column) for row, column in zip(rows.tolist(), columns.tolist(), strict=True) if may[row, column].item()
-    ]
+    is_pair = may.numpy()[rows, columns]
+    return list(zip(rows[is_pair].tolist(), columns[is_pair].tolist(), strict=True))
 
 
 class _FeatureWindow:
-    """What was made of the last frames, in the order of time; frames that windows share are moved, not copied."""
+    """What was made of the last frames, in the order of time; frames that windows share are moved, not copied.
 
-    def __init__(self, size: int) -> None:
-        self.size, self.count = size, 0
+    The first that room is made for are a whole window, or all of a shorter clip.
+    """
+
+    def __init__(self) -> None:
+        self.size, self.count = 0, 0
         self._maps: list[Tensor] = []  # (1, size, C, h, w) each
         self._sizes: tuple[Tensor, Tensor | None] | None = None
 
     def make_room(self, number: int) -> None:
         """Drop the earliest frames, as many as leave room for a number of new ones."""
+        self.size = self.size or number
         surplus = max(0, self.count + number - self.size)
         for level in self._maps:
             for frame in range(surplus, self.count):
@@ -242,7 +244,7 @@ class ClipTracker:
 
     Raises:
         ValueError: an overlap as long as the window, a number out of range, a model in training mode.
-        TypeError: a model that is not for video.
+        TypeError: a model or a processor that is not for video, frames that are no whole number.
     """
 
     def __init__(
@@ -261,7 +263,8 @@ class ClipTracker:
         min_similarity: float = 0.6,
         memory: int = 100,
     ) -> None:
-        overlap = window // 2 if overlap is None else overlap
+        window = operator.index(window)
+        overlap = window // 2 if overlap is None else operator.index(overlap)
         if window < 1:
             raise ValueError(f"window must be at least 1 frame, not {window}")
         if not 0 <= overlap < window:
@@ -270,6 +273,11 @@ class ClipTracker:
             raise TypeError(
                 f"{type(model).__name__} is no video model: load the checkpoint with "
                 "Mask2FormerForVideoSegmentation.from_pretrained"
+            )
+        if not isinstance(processor, Mask2FormerVideoProcessor):
+            raise TypeError(
+                f"{type(processor).__name__} is no video processor: load it with "
+                "Mask2FormerVideoProcessor.from_pretrained"
             )
         if model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
@@ -280,28 +288,30 @@ class ClipTracker:
             )
         self.model, self.processor, self.window, self.overlap = model, processor, window, overlap
         self.task = processor.task if task is None else task
-        if self.task not in TASKS_OF_CLIPS:
-            raise ValueError(f"clips have no task {self.task!r}: pass task={' or '.join(map(repr, TASKS_OF_CLIPS))}")
+        check_task_of_clips(self.task)
         if self.task == "panoptic" and max_detections is not None:
             raise ValueError("max_detections is for task='instance': panoptic tracks compete for their pixels instead")
-        if max_detections is not None and max_detections < 1:
-            raise ValueError(f"max_detections must be at least 1, not {max_detections}")
+        if max_detections is not None:
+            check_max_detections(max_detections)
         if threshold is None:
             threshold = processor.threshold if self.task == "panoptic" else processor.instance_threshold or 0.5
         self.settings: dict[str, Any] = {
             "threshold": threshold,
             "mask_threshold": processor.mask_threshold if mask_threshold is None else mask_threshold,
-            "use_mask_quality": use_mask_quality,
-            **({"max_detections": max_detections} if self.task == "instance" else {}),
         }
+        check_probabilities(**self.settings)
+        self.settings["use_mask_quality"] = use_mask_quality
+        if self.task == "instance":
+            self.settings["max_detections"] = max_detections
         self._memory_settings = (min_iou, min_similarity, memory)
 
-    def __call__(self, frames: Any) -> Iterator[dict[str, Any]]:
+    def __call__(self, frames: Any, data_format: str | None = None) -> Iterator[dict[str, Any]]:
         """
         Track one clip.
 
         Args:
             frames: whatever [`stream_frames`] takes, or its iterator: no more frames than a window's are held.
+            data_format: as of [`stream_frames`].
 
         Returns:
             An iterator of one result for each frame, in order and as soon as their window is done: `frame`, its number
@@ -314,10 +324,10 @@ class ClipTracker:
         Raises:
             ValueError, FileNotFoundError, ImportError: as `stream_frames`.
         """
-        return self._track(stream_frames(frames))
+        return self._track(stream_frames(frames, data_format))
 
     def _track(self, items: Iterator[np.ndarray | DamagedFrame]) -> Iterator[dict[str, Any]]:
-        features, memory = _FeatureWindow(self.window), TrackMemory(*self._memory_settings)
+        features, memory = _FeatureWindow(), TrackMemory(*self._memory_settings)
         batch: list[np.ndarray | DamagedFrame] = []  # since the last window
         size: tuple[int, ...] = (0, 0)  # damaged frames alone never come first
         num_missing, num_results = self.window, 0
@@ -355,7 +365,9 @@ class ClipTracker:
         features.make_room(len(frames))
         step = frames_at_once(self.model.config, self.model.device)
         for start in range(0, len(frames), step):
-            inputs: Any = self.processor(frames[start : start + step], return_tensors="pt")
+            inputs: Any = self.processor(
+                frames[start : start + step], input_data_format="channels_first", return_tensors="pt"
+            )
             features.add(self.model.encode_frames(**inputs.to(self.model.device)))
         outputs: Any = self.model.decode_frames(features.encoded())
         post_process = getattr(self.processor, f"post_process_video_{self.task}_segmentation")

@@ -1,18 +1,20 @@
 """Frames to the video model's input, and its outputs back to tracks, with the image processor's arithmetic."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 
-from .frames import FRAME_SUFFIXES, DamagedFrame, stream_frames
+from .frames import FRAME_SUFFIXES, DamagedFrame, check_clip, stream_frames
 from .image_processing_mask2former import M2FImageProcessor
 from .images import Size
 from .post_processing import post_process_video_instance_segmentation, post_process_video_panoptic_segmentation
+
+
+TASKS_OF_CLIPS = ("instance", "panoptic")
 
 
 class Mask2FormerVideoProcessor(M2FImageProcessor):
@@ -81,7 +83,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         """
         if stray := {"segmentation_maps", "segments_info", "instance_id_to_semantic_id"} & kwargs.keys():
             raise ValueError(f"{min(stray)} is of images: give the masks of a clip as mask_labels (N, T, H, W)")
-        clips = [read_frames(clip) for clip in list_of_clips(videos)]
+        data_format = kwargs.pop("input_data_format", None)
+        clips = [read_frames(clip, data_format) for clip in list_of_clips(videos)]
         lengths = [len(clip) for clip in clips]
         if len(set(lengths)) > 1:
             raise ValueError(f"the clips of a batch must have one number of frames, but these have {lengths}")
@@ -105,7 +108,8 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             labels["class_labels"] = [
                 of_clip for of_clip, length in zip(class_labels, lengths, strict=True) for _ in range(length)
             ]
-        batch = super().preprocess([frame for clip in clips for frame in clip], **labels, **kwargs)
+        frames = [frame for clip in clips for frame in clip]
+        batch = super().preprocess(frames, input_data_format="channels_first", **labels, **kwargs)
         return self._to_clips(batch, len(clips))
 
     @staticmethod
@@ -126,14 +130,14 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         return BatchFeature(data=data)
 
     def post_process(self, outputs: Any, task: Any = None, **kwargs: Any) -> Any:
-        """`post_process_video_instance_segmentation`, the one that there is for clips; `kwargs` go to it.
+        """The `post_process_video_*_segmentation` of a task, by default of the checkpoint's own; `kwargs` go to it.
 
         Raises:
-            ValueError: another task than "instance".
+            ValueError: another task than "instance" and "panoptic".
         """
-        if task not in (None, "instance"):
-            raise ValueError(f"task {task!r} does not exist for clips; there is only 'instance'")
-        return self.post_process_video_instance_segmentation(outputs, **kwargs)
+        task = self.task if task is None else task
+        check_task_of_clips(task)
+        return getattr(self, f"post_process_video_{task}_segmentation")(outputs, **kwargs)
 
     def post_process_video_instance_segmentation(
         self,
@@ -199,6 +203,15 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         )
 
 
+def check_task_of_clips(task: str) -> None:
+    """
+    Raises:
+        ValueError: a task that clips do not have.
+    """
+    if task not in TASKS_OF_CLIPS:
+        raise ValueError(f"clips have no task {task!r}: pass task={' or '.join(map(repr, TASKS_OF_CLIPS))}")
+
+
 # --- frames ---
 
 
@@ -208,17 +221,11 @@ def list_of_clips(videos: Any) -> list[Any]:
     Raises:
         ValueError: what is no clip, such as a single image.
     """
-    dimensions = getattr(videos, "ndim", 4)
-    if isinstance(videos, Image.Image) or dimensions < 4:
-        raise ValueError("a single image is no clip: give a list of frames, [image] for one")
-    if dimensions > 5 or isinstance(videos, Mapping) or not isinstance(videos, str | Path | Iterable):
-        raise ValueError(
-            f"{type(videos).__name__} is no clip: give a list of images, an array (T, H, W, 3), a folder or a video"
-        )
-    if isinstance(videos, str | Path):
+    if getattr(videos, "ndim", 4) == 5:
+        return list(videos)
+    check_clip(videos)
+    if isinstance(videos, str | Path | np.ndarray | torch.Tensor):
         return [videos]
-    if isinstance(videos, np.ndarray | torch.Tensor):
-        return list(videos) if videos.ndim == 5 else [videos]
     videos = list(videos)
     if not videos:
         raise ValueError("there are no frames: give at least one clip")
@@ -231,6 +238,6 @@ def list_of_clips(videos: Any) -> list[Any]:
     return videos if holds_clips else [videos]
 
 
-def read_frames(clip: Any) -> list[np.ndarray]:
+def read_frames(clip: Any, data_format: str | None = None) -> list[np.ndarray]:
     """The frames of one clip, (3, H, W) each, without those that cannot be read; as `frames.stream_frames`."""
-    return [frame for frame in stream_frames(clip) if not isinstance(frame, DamagedFrame)]
+    return [frame for frame in stream_frames(clip, data_format) if not isinstance(frame, DamagedFrame)]

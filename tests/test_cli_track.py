@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_video import write_video
 
 from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor, stream_frames
 from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_VIDEO_MODEL, main
-from m2f_hf.cli_track import _Gif, category_ids
+from m2f_hf.cli_track import _Gif, _Movie, category_ids
 from m2f_hf.data import MovingShapesDataset
 from m2f_hf.data.masks import decode_rle
 from m2f_hf.label_sets import label_set
@@ -163,6 +164,7 @@ def test_an_image_model_runs_and_is_said_to_know_nothing_of_time(clip, tmp_path,
         (["--task", "panoptic", "--max-detections", "3"], "max_detections is for task='instance'"),
         (["--max-detections", "0"], "max_detections must be at least 1"),
         (["--fps", "0"], "no number of frames a second"),
+        (["--fps", "1e-5"], "no number of frames a second from 0.01 to 1000"),
         (["--device", "cuda:77"], "cuda:77 cannot be used here"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
     ],
@@ -188,9 +190,74 @@ def test_clips_and_folders_that_cannot_be_say_so(clip, tmp_path, capsys):
         assert track(source, "--output", tmp_path / output) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert track(clip, "--output", tmp_path, "--window", "4") == 0
-    assert track(tmp_path / "ids", "--output", tmp_path) == 2
-    assert "would be replaced by the results" in capsys.readouterr().err
+    for name in ("ids", "overlay.gif"):
+        assert track(tmp_path / name, "--output", tmp_path) == 2
+        assert "would be replaced by the results" in capsys.readouterr().err
     assert len(list((tmp_path / "ids").iterdir())) == NUM_FRAMES
+    assert track("x" * 300, "--output", tmp_path) == 2
+    assert "too long" in capsys.readouterr().err
+
+
+def test_what_is_in_the_way_of_results_is_told_before_any_is_made(clip, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text("of an earlier run")
+    (out / "ids").write_text("a file")
+    assert track(clip, "--output", out, *SMALL) == 2
+    assert f"the file {out / 'ids'} is where results would go" in capsys.readouterr().err
+    (out / "ids").unlink()
+    (out / "overlay.gif").mkdir()
+    assert track(clip, "--output", out, *SMALL) == 2
+    assert f"the folder {out / 'overlay.gif'} is where results would go" in capsys.readouterr().err
+    assert (out / "results.json").read_text() == "of an earlier run"
+
+
+def test_a_clip_of_which_nothing_can_be_read_leaves_no_folder(clip, tmp_path, capsys):
+    for file in clip.iterdir():
+        file.write_bytes(b"")
+    assert track(clip, "--output", tmp_path / "out") == 2
+    assert "has no frames that can be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_narrow_clip_and_a_window_longer_than_memory(tmp_path):
+    """Three columns are no channels; and a window needs the memory of the frames that there are."""
+    (tmp_path / "clip").mkdir()
+    Image.new("RGB", (3, 40)).save(tmp_path / "clip" / "1.png")
+    assert track(tmp_path / "clip", "--output", tmp_path / "out", "--window", 10**7) == 0
+    with Image.open(tmp_path / "out" / "ids" / "000000.png") as ids:
+        assert ids.size == (3, 40)
+
+
+def test_a_film_that_ends_before_its_time_is_told(frames, tmp_path, capsys):
+    write_video(tmp_path / "clip.avi", frames, codec="mjpeg")
+    content = (tmp_path / "clip.avi").read_bytes()
+    (tmp_path / "clip.avi").write_bytes(content[: len(content) // 2])
+    assert track(tmp_path / "clip.avi", "--output", tmp_path / "out", *SMALL) in (0, 1)
+    assert f"says that it has {NUM_FRAMES} frames: it may be incomplete" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_an_earlier_run_as_it_was(clip, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for is_first in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr("m2f_hf.cli_track.encode_rle", Mock(side_effect=KeyboardInterrupt))
+            assert track(clip, "--output", out, *SMALL) == 130
+        assert "m2f: stopped" in capsys.readouterr().err
+        if is_first:
+            assert not out.exists()
+            out.mkdir()
+            (out / "results.json").write_text("of an earlier run")
+    assert os.listdir(out) == ["results.json"]
+
+
+def test_a_film_has_no_longer_sides_than_its_format(tmp_path):
+    pytest.importorskip("av", reason="needs PyAV")
+    movie = _Movie.open(tmp_path / "long.mp4", 10.0)
+    movie.add(Image.new("RGB", (20000, 10)))
+    movie.close()
+    (frame,) = stream_frames(tmp_path / "long.mp4")
+    assert frame.shape == (3, 8, 16384)
 
 
 def test_categories_have_their_data_sets_ids_or_count_from_one():
@@ -210,3 +277,13 @@ def test_the_animation_of_a_long_clip_is_bounded(tmp_path):
         durations = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
         assert image.size == (480, 270) and len(durations) <= 120
     assert abs(sum(durations) - 50_000) <= 1000
+
+
+@pytest.mark.parametrize(("shades", "seconds"), [((0, 0, 0, 0), 655.35), ((0, 60, 120, 180), 163.83)])
+def test_the_animation_of_a_slow_clip_has_the_longest_pauses_that_there_are(shades, seconds, tmp_path):
+    gif = _Gif(rate=0.001)
+    for shade in shades:
+        gif.add(Image.new("RGB", (8, 8), (shade, 0, 0)))
+    gif.save(tmp_path / "slow.gif")
+    with Image.open(tmp_path / "slow.gif") as image:
+        assert image.info["duration"] == pytest.approx(1000 * seconds, abs=10)

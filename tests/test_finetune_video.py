@@ -131,14 +131,19 @@ def test_a_folder_of_videos_is_trained_on_and_evaluated(videos, image_model, tmp
     rows = run(tmp_path / "run", *arguments)
     told = capsys.readouterr().err
     assert "taken over by name: star (1); 1 start anew" in told and "validation videos: 2 of about 6 frames" in told
+    assert f"m2f track clip.mp4 --model {tmp_path / 'run' / 'best'}" in told, "how to go on"
     assert len(losses(rows)) == 2 and rows[-1]["ap"] >= 0
     assert Mask2FormerForVideoSegmentation.from_pretrained(tmp_path / "run" / "best").config.id2label[0] == "cross"
+    model = str(tmp_path / "run" / "best")
     result = evaluate_script.main(
-        ["--model", str(tmp_path / "run" / "best"), "--dataset", str(videos), "--output", str(tmp_path / "result")]
+        ["--model", model, "--dataset", str(videos), "--output", str(tmp_path / "result"), "--card"]
     )
     assert result["task"] == "video" and result["num_images"] == 2
     assert result["figures"]["ap"] == pytest.approx(rows[-1]["ap"], abs=1e-4)
     assert len(list((tmp_path / "result" / "worst").glob("*.jpg"))) == 2
+    card = (tmp_path / "run" / "best" / "README.md").read_text()
+    assert card.count(f"| instance | {videos.name} | validation | AP |") == 1, "in the place of the training run's"
+    assert "type: video-instance-segmentation" in card and "video-video" not in card
 
 
 def test_annotations_for_frames_that_are_not_there_start_nothing(videos, image_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -511,6 +512,13 @@ def test_a_card_of_clips_runs_as_it_is(pushed_tracks, client):
     ask = "\nanswer = [(track['label_id'], track['areas']) for track in tracks['segments_info']]"
     ours, theirs = (client(code + ask) for code in snippets(pushed_tracks["README.md"].decode()))
     assert ours == theirs and len(ours) == 10 and sum(map(sum, (areas for _, areas in ours))) > 0
+
+
+def test_the_command_on_a_card_of_clips_runs_as_it_is(pushed_tracks, client):
+    (command,) = re.findall(r"```bash\nm2f (.*)\n```", pushed_tracks["README.md"].decode())
+    status, out, err = client(f"answer = run(*{shlex.split(command)}, '--output', 'tracked')")
+    assert status == 0, err
+    assert out.startswith("folder-of-frames: ") and (client.folder / "tracked" / "results.json").exists()
 
 
 def test_with_the_package_no_code_of_a_video_repository_runs(pushed_tracks, hub, client):

@@ -12,6 +12,7 @@ from test_video import TINY, clips, pictures, run, tiny_model
 
 from m2f_hf import (
     ClipTracker,
+    M2FImageProcessor,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerVideoProcessor,
     stream_frames,
@@ -319,6 +320,14 @@ def test_what_cannot_be_tracked_is_refused_early():
     image_model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY))
     with pytest.raises(TypeError, match=r"Mask2FormerForVideoSegmentation\.from_pretrained"):
         tracker(image_model)
+    with pytest.raises(TypeError, match=r"M2FImageProcessor is no video processor: .*from_pretrained"):
+        ClipTracker(tiny_model(), M2FImageProcessor())
+    with pytest.raises(TypeError, match="float"):
+        tracker(window=2.5)
+    with pytest.raises(ValueError, match="threshold 50 is not a probability"):
+        tracker(threshold=50)
+    with pytest.raises(ValueError, match="mask_threshold -1 is not a probability"):
+        tracker(mask_threshold=-1)
     with pytest.raises(ValueError, match=r"no task 'semantic'.*'instance' or 'panoptic'"):
         tracker(task="semantic")
     with pytest.raises(ValueError, match="max_detections is for task='instance'"):
@@ -327,8 +336,26 @@ def test_what_cannot_be_tracked_is_refused_early():
         list(tracker()([]))
     with pytest.raises(FileNotFoundError, match="no folder or video file"):
         tracker()("nowhere")
+    for image in (pictures(1)[0], np.asarray(pictures(1)[0])):
+        with pytest.raises(ValueError, match="a single image is no clip"):
+            tracker()(image)
+    for thing in (None, 3, b"clip.mp4", np.zeros((1, 2, 40, 60, 3), np.uint8)):
+        with pytest.raises(ValueError, match="is no clip: give a list of images"):
+            tracker()(thing)
     with pytest.raises(ValueError, match="differ in size"):
         list(tracker()([*pictures(2), *pictures(1, (50, 60))]))
+
+
+@pytest.mark.parametrize("size", [(40, 3), (40, 1), (3, 40)])
+def test_columns_of_a_frame_are_no_channels(size):
+    frames = pictures(5, size)
+    follow = tracker(window=10**7)  # more than there is memory for
+    results = list(follow(frames))
+    assert {result["segmentation"].shape[1:] for result in results} == {size}
+    again = list(follow(stream_frames(frames), "channels_first"))
+    assert all(
+        torch.equal(one["segmentation"], other["segmentation"]) for one, other in zip(results, again, strict=True)
+    )
 
 
 # --- damaged frames ---

@@ -8,6 +8,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from test_modeling import NothingWaits, refuse_uploads
+from torch.utils._pytree import tree_flatten
 
 from m2f_hf import (
     M2FImageProcessor,
@@ -234,11 +236,45 @@ def test_an_image_checkpoint_is_a_start(tmp_path):
     assert run(model, clips()).class_queries_logits.shape == (1, 6, 4)
 
 
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_without_labels_the_host_never_waits(with_mask, monkeypatch):
+    model = tiny_model().to("meta")
+    refuse_uploads(monkeypatch)
+    pixel_values = torch.empty(2, 3, 3, *SIZE, device="meta")
+    pixel_mask = torch.empty(2, *SIZE, dtype=torch.int64, device="meta") if with_mask else None
+    with NothingWaits():
+        outputs = run(model, pixel_values, pixel_mask=pixel_mask, output_hidden_states=True)
+    assert outputs.masks_queries_logits.shape == (2, 6, 3, 16, 24)
+    assert {tensor.device.type for tensor in tree_flatten(outputs.to_tuple())[0]} == {"meta"}
+
+
+def test_a_graph_of_clips_is_whole():
+    """Compiled without a break and exported, with padding that is hidden: frames are read together there."""
+    model, mask = tiny_model(), torch.ones(2, *SIZE, dtype=torch.int64)
+    mask[1, :, 64:] = 0
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_same(compiled(clips(2), pixel_mask=mask), model(clips(2), pixel_mask=mask))
+        exported = torch.export.export(model, (clips(2),)).module()
+        assert_same(exported(clips(2, seed=3)), model(clips(2, seed=3)))
+
+
+def test_what_are_no_encoded_frames_is_refused():
+    model = tiny_model()
+    of_images = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY)).model.encode(clips()[0])
+    for encoded in (None, clips(), of_images):
+        with pytest.raises(ValueError, match=r"pass what `encode_frames` gave, with maps \(B, T, C, h, w\)"):
+            model.decode_frames(encoded)
+
+
 def test_shapes_that_are_no_clips_are_refused():
     with pytest.raises(ValueError, match=r"expected \(batch, frames, channels, height, width\).*\[None\]"):
         run(tiny_model(), clips()[0])
-    with pytest.raises(ValueError, match="at least one frame"):
+    with pytest.raises(ValueError, match="at least one clip and one frame"):
         run(tiny_model(), clips(1, 3)[:, :0])
+    with pytest.raises(ValueError, match="at least one clip and one frame"):
+        run(tiny_model(), clips(1, 3)[:0])
     with pytest.raises(StrictDataclassError, match="label_frame"):
         tiny_model(label_frame="first")
     with pytest.raises(StrictDataclassError, match="frames_per_batch"):
@@ -594,11 +630,60 @@ def test_outputs_of_the_other_kind_of_model_are_told(task):
         getattr(processor, f"post_process_{task}_segmentation")(of_clips)
     with pytest.raises(ValueError, match=r"are an image model's: post-process them with `M2FImageProcessor`"):
         processor.post_process_video_instance_segmentation(of_images)
-    if task == "instance":
-        assert len(processor.post_process(of_clips)) == len(processor.post_process(of_clips, task)) == 1
-    else:
-        with pytest.raises(ValueError, match="does not exist for clips"):
+    if task == "semantic":
+        with pytest.raises(ValueError, match=r"no task 'semantic'.*'instance' or 'panoptic'"):
             processor.post_process(of_clips, task)
+    else:
+        own = Mask2FormerVideoProcessor(task=task).post_process(of_clips)[0]["segmentation"]
+        assert own.dim() == (4 if task == "instance" else 3)
+        assert torch.equal(own, processor.post_process(of_clips, task)[0]["segmentation"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": 50}, "threshold 50 is not a probability"),
+        ({"threshold": float("nan")}, "threshold nan is not"),
+        ({"mask_threshold": -1}, "mask_threshold -1 is not"),
+        ({"overlap_mask_area_threshold": 2}, "overlap_mask_area_threshold 2 is not"),
+        ({"max_detections": -1}, "max_detections must be at least 1"),
+        ({"target_sizes": (48, 64)}, r"is no list of sizes: pass one \(height, width\)"),
+        ({"target_sizes": torch.tensor([48, 64])}, "is no list of sizes"),
+        ({"target_sizes": [(48, 64, 3)]}, "is no list of sizes"),
+        ({"target_sizes": [(48, 64)] * 2}, "2 target sizes for 1 images"),
+    ],
+)
+def test_settings_that_cannot_be_are_told(settings, message):
+    outputs, (name,) = run(tiny_model(), clips()), settings
+    for task, other in (("instance", "overlap_mask_area_threshold"), ("panoptic", "max_detections")):
+        if name != other:
+            with pytest.raises(ValueError, match=message):
+                Mask2FormerVideoProcessor(task=task).post_process(outputs, **settings)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4])
+def test_columns_are_no_channels(width):
+    frames = np.random.default_rng(0).integers(256, size=(2, 40, width, 3), dtype=np.uint8)
+    processor = Mask2FormerVideoProcessor(do_resize=False, do_normalize=False)
+    for clip, data_format in ((frames, None), (frames.transpose(0, 3, 1, 2), "channels_first")):
+        batch = processor(clip, input_data_format=data_format, return_tensors="pt")
+        pixels = batch["pixel_values_videos"][0, :, :, :40, :width]
+        assert np.array_equal((255 * pixels).round().numpy(), frames.transpose(0, 3, 1, 2))
+
+
+def test_a_folder_is_read_whatever_else_is_in_it(tmp_path):
+    """Names that mix numbers and texts, other files, folders, and links that lead nowhere."""
+    frame = pictures(1)[0]
+    for name in ("a1.png", "a1.png2.png", "a1.png10.png", "1a.png", "\u00b2.png", "\u0663.PNG", "-.png"):
+        frame.save(tmp_path / name)
+    (tmp_path / "b.png").mkdir()
+    for name in ("._a1.png", "notes.txt"):
+        (tmp_path / name).write_text("no picture")
+    assert count_frames(tmp_path) == len(list(stream_frames(f"{tmp_path}/"))) == 7
+    (tmp_path / "a1.png3.png").symlink_to(tmp_path / "gone.png")
+    with pytest.warns(UserWarning, match=r"there is no image file .*a1\.png3\.png"):
+        frames = list(stream_frames(tmp_path))
+    assert [isinstance(frame, np.ndarray) for frame in frames] == [True] * 4 + [False] + [True] * 3
 
 
 def test_a_damaged_frame_is_named_and_the_others_are_kept(tmp_path):
@@ -619,9 +704,10 @@ def test_a_video_file_without_pyav(tmp_path, monkeypatch):
         Mask2FormerVideoProcessor()(path)
 
 
-def write_video(path, pictures, codec="mpeg4"):
+def write_video(path, pictures, codec="mpeg4", **metadata):
     av = pytest.importorskip("av", reason="needs PyAV")
     with av.open(str(path), "w") as container:
+        container.metadata.update(metadata)
         stream = container.add_stream(codec, rate=5)
         stream.height, stream.width, stream.pix_fmt = (
             *np.asarray(pictures[0]).shape[:2],
@@ -640,6 +726,10 @@ def test_a_video_file_is_read(tmp_path):
     for frame, shade in zip(batch["pixel_values_videos"][0], shades, strict=True):
         assert (255 * frame - shade).abs().max() < 8
     assert count_frames(tmp_path / "clip.mp4") == 3 and frame_rate(tmp_path / "clip.mp4") == 5
+    # Titles are in whatever encoding.
+    write_video(tmp_path / "titled.avi", pictures(2, (32, 64)), title="TITLE")
+    (tmp_path / "titled.avi").write_bytes((tmp_path / "titled.avi").read_bytes().replace(b"TITLE", b"T\xcfTLE"))
+    assert len(list(stream_frames(tmp_path / "titled.avi"))) == 2
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"broken\.mp4 is no video file that can be read"):
         Mask2FormerVideoProcessor()(tmp_path / "broken.mp4")

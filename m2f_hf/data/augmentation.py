@@ -385,8 +385,7 @@ def inspect_augmentation(
     """
     if not len(indices):
         raise ValueError("Nothing to show: give at least one index of the dataset.")
-    id2label = {category["id"]: category["name"] for category in categories}
-    colors = {category["id"]: category["color"] for category in categories if category.get("color")}
+    id2label, colors = names_and_colors(categories)
     rows, titles = [], []
     for index in indices:
         item = dataset[index]
@@ -400,6 +399,14 @@ def inspect_augmentation(
         counts = ", ".join(str(len(sample["class_labels"])) for sample in samples[1:])
         titles.append(f"{item.get('file_name') or item['image_id']}: {len(masks)} targets; in the samples {counts}")
     return sheet_of(rows, titles, ["as it lies", *(f"sample {k + 1}" for k in range(num_samples))], side)
+
+
+def names_and_colors(
+    categories: Sequence[Mapping[str, Any]],
+) -> tuple[dict[int, str], dict[int, Sequence[int]]]:
+    """The names of classes by their ids, and the colours (RGB) of those that have one."""
+    names = {category["id"]: category["name"] for category in categories}
+    return names, {category["id"]: category["color"] for category in categories if category.get("color")}
 
 
 def sheet_of(

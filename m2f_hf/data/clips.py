@@ -16,6 +16,7 @@ from .augmentation import (
     draw_sample,
     jitter_colors,
     lay_on_canvas,
+    names_and_colors,
     place_item,
     place_map,
     place_mask,
@@ -211,8 +212,7 @@ def inspect_clips(
     """
     if not len(indices) or num_samples < 1:
         raise ValueError("Nothing to show: give at least one index of the data set, and one sample.")
-    id2label = {category["id"]: category["name"] for category in categories}
-    colors = {category["id"]: category["color"] for category in categories if category.get("color")}
+    id2label, colors = names_and_colors(categories)
     rows, titles = [], []
     for index in indices:
         item = dataset[index]

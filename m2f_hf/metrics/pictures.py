@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.augmentation import sheet_of
 from ..data.masks import decode_segmentation
 from ..data.video import frame_mask
-from ..visualization import contact_sheet, draw_segments, semantic_to_segments
+from ..visualization import draw_segments, semantic_to_segments
 from .evaluation import Evaluation, Prediction, detections, image_size, to_array, with_masks
 from .mask_ap import is_thing
 
@@ -88,39 +89,30 @@ def draw_frames(
     """
     length = len(item["frames"])
     frames = np.linspace(0, length - 1, min(number, length)).round().astype(int).tolist()
+    absent = np.zeros(image_size(item), dtype=bool)
     rows = []
     for frame in frames:
-        size = image_size(item)
-        masks = (frame_mask(item, info, frame) for info in item["segments_info"])
-        segments = [
-            {**info, "segmentation": np.zeros(size, dtype=bool) if mask is None else mask}
-            for info, mask in zip(item["segments_info"], masks, strict=True)
-        ]
-        still = {"image": item["frames"][frame], "segments_info": segments}
-        instances = dict(prediction["instances"])
-        instances["segmentation"] = [
-            np.zeros(size, dtype=bool) if masks[frame] is None else masks[frame] for masks in instances["segmentation"]
-        ]
+        targets = [frame_mask(item, info, frame) for info in item["segments_info"]]
+        still = {
+            "image": item["frames"][frame],
+            "segments_info": [
+                {**info, "segmentation": absent if mask is None else mask}
+                for info, mask in zip(item["segments_info"], targets, strict=True)
+            ],
+        }
+        tracks = prediction["instances"]
+        found = [tube[frame] for tube in tracks["segmentation"]]
+        instances = {**tracks, "segmentation": [absent if mask is None else mask for mask in found]}
         rows.append(draw_comparison(still, {"instances": instances}, evaluation, id2label, colors))
     return rows, [f"{item['file_name']}, frame {frame + 1} of {length}" for frame in frames]
 
 
 def comparison_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], side: int = 480) -> Image.Image:
     """Rows of `draw_comparison` in one picture, each with its title; images are fitted into `side` pixels."""
-    fitted = [[_fit(picture, side) for picture in row] for row in rows]
-    height = max(picture.height for row in fitted for picture in row)
-    return contact_sheet(
-        [[_on_white(picture, (side, height)) for picture in row] for row in fitted], titles, list(COLUMNS)
-    )
+    return sheet_of([[_fit(picture, side) for picture in row] for row in rows], titles, COLUMNS, side)
 
 
 def _fit(picture: Image.Image, side: int) -> Image.Image:
     fitted = picture.copy()
     fitted.thumbnail((side, side), Image.Resampling.LANCZOS)
     return fitted
-
-
-def _on_white(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    sheet = Image.new("RGB", size, "white")
-    sheet.paste(picture, (0, 0))
-    return sheet
