@@ -376,6 +376,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.card and not Path(args.model).is_dir():
         parser.error("--card needs --model to be a folder; push the folder afterwards")
+    if args.output.is_file():
+        parser.error(f"--output {args.output} is a file: name a folder")
     if args.tta and args.post_processing == "stock":
         parser.error("--tta averages the scores of our post-processing: leave out --post_processing stock")
     if args.batch_size < 1 or args.worst < 0 or (args.limit is not None and args.limit < 1):
@@ -386,7 +388,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parse_arguments(arguments)
     accelerator = Accelerator()
-    is_video = is_video_checkpoint(args.model)
+    try:
+        is_video = is_video_checkpoint(args.model)
+    except OSError as error:
+        raise SystemExit(
+            f"--model {args.model} is neither a folder with a checkpoint nor on the Hub: {error}"
+        ) from error
     if (args.task == "video") > is_video or (is_video and args.task not in (None, "video")):
         raise SystemExit(
             f"{args.model} is a model of {'clips' if is_video else 'images'}: no good for --task {args.task}"

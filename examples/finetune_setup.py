@@ -142,6 +142,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is 1 or more")
+    if args.learning_rate is not None and not 0 <= args.learning_rate < float("inf"):
+        parser.error("--learning_rate is a number from 0 on")
     if args.report_to is not None and args.report_to not in map(str, get_available_trackers()):
         parser.error(f"--report_to {args.report_to}: it is not installed (pip install {args.report_to})")
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_mask2former import Mask2FormerVideoConfig
+from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
 from .modeling_mask2former import (
     EncodedImages,
     Mask2FormerForUniversalSegmentation,
@@ -96,6 +96,14 @@ class Mask2FormerVideoModel(Mask2FormerModel):
     main_input_name = "pixel_values_videos"
     input_modalities = ["video"]  # noqa: RUF012
     pixel_level_class = Mask2FormerVideoPixelLevelModule
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        if config.model_type != Mask2FormerVideoConfig.model_type:
+            raise TypeError(
+                f"a video model has no {type(config).__name__}: make a Mask2FormerVideoConfig of the same settings, or "
+                "load an image checkpoint with from_pretrained"
+            )
+        super().__init__(config)
 
     def forward(  # type: ignore[override]
         self, pixel_values_videos: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any

@@ -456,6 +456,15 @@ def test_arguments_that_contradict_each_other(arguments, message, model, tmp_pat
     assert message in capsys.readouterr().err
 
 
+def test_places_that_cannot_be_are_told_before_anything_is_measured(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "file", "--model", model, "--dataset", "shapes")
+    assert "file is a file: name a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="nowhere is neither a folder with a checkpoint nor on the Hub"):
+        run(tmp_path / "out", "--model", tmp_path / "nowhere", "--dataset", "shapes")
+
+
 def test_bad_data_is_told_before_anything_is_measured(model, tmp_path):
     other = [{**category, "name": f"{category['name']} x"} for category in CATEGORIES]
     write_coco_panoptic(ShapesDataset(1, 64), tmp_path / "scenes", other)

@@ -718,6 +718,7 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path, config, caps
         ([*SHAPES, "--model", "x", "--config", config], "give --model, or else"),
         ([*SHAPES, "--config", tmp_path / "none.json"], "there is no file"),
         ([*SHAPES, "--config", config, "--steps", 0], "--steps is 1 or more"),
+        ([*SHAPES, "--config", config, "--learning_rate", "nan"], "--learning_rate is a number from 0 on"),
         ([*SHAPES, "--config", config, "--sizes", "0:100"], "multiples of 32"),
         ([*SHAPES, "--config", config, "--report_to", "comet_ml"], "it is not installed"),
     ):

@@ -17,6 +17,7 @@ from m2f_hf import (
     Mask2FormerForUniversalSegmentation,
     Mask2FormerForVideoSegmentation,
     Mask2FormerVideoConfig,
+    Mask2FormerVideoModel,
     Mask2FormerVideoProcessor,
 )
 from m2f_hf.frames import count_frames, frame_rate, stream_frames
@@ -258,6 +259,12 @@ def test_a_graph_of_clips_is_whole():
         assert_same(compiled(clips(2), pixel_mask=mask), model(clips(2), pixel_mask=mask))
         exported = torch.export.export(model, (clips(2),)).module()
         assert_same(exported(clips(2, seed=3)), model(clips(2, seed=3)))
+
+
+def test_an_image_models_configuration_is_refused():
+    for model_class in (Mask2FormerForVideoSegmentation, Mask2FormerVideoModel):
+        with pytest.raises(TypeError, match="make a Mask2FormerVideoConfig of the same settings"):
+            model_class(Mask2FormerConfig(**TINY))
 
 
 def test_what_are_no_encoded_frames_is_refused():
