@@ -790,7 +790,7 @@ def test_precision_is_bf16_where_a_gpu_has_it(monkeypatch):
 def test_batch_norms_of_a_pretrained_backbone_are_frozen_for_small_batches():
     def prepared(*arguments):
         model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**SMALL))
-        notes = finetune_setup.prepare_for_training(model, arguments_for(*arguments))
+        notes = finetune_setup.prepare_for_training(model, arguments_for(*arguments), data_of(9, ["a"]))
         return model.config.freeze_backbone_norm, "".join(notes)
 
     is_frozen, notes = prepared("--model", "m", "--batch_size", 2)

@@ -296,6 +296,26 @@ def test_a_classifier_s_body_is_the_backbone(kind, tmp_path):
             assert parameter.double().sum().item() in saved, name
 
 
+@pytest.mark.parametrize(("name", "stages"), [("resnet18", [1, 2, 3, 4]), ("convnext_atto", [0, 1, 2, 3])])
+def test_timm_s_backbones_give_what_they_give_in_transformers(name, stages, tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    backbone = transformers.TimmBackboneConfig(
+        backbone=name, out_indices=stages, features_only=True, use_pretrained_backbone=False
+    )
+    model = shaken(Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, **TINY))).eval()
+    model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(pixel_values)
+        for cls in (Mask2FormerForUniversalSegmentation, transformers.Mask2FormerForUniversalSegmentation):
+            outputs = cls.from_pretrained(tmp_path).eval()(pixel_values)
+            torch.testing.assert_close(outputs.class_queries_logits, expected.class_queries_logits, atol=1e-4, rtol=0)
+    labels = {"mask_labels": [torch.ones(1, 64, 96)], "class_labels": [torch.tensor([0])]}
+    model.train()(pixel_values.repeat(2, 1, 1, 1), **{key: value * 2 for key, value in labels.items()}).loss.backward()
+    encoder = model.model.pixel_level_module.encoder
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
 def test_it_trains_saves_and_loads(tmp_path):
     save_classifier(CLASSIFIERS["swin"], tmp_path / "classifier")
     model = Mask2FormerForUniversalSegmentation.from_backbone(

@@ -549,9 +549,10 @@ def test_the_processor_is_saved_and_reads_an_image_checkpoints_settings(tmp_path
 def test_frames_of_a_folder_come_by_their_numbers(tmp_path):
     for number in (10, 9, 100):
         Image.new("L", (8, 8), number).save(tmp_path / f"frame{number}.png")
+    Image.new("L", (8, 8), 11).save(tmp_path / "frame10.png2.png")  # where others have a number, a text ends
     Image.new("L", (8, 8)).save(tmp_path / ".hidden.png")
-    assert [int(frame[0, 0, 0]) for frame in stream_frames(tmp_path)] == [9, 10, 100]
-    assert count_frames(tmp_path) == 3 and count_frames(iter([])) is None
+    assert [int(frame[0, 0, 0]) for frame in stream_frames(tmp_path)] == [9, 10, 11, 100]
+    assert count_frames(tmp_path) == 4 and count_frames(iter([])) is None
 
 
 def test_a_stream_holds_one_frame_and_knows_early_that_there_is_nothing(tmp_path):
