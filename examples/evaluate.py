@@ -26,8 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import gather_object
+except ImportError as error:
+    raise SystemExit("This script needs Accelerate: pip install 'm2f_hf[train]'") from error
 from finetune_setup import GENERATED, classes_for, is_video_checkpoint
 from huggingface_hub import EvalResult, ModelCard
 from stock_processor import StockProcessor

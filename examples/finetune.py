@@ -28,9 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+
+
+try:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+except ImportError as error:
+    raise SystemExit("This script needs Accelerate: pip install 'm2f_hf[train]'") from error
 from finetune_setup import (
     Data,
     Plan,

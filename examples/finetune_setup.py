@@ -467,8 +467,9 @@ def choose_steps(args: argparse.Namespace, data: Data, recipe: Recipe, images_pe
     Raises:
         ValueError: it cannot be known.
     """
+    unit = "clips" if data.task == "video" else "images"
     if args.steps is not None:
-        return args.steps, f"{args.steps} steps of {images_per_step} images, as given"
+        return args.steps, f"{args.steps} steps of {images_per_step} {unit}, as given"
     if recipe.steps is not None and args.model is None:
         steps = -(-recipe.steps * recipe.batch_size // images_per_step)
         return steps, f"{steps} steps of {images_per_step} images: as many images as in the original"

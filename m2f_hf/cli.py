@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import mimetypes
 import os
 import sys
 import tempfile
@@ -321,6 +322,8 @@ def _open_image(path: Path, processor: M2FImageProcessor) -> Image.Image:
     try:
         pixels = processor.process_image(path)  # (3, H, W)
     except (FileNotFoundError, ValueError) as error:
+        if path.is_file() and (mimetypes.guess_type(path)[0] or "").startswith("video/"):
+            raise ImageError("is a video: `m2f track` follows the objects in it") from error
         raise ImageError(first_line(error).removeprefix(f"{path} ")) from error
     if pixels.dtype != np.uint8:
         raise ImageError("its pixels are fractions, whose range is unknown; save it with 8 or 16 bits")

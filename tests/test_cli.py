@@ -310,7 +310,7 @@ def bad_file(kind: str, photo: Path) -> Path:
         path = photo.with_name("long.png")
         Image.new("L", (20000, 1)).save(path)
         return path
-    path = photo.with_name("bad.jpg")
+    path = photo.with_name("bad.mp4" if kind == "video" else "bad.jpg")
     path.write_bytes(photo.read_bytes()[:900] if kind == "truncated" else b"this is no picture")
     return path
 
@@ -321,6 +321,7 @@ def bad_file(kind: str, photo: Path) -> Path:
         ("missing", "there is no image file"),
         ("text", "PNG or JPEG"),
         ("truncated", "incomplete"),
+        ("video", "m2f track"),
         ("long", "too elongated"),
     ],
 )

@@ -220,7 +220,7 @@ def inspect_clips(
             sample = transform(item, np.random.default_rng((seed, index, number)), size)
             pictures = draw_clip(sample, id2label, colors)
             rows.append([ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) for picture in pictures])
-            positions = ", ".join(map(str, sample["frame_indices"].tolist()))
+            positions = ", ".join(str(index + 1) for index in sample["frame_indices"].tolist())
             count = len(sample["class_labels"])
             titles.append(f"{item['file_name']}, frames {positions} of {len(item['frames'])}: {count} targets")
     return sheet_of(rows, titles, [f"frame {t + 1}" for t in range(transform.num_frames)], side)
