@@ -441,6 +441,8 @@ def make_plan(args: argparse.Namespace, data: Data, processor: Any, num_processe
     lines.append(scaled.reason if args.learning_rate is None else f"learning rate {rate:.3g}, as given")
     steps, reason = choose_steps(args, data, recipe, per_step)
     lines.append(f"{reason}; schedule {recipe.schedule}, warm-up {recipe.warmup_steps} steps")
+    if steps <= recipe.warmup_steps:
+        lines.append("warning: training ends before the learning rate has risen: little is learnt; give more --steps")
     # A validation image costs about a third of a training image; a tenth of the time may go there.
     frames = mean_length(data.validation) if is_video else 1
     by_cost = 3 * len(data.validation) * frames // (per_step * frames_in_clip(args, data))

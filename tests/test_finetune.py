@@ -767,7 +767,9 @@ def test_rate_and_steps_follow_batch_and_data():
     assert plan.steps == 1000 * 20 / 4
     assert plan.eval_every == plan.steps // 20 and plan.save_every == 250
     text = "\n".join(plan.lines)
-    assert "square root of 4/16" in text and "400 training images" in text
+    assert "square root of 4/16" in text and "400 training images" in text and "warning" not in text
+    short = finetune_setup.make_plan(arguments_for("--model", "m", "--steps", 5), data_of(400, ["a"]), processor, 1)
+    assert any("before the learning rate has risen" in line for line in short.lines)
     # From a backbone alone, with the original's recipe: as many images as the original saw.
     args = arguments_for("--backbone", "b", "--batch_size", 4, "--recipe", "ade20k-semantic")
     plan = finetune_setup.make_plan(args, data_of(400, ["a"]), processor, num_processes=2)
