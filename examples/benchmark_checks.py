@@ -172,8 +172,8 @@ def check_training(setup: Setup) -> list[Check]:
     theirs, ours = setup.model(THEIRS).train(), setup.model(OURS).train()
     for model in (theirs, ours):
         model.zero_grad(set_to_none=True)  # what an earlier line left
-        # As in the original's training. With the statistics of one small image a batch norm's gradient makes a thousand
-        # times as much of rounding: 2e-3 instead of 7e-7 in a ResNet-50 at 256x256.
+        # As in the original's training. With the statistics of one small image batch norms make thousands of times as
+        # much of rounding: gradients 2e-3 instead of 7e-7 apart, in a ResNet-50 at 256x256.
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
