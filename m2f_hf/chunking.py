@@ -25,7 +25,7 @@ _TIMES_LARGER_FOR_SEVERAL_THREADS = 8
 def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
     """Whether a layer should treat `hidden_states` piece by piece."""
     return (
-        hidden_states.device.type == "cpu" and not layer.training and not torch.is_grad_enabled() and not _is_recorded()
+        hidden_states.device.type == "cpu" and not layer.training and not torch.is_grad_enabled() and not is_recorded()
     )
 
 
@@ -39,11 +39,12 @@ def learns_in_pieces(hidden_states: Tensor, weight: Tensor) -> bool:
         and torch.is_grad_enabled()
         and hidden_states.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not _is_recorded()
+        and not is_recorded()
     )
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
+    """Whether a compiler or an export looks on."""
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 

@@ -29,10 +29,10 @@ def feed_forward(states: Tensor, fc1: nn.Linear, fc2: nn.Linear, activation: str
     return fc2(F.relu(expanded, inplace=not torch.is_grad_enabled()))
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer does what `nn.Linear` does: adapters change its `forward`, other tools hang hooks on it."""
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a layer does what its kind does: adapters change its `forward`, other tools hang hooks on it."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) and not any(hooks)
+    return type(layer).forward is kind.forward and "forward" not in vars(layer) and not any(hooks)
 
 
 class FeedForward(torch.autograd.Function):

@@ -5,6 +5,7 @@ one gather reads them, one puts them back. On the CPU a layer in inference goes 
 (`chunking`), and in `torch.export` height and width may be symbols.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,45 @@ def use_windowed_layers(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if type(module) is modeling_swin.SwinLayer and hasattr(module.attention, "relative_position_bias"):
             module.__class__ = WindowedSwinLayer
+        elif type(module) is modeling_swin.SwinStage:
+            # Not by a class of our own: transformers knows by the name what must stay on one device.
+            module.get_reshaped_hidden_states = _view_of_stage  # type: ignore[method-assign, assignment]
+
+
+def feature_maps(backbone: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    """A backbone's maps (B, C, H, W).
+
+    Those of a Swin have a position's channels side by side in memory, as layers and norms write them; `transformers`
+    copies each map four times to have them apart. A backbone that other tools have changed is asked as a whole.
+    """
+    if not (type(backbone) is modeling_swin.SwinBackbone and is_plain(backbone, modeling_swin.SwinBackbone)):
+        theirs: tuple[Tensor, ...] = backbone(pixel_values).feature_maps
+        return theirs
+    tokens, size = backbone.swin.embeddings(pixel_values)
+    maps = [to_map(tokens, size)]
+    for stage in backbone.swin.encoder.layers:
+        tokens, of_stage, _ = stage(tokens, size, always_partition=True, output_hidden_states_before_downsampling=True)
+        maps.append(of_stage)
+        size = (size[0] + 1) // 2, (size[1] + 1) // 2
+    return tuple(
+        to_map(backbone.hidden_states_norms[name](features.flatten(2).transpose(1, 2)), features.shape[2:])
+        for name, features in zip(backbone.stage_names, maps, strict=True)
+        if name in backbone.out_features
+    )
+
+
+def _view_of_stage(
+    hidden_states: Tensor, before_downsampling: Tensor, height: int, width: int, is_before: bool
+) -> Tensor:
+    """As SwinStage's method of the name, without a copy."""
+    if is_before or hidden_states is before_downsampling:
+        return to_map(before_downsampling, (height, width))
+    return to_map(hidden_states, ((height + 1) // 2, (width + 1) // 2))
+
+
+def to_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, H * W, C) -> (B, C, H, W), in the same memory."""
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 class WindowedSwinLayer(modeling_swin.SwinLayer):
