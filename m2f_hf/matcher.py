@@ -1,6 +1,6 @@
 """Bipartite matching of queries and targets (Mask2Former, section 3.3; DETR, section 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .chunking import pieces
 from .point_sampling import DrawPoints, PointRows, draw_uniform_points, in_reading_order, sample_masks_alike
 
 
@@ -219,27 +220,67 @@ class Mask2FormerHungarianMatcher(nn.Module):
                 of_image[: len(masks) // num_frames] = sampled.view(
                     -1, num_frames, len(part), self.num_points
                 ).transpose(1, 2)
-            for layer, point_labels in enumerate(part_labels.flatten(3).unbind(2), start=start):
-                # The frames' points count as further points: (B * T, P, C) -> (B, T * P, C), labels (B, N, T * P)
-                sampled = features.sample(points[layer].repeat_interleave(num_frames, 0)).unflatten(0, (batch_size, -1))
-                # (B, Q, C) x (B, T * P, C) -> (B, Q, T * P)
-                point_logits = mask_embeddings[layer].float() @ sampled.flatten(1, 2).mT
+            for layer, point_labels in enumerate(part_labels.unbind(2), start=start):  # (B, N, T, P)
+                cross_entropy, dice = pairwise_losses(
+                    self._at_points(features, points[layer], mask_embeddings[layer].float(), point_labels)
+                )
                 costs.append(
-                    self.cost_mask * pairwise_cross_entropy(point_logits, point_labels)
-                    + self.cost_dice * pairwise_dice(point_logits, point_labels)
+                    self.cost_mask * cross_entropy
+                    + self.cost_dice * dice
                     # (B, Q, K+1) at (B, 1, N) -> (B, Q, N)
                     - self.cost_class * probabilities[layer].take_along_dim(labels[:, None], dim=2)
                 )
         return torch.stack(costs)
 
+    @staticmethod
+    def _at_points(
+        features: PointRows, points: Tensor, embeddings: Tensor, labels: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mask logits and labels of an output, on the CPU at a few points at a time.
 
-def pairwise_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross-entropy over P points of each pair: (B, Q, P) logits, (B, N, P) labels in [0, 1] -> (B, Q, N).
+        Points (B, P, 2), embeddings (B, Q, C), labels (B, N, T, P) -> (B, Q, T * p) and (B, N, T * p). The frames'
+        points count as further points.
+        """
+        batch_size, _, num_frames, num_points = labels.shape
+        numbers = batch_size * num_frames * embeddings.shape[2]  # of a point's features
+        some = pieces(num_points, numbers) if points.device.type == "cpu" else [slice(None)]
+        for piece in some:
+            # (B * T, p, C) -> (B, T * p, C)
+            sampled = features.sample(points[:, piece].repeat_interleave(num_frames, 0)).unflatten(0, (batch_size, -1))
+            # (B, Q, C) x (B, T * p, C) -> (B, Q, T * p)
+            yield embeddings @ sampled.flatten(1, 2).mT, labels[..., piece].flatten(2)
 
-    With s the softplus, the cross-entropy is s(x) - x y: one product gives all pairs.
+
+def pairwise_losses(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean binary cross-entropy, and dice loss, of each pair of a query's logits and a target's labels.
+
+    With s the softplus, the cross-entropy is s(x) - x y: products give all pairs. Both losses are made of sums over
+    points, so that a few points at a time will do.
+
+    Args:
+        parts: logits (B, Q, p) and labels in [0, 1] (B, N, p) at some of the points.
+
+    Returns:
+        (B, Q, N) each.
     """
-    # The few labels first: several times faster than the same product the other way round.
-    return (sum_of_softplus(logits)[..., None] - (labels @ logits.mT).mT) / logits.shape[-1]
+    sums: list[Tensor] = []
+    num_points = 0
+    for logits, labels in parts:
+        probabilities = logits.sigmoid()
+        # The few labels first: several times faster than the same product the other way round.
+        of_part = [
+            sum_of_softplus(logits),
+            labels @ logits.mT,
+            probabilities.sum(-1),
+            labels @ probabilities.mT,
+            labels.sum(-1),
+        ]
+        sums = [total + more for total, more in zip(sums, of_part, strict=True)] if sums else of_part
+        num_points += logits.shape[-1]
+    softplus, products, of_queries, overlaps, of_targets = sums
+    cross_entropy = (softplus[..., None] - products.mT) / num_points
+    dice = 1 - (2 * overlaps.mT + 1) / (of_queries[..., None] + of_targets[:, None] + 1)
+    return cross_entropy, dice
 
 
 def sum_of_softplus(values: Tensor) -> Tensor:
@@ -254,13 +295,6 @@ def sum_of_softplus(values: Tensor) -> Tensor:
     whole = factors.shape[-1] // 64 * 64
     products = factors[..., :whole].unflatten(-1, (-1, 64)).prod(-1)
     return linear + products.log_().sum(-1) + factors[..., whole:].prod(-1).log_()
-
-
-def pairwise_dice(logits: Tensor, labels: Tensor) -> Tensor:
-    """Dice loss over P points of each pair: (B, Q, P) logits, (B, N, P) labels in [0, 1] -> (B, Q, N)."""
-    probabilities = logits.sigmoid()
-    total = probabilities.sum(-1)[:, :, None] + labels.sum(-1)[:, None]
-    return 1 - (2 * (labels @ probabilities.mT).mT + 1) / (total + 1)
 
 
 def check_ranges(ranges: np.ndarray, num_labels: int) -> None:

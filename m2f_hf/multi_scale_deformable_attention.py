@@ -9,13 +9,21 @@ everywhere else.
 
 import os
 import warnings
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .chunking import is_recorded, pieces
 from .operator_registration import empty_gradients, free_name, register_deformable_attention
 from .triton_deformable_attention import IS_AVAILABLE, serves, triton_deformable_attention, works_on_gpu
+
+
+try:
+    from scipy.sparse import csr_array
+except ImportError:  # inference does without
+    csr_array = None
 
 
 _VARIABLE = "M2F_HF_DEFORMABLE_ATTENTION"
@@ -255,10 +263,10 @@ class GatherTable:
         return bags.view(len(weights), -1)
 
     def sample_gradients(
-        self, grad: Tensor, coordinates: Tensor, weights: Tensor, images: Tensor | None
+        self, grad: Tensor, coordinates: Tensor, weights: Tensor, located: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Of `attend`: (n, M, D), its arguments -> gradients of the coordinates and of the weights."""
-        top, x_share, y_share = self.locate(coordinates, images)
+        """Of `attend`: (n, M, D), its arguments, what `locate` gave -> gradients of coordinates and weights."""
+        top, x_share, y_share = located
         # What a sample would add to the loss at each of its corners, (n, M, 4, L * P).
         of_corners = sampled_products(grad.reshape(-1, self.head_width), self.rows, self.corner_rows(top))
         of_corners = of_corners.view(*weights.shape[:2], 4, -1)
@@ -273,18 +281,29 @@ class GatherTable:
         slopes = torch.stack([x_slope * weights, y_slope * weights], dim=-1)
         return slopes.view(coordinates.shape).mul_(moves), weight_grad
 
-    def value_gradient(self, grad: Tensor, coordinates: Tensor, weights: Tensor, images: Tensor | None) -> Tensor:
-        """Of `attend`: (n, M, D), the arguments for all queries of all images -> (B, S, M * D).
+    def value_gradient(self, grad: Tensor, weights: Tensor, located: Sequence[Tensor]) -> Tensor:
+        """Of `attend`: (n, M, D), weights and what `locate` gave for all queries of all images -> (B, S, M * D).
 
         It is the transposed gather: the same pairs of query and row, sorted by row instead of by query, with the
         output's gradient as the table. That is several times faster than scattering. A sample's four corners lie at
         fixed distances, so they are sorted once, and what they get is moved to its place afterwards.
         """
-        top, x_share, y_share = self.locate(coordinates, images)
-        sorted_rows, order = top.flatten().sort()
-        every_row = torch.arange(len(self.rows), dtype=torch.int32)
-        starts = torch.searchsorted(sorted_rows, every_row, out_int32=True)
-        queries = order.div(top.shape[2], rounding_mode="floor").int()  # and their heads: rows of the gradient
+        if csr_array is None:
+            raise ImportError("Gradients of deformable attention on the CPU need SciPy: `pip install scipy`.")
+        top, x_share, y_share = located
+        samples = top.shape[2]
+        # Samples by query, in order, to samples by row: rows are counted, which takes a third of sorting them.
+        by_query = csr_array(
+            (
+                np.arange(top.numel(), dtype=np.int32),
+                top.flatten().numpy(),
+                np.arange(0, top.numel() + 1, samples, dtype=np.int32),
+            ),
+            shape=(top.numel() // samples, len(self.rows)),
+        )
+        by_row = by_query.tocsc()
+        # `queries`: and their heads, rows of the gradient.
+        order, queries, starts = (torch.from_numpy(of) for of in (by_row.data, by_row.indices, by_row.indptr))
         corner_weights = self.corner_weights(weights, x_share, y_share)
         batch = len(self.rows) // self.rows_of_image
         positions = sum(height * width for height, width in self.spatial_shapes)
@@ -296,6 +315,7 @@ class GatherTable:
                 starts,
                 mode="sum",
                 per_sample_weights=corner_weights[:, :, corner].flatten().index_select(0, order),
+                include_last_offset=True,
             )
             bordered_levels = split_levels(table_grad.view(batch, -1, grad[0].numel()), self.bordered_shapes)
             for level, bordered in zip(split_levels(value_grad, self.spatial_shapes), bordered_levels, strict=True):
@@ -375,14 +395,16 @@ def _gather_deformable_attention_backward(
         of_output = grad[part].flatten(0, 1)
         places = coordinates[part].reshape(len(of_output), -1).to(dtype)
         weights = attention_weights[part].reshape(len(of_output), heads, -1).to(dtype)
-        of_value = table.value_gradient(of_output, places, weights, images)
-        value_grad[part] = of_value.view(value_grad[part].shape)
+        located = [torch.empty(weights.shape, dtype=of) for of in (torch.int32, dtype, dtype)]
         of_places, of_weights = place_grad[part].view(places.shape), weight_grad[part].view(weights.shape)
         for piece in pieces(len(places), heads * levels * points * 4):
-            of_piece = None if images is None else images[piece]
+            of_piece = table.locate(places[piece], None if images is None else images[piece])
             of_places[piece], of_weights[piece] = table.sample_gradients(
                 of_output[piece], places[piece], weights[piece], of_piece
             )
+            for whole, one in zip(located, of_piece, strict=True):
+                whole[piece] = one
+        value_grad[part] = table.value_gradient(of_output, weights, located).view(value_grad[part].shape)
     return value_grad, place_grad, weight_grad
 
 

@@ -14,8 +14,7 @@ from m2f_hf.matcher import (
     Mask2FormerHungarianMatcher,
     assign,
     pack_targets,
-    pairwise_cross_entropy,
-    pairwise_dice,
+    pairwise_losses,
     sum_of_softplus,
 )
 
@@ -101,14 +100,17 @@ def test_a_logit_that_is_no_number_is_not_summed_away():
 
 
 @pytest.mark.parametrize("num_points", [50, 64, 200], ids=["fewer than a product", "one product", "three and a rest"])
-def test_pairwise_costs_are_the_losses_of_each_pair(num_points):
+@pytest.mark.parametrize("at_once", [200, 30], ids=["all points", "a few points"])
+def test_pairwise_costs_are_the_losses_of_each_pair(num_points, at_once):
     logits, labels = 10 * torch.randn(2, 4, num_points), torch.rand(2, 3, num_points)
     pair_logits, pair_labels = (values.expand(2, 4, 3, num_points) for values in (logits[:, :, None], labels[:, None]))
     expected = F.binary_cross_entropy_with_logits(pair_logits, pair_labels, reduction="none").mean(-1)
-    torch.testing.assert_close(pairwise_cross_entropy(logits, labels), expected)
+    parts = zip(logits.split(at_once, dim=2), labels.split(at_once, dim=2), strict=True)
+    cross_entropy, dice = pairwise_losses(parts)
+    torch.testing.assert_close(cross_entropy, expected)
     probabilities = pair_logits.sigmoid()
     numerator, denominator = (probabilities * pair_labels).sum(-1), (probabilities + pair_labels).sum(-1)
-    torch.testing.assert_close(pairwise_dice(logits, labels), 1 - (2 * numerator + 1) / (denominator + 1))
+    torch.testing.assert_close(dice, 1 - (2 * numerator + 1) / (denominator + 1))
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 3), (2, 4)])
