@@ -17,9 +17,10 @@ from transformers.utils import ModelOutput
 
 from . import group_norm
 from .backbone import load_backbone_weights, read_backbone_config
-from .chunking import is_recorded, pieces, works_in_pieces
+from .chunking import is_recorded, learns_in_pieces, pieces, works_in_pieces
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
 from .criterion import Mask2FormerLoss
+from .deformable_layer import DeformableLayer, EncodedPlaces, LayerWeights
 from .feed_forward import feed_forward, is_plain
 from .multi_scale_deformable_attention import (
     GatherTable,
@@ -384,10 +385,57 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
             return self._forward_in_pieces(
                 hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
             )
+        if self._learns_in_pieces(hidden_states):
+            points = points_in_maps(reference_points, map_sizes, NUM_SAMPLING_POINTS)
+            places = EncodedPlaces(spatial_shapes, points, padding)
+            return self._learn_in_pieces(hidden_states, position_embeddings, places)
         attended = self.self_attn(
             hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
         )
         return self._finish(hidden_states + self._drop(attended))
+
+    def _learns_in_pieces(self, hidden_states: Tensor) -> bool:
+        attention = self.self_attn
+        linears = (
+            attention.value_proj,
+            attention.sampling_offsets,
+            attention.attention_weights,
+            attention.output_proj,
+            self.fc1,
+            self.fc2,
+        )
+        return (
+            learns_in_pieces(hidden_states, self.fc1.weight)
+            and form_for(hidden_states.unflatten(-1, (attention.num_heads, -1))) == "gather"
+            and is_plain(attention, type(attention))
+            and all(map(is_plain, linears))
+            and all(is_plain(norm, nn.LayerNorm) for norm in (self.self_attn_layer_norm, self.final_layer_norm))
+            and not (self.training and self.dropout)
+        )
+
+    def _learn_in_pieces(self, hidden_states: Tensor, position_embeddings: Tensor, places: EncodedPlaces) -> Tensor:
+        attention, first, last = self.self_attn, self.self_attn_layer_norm, self.final_layer_norm
+        sampling = (attention.sampling_offsets, attention.attention_weights)
+        weights = LayerWeights(
+            attention.value_proj.weight,
+            attention.value_proj.bias,
+            torch.cat([projection.weight for projection in sampling]),
+            torch.cat([projection.bias for projection in sampling]),
+            attention.output_proj.weight,
+            attention.output_proj.bias,
+            first.weight,
+            first.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            last.weight,
+            last.bias,
+        )
+        output: Tensor = DeformableLayer.apply(
+            hidden_states, position_embeddings, places, attention.num_heads, (first.eps, last.eps), *weights
+        )
+        return output
 
     def _finish(self, hidden_states: Tensor) -> Tensor:
         """What follows the attention and its residual, for every position by itself: (…, C) -> (…, C)."""
