@@ -80,16 +80,13 @@ class DeformableLayer(torch.autograd.Function):
         length = states.shape[1]
         rows, width = states.flatten(0, 1), len(weights.fc1_weight)
         samples = len(weights.sampling_weight) // (3 * heads)  # of a head
-        value = torch.addmm(weights.value_bias, rows, weights.value_weight.T)
-        if places.padding is not None:
-            value.masked_fill_(places.padding.view(-1, 1), 0.0)
         output, attended, first, second = (torch.empty_like(rows) for _ in range(4))
         coordinates = rows.new_empty(len(rows), heads * samples * 2)
         shares = rows.new_empty(len(rows), heads, samples)
         norms = rows.new_empty(4, len(rows), 1)  # mean and inverse deviation of the first, and of the second
         expanded = rows.new_empty(len(rows), width) if len(rows) * width <= _NUMBERS_KEPT else None
         for part in _parts(states, shares):
-            table = _table(value, part, length, heads, places, samples)
+            table = _table(states[part], weights, part, heads, places)
             for piece in _pieces(part, length, width):
                 queries = rows[piece] + _of_positions(positions, piece, length)
                 sampling = torch.addmm(weights.sampling_bias, queries, weights.sampling_weight.T)
@@ -109,7 +106,7 @@ class DeformableLayer(torch.autograd.Function):
                 torch.addmm(weights.fc2_bias, wide, weights.fc2_weight.T, out=second[piece])
                 output[piece] = _norm(second[piece].add_(normed), *weights[12:], eps[1], norms[2:, piece])
         ctx.save_for_backward(
-            states, positions, value, coordinates, shares, attended, first, second, norms, expanded, places.points,
+            states, positions, coordinates, shares, attended, first, second, norms, expanded, places.points,
             places.padding, *parameters,
         )  # fmt: skip
         ctx.settings = (places.shapes, heads, samples, eps)
@@ -118,9 +115,7 @@ class DeformableLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        states, positions, value, coordinates, shares, attended, first, second, norms, expanded, *rest = (
-            ctx.saved_tensors
-        )
+        states, positions, coordinates, shares, attended, first, second, norms, expanded, *rest = ctx.saved_tensors
         points, padding, *parameters = rest
         shapes, heads, samples, eps = ctx.settings
         places, weights = EncodedPlaces(shapes, points, padding), LayerWeights(*parameters)
@@ -131,7 +126,7 @@ class DeformableLayer(torch.autograd.Function):
         grad_positions = torch.zeros_like(positions)
         same_head = torch.block_diag(*[rows.new_ones(samples, samples)] * heads)  # sums over a head's samples
         for part in _parts(states, shares):
-            table = _table(value, part, length, heads, places, samples)
+            table = _table(states[part], weights, part, heads, places)
             of_part = slice(part.start * length, part.stop * length)
             located = [torch.empty(shares[of_part].shape, dtype=of) for of in (torch.int32, rows.dtype, rows.dtype)]
             for piece in _pieces(part, length, width):
@@ -183,9 +178,13 @@ def _parts(states: Tensor, shares: Tensor) -> Iterator[slice]:
     return pieces(len(states), length * max(channels, 4 * shares[0].numel()))  # a sample has four corners
 
 
-def _table(value: Tensor, part: slice, length: int, heads: int, places: EncodedPlaces, samples: int) -> GatherTable:
-    images = value[part.start * length : part.stop * length].view(part.stop - part.start, length, heads, -1)
-    return GatherTable(images, places.shapes, samples // len(places.shapes))
+def _table(states: Tensor, weights: LayerWeights, part: slice, heads: int, places: EncodedPlaces) -> GatherTable:
+    """Values of some images, (b, S, C) states; cheap enough to compute for either pass."""
+    value = F.linear(states, weights.value_weight, weights.value_bias)
+    if places.padding is not None:
+        value.masked_fill_(places.padding[part][..., None], 0.0)
+    samples = len(weights.sampling_weight) // (3 * heads)  # of a head
+    return GatherTable(value.unflatten(2, (heads, -1)), places.shapes, samples // len(places.shapes))
 
 
 def _pieces(part: slice, length: int, width: int) -> Iterator[slice]:

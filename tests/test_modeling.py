@@ -1079,6 +1079,30 @@ def test_the_attention_can_be_changed_afterwards():
         torch.testing.assert_close(model(pixel_values).masks_queries_logits, fused, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_layout_of_pixels_in_memory_does_not_matter(backbone):
+    model = tiny_model(backbone)
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns):
+            first, second = (
+                model(images().contiguous(memory_format=layout))
+                for layout in (torch.contiguous_format, torch.channels_last)
+            )
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mask_logits_of_one_image_are_those_of_many(dtype):
+    embeddings, features = torch.randn(2, 5, 8).to(dtype), torch.randn(2, 8, 30).to(dtype)
+    expected = torch.einsum("bqc,bcs->bqs", embeddings.double(), features.double())
+    both = modeling.mask_logits(embeddings, features)
+    alone = [modeling.mask_logits(embeddings[i : i + 1], features[i : i + 1]) for i in range(2)]
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    assert (both.double() - expected).abs().max() < tolerance
+    assert (torch.cat(alone).double() - expected).abs().max() < tolerance
+
+
 def test_a_model_in_half_precision_takes_what_the_processor_gives():
     model = tiny_model().to(torch.bfloat16)
     with torch.no_grad():

@@ -354,3 +354,15 @@ def test_one_file_loaded_twice_works_under_both_modules():
             torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
         compiled = torch.compile(module.multi_scale_deformable_attention, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(call(compiled, inputs), expected[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 2, 12), (2, 7, 3, 5)], ids=str)
+def test_softmax_over_samples_is_a_softmax(shape):
+    logits = (20 * torch.randn(shape)).requires_grad_()
+    actual = operator.softmax_over_samples(logits)
+    expected = logits.softmax(-1)
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected)
+    direction = torch.randn(shape)
+    gradients = [torch.autograd.grad((one * direction).sum(), logits)[0] for one in (actual, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)

@@ -10,7 +10,8 @@ from transformers.models.swin.modeling_swin import SwinLayer
 
 from m2f_hf import chunking, feed_forward, swin
 from m2f_hf.padding import BackbonePaddingHider
-from m2f_hf.swin import WindowedSwinLayer, index_windows, token_slots, use_windowed_layers
+from m2f_hf.swin import WindowedSwinLayer, feature_maps, index_windows, token_slots, use_windowed_layers
+from m2f_hf.window_attention import _weights
 
 
 SIZES = [(4, 4), (5, 7), (8, 8), (9, 3), (1, 13)]
@@ -198,3 +199,77 @@ def test_hidden_padding_reaches_no_image():
                 results.append(backbone.train(training)(images).feature_maps[0][:, :, :16, :16])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], atol=1e-5, rtol=1e-5)
+
+
+# A whole backbone
+
+
+def make_backbone(out_features=("stage1", "stage2", "stage4")):
+    torch.manual_seed(0)
+    config = SwinConfig(
+        window_size=3, embed_dim=12, num_heads=[1, 2, 3, 4], depths=[1, 2, 1, 1], out_features=list(out_features)
+    )
+    theirs = AutoBackbone.from_config(config).eval()
+    ours = copy.deepcopy(theirs)
+    use_windowed_layers(ours)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("out_features", [("stage1", "stage2", "stage4"), ("stem", "stage3")], ids=str)
+def test_maps_are_those_of_transformers_without_its_copies(out_features):
+    theirs, ours = make_backbone(out_features)
+    pixel_values = torch.randn(2, 3, 52, 72)  # halves that are odd
+    with torch.no_grad():
+        expected, actual = theirs(pixel_values).feature_maps, feature_maps(ours, pixel_values)
+        asked_as_a_whole = ours(pixel_values).feature_maps
+    assert len(actual) == len(out_features)
+    for one, other, whole in zip(actual, expected, asked_as_a_whole, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(whole, other, atol=1e-5, rtol=1e-5)
+        assert one.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_states_before_and_after_downsampling_are_those_of_transformers():
+    theirs, ours = make_backbone()
+    pixel_values = torch.randn(1, 3, 52, 72)
+    for before in (True, False):
+        arguments = {"output_hidden_states": True, "output_hidden_states_before_downsampling": before}
+        with torch.no_grad():
+            expected, actual = (
+                model.swin(pixel_values, always_partition=True, **arguments).reshaped_hidden_states
+                for model in (theirs, ours)
+            )
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_a_backbone_that_is_hooked_is_called():
+    _, ours = make_backbone()
+    calls = []
+    ours.register_forward_hook(lambda module, args, output: calls.append(len(output.feature_maps)))
+    feature_maps(ours, torch.randn(1, 3, 32, 32))
+    assert calls == [3]
+
+
+def test_checkpointed_stages_learn_the_same():
+    _, ours = make_backbone()
+    pixel_values, gradients = torch.randn(1, 3, 48, 64), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            ours.gradient_checkpointing_enable()
+        ours.train().zero_grad()
+        sum(one.square().sum() for one in feature_maps(ours, pixel_values)).backward()
+        gradients.append([parameter.grad for parameter in ours.parameters() if parameter.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_across_regions_are_zero_instead_of_denormal():
+    """A product with denormal numbers takes twenty times as long."""
+    query, key = torch.randn(2, 2, 2, 6, 4)  # two windows, two heads
+    outside = (torch.rand(2, 1, 6, 6) < 0.5) & ~torch.eye(6, dtype=torch.bool)
+    weights = _weights(query, key, torch.zeros(2, 6, 6), outside, (-100.0, 1e-5, 0.5))
+    expected = (0.5 * query @ key.mT - 100.0 * outside).softmax(-1)
+    assert ((expected > 0) & (expected < torch.finfo(torch.float32).tiny)).any()
+    assert not ((weights > 0) & (weights < torch.finfo(torch.float32).tiny)).any()
+    torch.testing.assert_close(weights, expected, atol=1e-30, rtol=0)
