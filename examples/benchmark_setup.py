@@ -155,8 +155,8 @@ def save_checkpoint(size: str, parent: str | Path, seed: int, queries: int | Non
     random_photo(SIZES[size].photo_height, torch.Generator().manual_seed(seed)).save(folder / PHOTO, quality=90)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Biases that start at zero, too: with them a window that holds nothing but padding gives denormal numbers,
-            # which no trained model does, and products with such take twenty times as long.
+            # Biases that start at zero, too: with those of values at zero a window that holds nothing but padding gives
+            # denormal numbers, and products with such take twenty times as long.
             if parameter.dim() > 1 or not parameter.any():
                 parameter.normal_(std=WEIGHT_STD)
     model.save_pretrained(folder)

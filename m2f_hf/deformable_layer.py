@@ -5,7 +5,7 @@ norm and the wide states of the feed-forward network. With a backward pass of it
 compute again, in pieces that fit the cache (see `chunking`); the rest is computed again from that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .chunking import pieces
-from .multi_scale_deformable_attention import GatherTable, softmax_over_samples
+from .multi_scale_deformable_attention import GatherTable, empty_places, images_of_queries, softmax_over_samples
 
 
-# Of the feed-forward network's wide states, 64 MB in float32: a tenth of the backward pass for twice the memory.
+# Of the feed-forward network's wide states, for each layer, 64 MB in float32: kept, they save a tenth of the products.
 _NUMBERS_KEPT = 1 << 24
 
 
@@ -34,23 +34,32 @@ class EncodedPlaces(NamedTuple):
     padding: Tensor | None
 
 
+Pair = tuple[Any, Any]  # weight and bias of a linear layer or a norm: tensors; of gradients that nobody wants, None
+
+
 class LayerWeights(NamedTuple):
     """Of an encoder layer with C channels and M heads, in the order in which they are used; F is the wide width."""
 
-    value_weight: Tensor  # (C, C)
-    value_bias: Tensor
-    sampling_weight: Tensor  # (M * L * P * 3, C): offsets, then logits of the attention weights
-    sampling_bias: Tensor
-    output_weight: Tensor  # (C, C)
-    output_bias: Tensor
-    norm1_weight: Tensor
-    norm1_bias: Tensor
-    fc1_weight: Tensor  # (F, C)
-    fc1_bias: Tensor
-    fc2_weight: Tensor  # (C, F)
-    fc2_bias: Tensor
-    norm2_weight: Tensor
-    norm2_bias: Tensor
+    value: Pair  # (C, C)
+    sampling: Pair  # (M * L * P * 3, C): offsets, then logits of the attention weights
+    output: Pair  # (C, C)
+    norm1: Pair
+    fc1: Pair  # (F, C)
+    fc2: Pair  # (C, F)
+    norm2: Pair
+
+    @classmethod
+    def of(cls, parameters: Sequence[Any]) -> "LayerWeights":
+        """From weights and biases in turn."""
+        return cls(*zip(parameters[::2], parameters[1::2], strict=True))
+
+    def flat(self) -> tuple[Any, ...]:
+        """Weights and biases in turn."""
+        return tuple(one for pair in self for one in pair)
+
+    def num_samples(self, heads: int) -> int:
+        """Of a head, in all levels."""
+        return len(self.sampling[0]) // (3 * heads)
 
 
 class DeformableLayer(torch.autograd.Function):
@@ -68,18 +77,20 @@ class DeformableLayer(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            states: (B, S, C).
+            states: (B, S, C) float32 or float64, on the CPU.
             positions: encoding (1 or B, S, C).
+            places: of the S positions.
+            heads: M, which divides C.
             eps: of the two norms.
-            parameters: those of `LayerWeights`.
+            parameters: those of `LayerWeights`, weights and biases in turn.
 
         Returns:
             (B, S, C).
         """
-        weights = LayerWeights(*parameters)
+        weights = LayerWeights.of(parameters)
         length = states.shape[1]
-        rows, width = states.flatten(0, 1), len(weights.fc1_weight)
-        samples = len(weights.sampling_weight) // (3 * heads)  # of a head
+        rows, width = states.flatten(0, 1), len(weights.fc1[0])
+        samples = weights.num_samples(heads)
         output, attended, first, second = (torch.empty_like(rows) for _ in range(4))
         coordinates = rows.new_empty(len(rows), heads * samples * 2)
         shares = rows.new_empty(len(rows), heads, samples)
@@ -89,7 +100,7 @@ class DeformableLayer(torch.autograd.Function):
             table = _table(states[part], weights, part, heads, places)
             for piece in _pieces(part, length, width):
                 queries = rows[piece] + _of_positions(positions, piece, length)
-                sampling = torch.addmm(weights.sampling_bias, queries, weights.sampling_weight.T)
+                sampling = F.linear(queries, *weights.sampling)
                 offsets, logits = sampling.tensor_split([coordinates.shape[1]], dim=1)
                 points = _of_positions(places.points[None], piece, length)
                 torch.add(
@@ -99,12 +110,12 @@ class DeformableLayer(torch.autograd.Function):
                 )
                 shares[piece] = softmax_over_samples(logits.unflatten(1, (heads, -1)))
                 attended[piece] = table.attend(coordinates[piece], shares[piece], _images(part, piece, length))
-                torch.addmm(weights.output_bias, attended[piece], weights.output_weight.T, out=first[piece])
-                normed = _norm(first[piece].add_(rows[piece]), *weights[6:8], eps[0], norms[:2, piece])
+                _linear(attended[piece], weights.output, first[piece])
+                normed = _norm(first[piece].add_(rows[piece]), weights.norm1, eps[0], norms[:2, piece])
                 into = None if expanded is None else expanded[piece]
-                wide = torch.addmm(weights.fc1_bias, normed, weights.fc1_weight.T, out=into).relu_()
-                torch.addmm(weights.fc2_bias, wide, weights.fc2_weight.T, out=second[piece])
-                output[piece] = _norm(second[piece].add_(normed), *weights[12:], eps[1], norms[2:, piece])
+                wide = _linear(normed, weights.fc1, into).relu_()
+                _linear(wide, weights.fc2, second[piece])
+                output[piece] = _norm(second[piece].add_(normed), weights.norm2, eps[1], norms[2:, piece])
         ctx.save_for_backward(
             states, positions, coordinates, shares, attended, first, second, norms, expanded, places.points,
             places.padding, *parameters,
@@ -118,35 +129,31 @@ class DeformableLayer(torch.autograd.Function):
         states, positions, coordinates, shares, attended, first, second, norms, expanded, *rest = ctx.saved_tensors
         points, padding, *parameters = rest
         shapes, heads, samples, eps = ctx.settings
-        places, weights = EncodedPlaces(shapes, points, padding), LayerWeights(*parameters)
-        length, width = states.shape[1], len(weights.fc1_weight)
+        places, weights = EncodedPlaces(shapes, points, padding), LayerWeights.of(parameters)
+        length, width = states.shape[1], len(weights.fc1[0])
         rows, grad_output = states.flatten(0, 1), grad.flatten(0, 1)
-        grads = LayerWeights(*(torch.zeros_like(one) for one in parameters))
+        wanted = zip(parameters, ctx.needs_input_grad[-len(parameters) :], strict=True)
+        grads = LayerWeights.of([torch.zeros_like(one) if is_wanted else None for one, is_wanted in wanted])
         grad_rows, grad_attended = torch.empty_like(rows), torch.empty_like(rows)
-        grad_positions = torch.zeros_like(positions)
+        grad_positions = positions.new_zeros(positions.shape) if ctx.needs_input_grad[1] else None
         same_head = torch.block_diag(*[rows.new_ones(samples, samples)] * heads)  # sums over a head's samples
         for part in _parts(states, shares):
             table = _table(states[part], weights, part, heads, places)
             of_part = slice(part.start * length, part.stop * length)
-            located = [torch.empty(shares[of_part].shape, dtype=of) for of in (torch.int32, rows.dtype, rows.dtype)]
+            located = empty_places(shares[of_part])
             for piece in _pieces(part, length, width):
-                grad_second, *of_norm = _norm_backward(
-                    grad_output[piece], second[piece], norms[2:, piece], *weights[12:]
+                grad_second = _norm_backward(
+                    grads.norm2, grad_output[piece], second[piece], norms[2:, piece], weights.norm2
                 )
-                _add(grads[12:], of_norm)
-                normed = F.layer_norm(first[piece], first.shape[1:], *weights[6:8], eps[0])
-                if expanded is None:
-                    wide = torch.addmm(weights.fc1_bias, normed, weights.fc1_weight.T).relu_()
-                else:
-                    wide = expanded[piece]
-                _add_linear(grads[10:12], grad_second, wide)
-                grad_wide = torch.ops.aten.threshold_backward(grad_second @ weights.fc2_weight, wide, 0)
-                _add_linear(grads[8:10], grad_wide, normed)
-                grad_normed = torch.addmm(grad_second, grad_wide, weights.fc1_weight)
-                grad_first, *of_norm = _norm_backward(grad_normed, first[piece], norms[:2, piece], *weights[6:8])
-                _add(grads[6:8], of_norm)
-                _add_linear(grads[4:6], grad_first, attended[piece])
-                of_heads = torch.mm(grad_first, weights.output_weight, out=grad_attended[piece])
+                normed = F.layer_norm(first[piece], first.shape[1:], *weights.norm1, eps[0])
+                wide = F.linear(normed, *weights.fc1).relu_() if expanded is None else expanded[piece]
+                _add_linear(grads.fc2, grad_second, wide)
+                grad_wide = torch.ops.aten.threshold_backward(grad_second @ weights.fc2[0], wide, 0)
+                _add_linear(grads.fc1, grad_wide, normed)
+                grad_normed = torch.addmm(grad_second, grad_wide, weights.fc1[0])
+                grad_first = _norm_backward(grads.norm1, grad_normed, first[piece], norms[:2, piece], weights.norm1)
+                _add_linear(grads.output, grad_first, attended[piece])
+                of_heads = torch.mm(grad_first, weights.output[0], out=grad_attended[piece])
                 of_piece = table.locate(coordinates[piece], _images(part, piece, length))
                 grad_coordinates, grad_shares = table.sample_gradients(
                     of_heads.unflatten(1, (heads, -1)), coordinates[piece], shares[piece], of_piece
@@ -158,18 +165,19 @@ class DeformableLayer(torch.autograd.Function):
                 grad_logits = torch.addcmul(share * grad_share, share, (share * grad_share) @ same_head, value=-1)
                 grad_sampling = torch.cat([grad_coordinates.flatten(1), grad_logits], dim=1)
                 queries = rows[piece] + _of_positions(positions, piece, length)
-                _add_linear(grads[2:4], grad_sampling, queries)
-                grad_queries = grad_sampling @ weights.sampling_weight
-                _add_to_positions(grad_positions, grad_queries, piece, length)
+                _add_linear(grads.sampling, grad_sampling, queries)
+                grad_queries = grad_sampling @ weights.sampling[0]
+                if grad_positions is not None:
+                    _add_to_positions(grad_positions, grad_queries, piece, length)
                 torch.add(grad_first, grad_queries, out=grad_rows[piece])
             grad_value = table.value_gradient(
                 grad_attended[of_part].unflatten(1, (heads, -1)), shares[of_part], located
             ).flatten(0, 1)
             if padding is not None:
                 grad_value.masked_fill_(padding[part].view(-1, 1), 0.0)
-            _add_linear(grads[:2], grad_value, rows[of_part])
-            grad_rows[of_part].addmm_(grad_value, weights.value_weight)
-        return grad_rows.view(states.shape), grad_positions, None, None, None, *grads
+            _add_linear(grads.value, grad_value, rows[of_part])
+            grad_rows[of_part].addmm_(grad_value, weights.value[0])
+        return grad_rows.view(states.shape), grad_positions, None, None, None, *grads.flat()
 
 
 def _parts(states: Tensor, shares: Tensor) -> Iterator[slice]:
@@ -180,11 +188,10 @@ def _parts(states: Tensor, shares: Tensor) -> Iterator[slice]:
 
 def _table(states: Tensor, weights: LayerWeights, part: slice, heads: int, places: EncodedPlaces) -> GatherTable:
     """Values of some images, (b, S, C) states; cheap enough to compute for either pass."""
-    value = F.linear(states, weights.value_weight, weights.value_bias)
+    value = F.linear(states, *weights.value)
     if places.padding is not None:
         value.masked_fill_(places.padding[part][..., None], 0.0)
-    samples = len(weights.sampling_weight) // (3 * heads)  # of a head
-    return GatherTable(value.unflatten(2, (heads, -1)), places.shapes, samples // len(places.shapes))
+    return GatherTable(value.unflatten(2, (heads, -1)), places.shapes, weights.num_samples(heads) // len(places.shapes))
 
 
 def _pieces(part: slice, length: int, width: int) -> Iterator[slice]:
@@ -196,9 +203,8 @@ def _pieces(part: slice, length: int, width: int) -> Iterator[slice]:
 
 def _images(part: slice, piece: slice, length: int) -> Tensor | None:
     """Each row's image among those of a part, (n,) int32; None where there is but one."""
-    if part.stop - part.start == 1:
-        return None
-    return torch.arange(piece.start, piece.stop).div(length, rounding_mode="floor").sub_(part.start).int()
+    images = images_of_queries(part, length)
+    return None if images is None else images[piece.start - part.start * length : piece.stop - part.start * length]
 
 
 def _of_positions(table: Tensor, piece: slice, length: int) -> Tensor:
@@ -229,30 +235,36 @@ def _positions(piece: slice, length: int) -> slice | Tensor:
     return torch.arange(piece.start, piece.stop) % length
 
 
-def _norm(states: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: Tensor) -> Tensor:
+def _linear(states: Tensor, layer: Pair, output: Tensor | None) -> Tensor:
+    """(n, in) -> (n, out), where it is to stand or in new memory."""
+    weight, bias = layer
+    return torch.addmm(bias, states, weight.T, out=output)
+
+
+def _norm(states: Tensor, layer: Pair, eps: float, statistics: Tensor) -> Tensor:
     """LayerNorm of (n, C); mean and inverse deviation go to (2, n, 1)."""
-    normed, *found = torch.native_layer_norm(states, states.shape[1:], weight, bias, eps)
+    normed, *found = torch.native_layer_norm(states, states.shape[1:], *layer, eps)
     for of_rows, one in zip(statistics, found, strict=True):
         of_rows.copy_(one)
     return normed
 
 
-def _norm_backward(
-    grad: Tensor, states: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
-        grad, states, states.shape[1:], *statistics, weight, bias, [True, True, True]
+def _norm_backward(sums: Pair, grad: Tensor, states: Tensor, statistics: Tensor, layer: Pair) -> Tensor:
+    """From the gradient of a norm's output that of its input, (n, C) each; adds those of weight and bias."""
+    wanted = [True, *(total is not None for total in sums)]
+    of_states, *found = torch.ops.aten.native_layer_norm_backward(
+        grad, states, states.shape[1:], *statistics, *layer, wanted
     )
-    return grads
+    for total, one in zip(sums, found, strict=True):
+        if total is not None:
+            total += one
+    return of_states
 
 
-def _add(sums: tuple[Tensor, ...], more: list[Tensor]) -> None:
-    for total, one in zip(sums, more, strict=True):
-        total += one
-
-
-def _add_linear(sums: tuple[Tensor, ...], grad: Tensor, states: Tensor) -> None:
+def _add_linear(sums: Pair, grad: Tensor, states: Tensor) -> None:
     """Adds a linear layer's gradients, of weight and bias, for some rows: (n, out) and (n, in)."""
     weight, bias = sums
-    weight.addmm_(grad.T, states)
-    bias += grad.sum(0)
+    if weight is not None:
+        weight.addmm_(grad.T, states)
+    if bias is not None:
+        bias += grad.sum(0)

@@ -30,9 +30,15 @@ def feed_forward(states: Tensor, fc1: nn.Linear, fc2: nn.Linear, activation: str
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a layer does what its kind does: adapters change its `forward`, other tools hang hooks on it."""
+    """Whether a layer does what its kind does: adapters change its `forward`, other tools hang hooks on it or compile
+    it."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer).forward is kind.forward and "forward" not in vars(layer) and not any(hooks)
+    return (
+        type(layer).forward is kind.forward
+        and "forward" not in vars(layer)
+        and layer._compiled_call_impl is None
+        and not any(hooks)
+    )
 
 
 class FeedForward(torch.autograd.Function):

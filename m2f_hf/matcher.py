@@ -242,7 +242,7 @@ class Mask2FormerHungarianMatcher(nn.Module):
         points count as further points.
         """
         batch_size, _, num_frames, num_points = labels.shape
-        numbers = batch_size * num_frames * embeddings.shape[2]  # of a point's features
+        numbers = batch_size * num_frames * max(embeddings.shape[1:])  # of a point's features, or logits
         some = pieces(num_points, numbers) if points.device.type == "cpu" else [slice(None)]
         for piece in some:
             # (B * T, p, C) -> (B, T * p, C)

@@ -15,13 +15,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from . import group_norm
 from .backbone import load_backbone_weights, read_backbone_config
 from .chunking import is_recorded, learns_in_pieces, pieces, works_in_pieces
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
 from .criterion import Mask2FormerLoss
 from .deformable_layer import DeformableLayer, EncodedPlaces, LayerWeights
 from .feed_forward import feed_forward, is_plain
+from .group_norm import ChannelsLastGroupNorm, normalise_groups, normalises_channels_last
 from .multi_scale_deformable_attention import (
     GatherTable,
     deformable_attention_at_offsets,
@@ -38,7 +38,7 @@ from .padding import (
     masked_group_norm,
     may_hide_padding,
 )
-from .swin import feature_maps, use_windowed_layers
+from .swin import feature_maps, to_map, use_windowed_layers
 
 
 NUM_FEATURE_LEVELS = 3  # strides 32, 16 and 8 feed the decoder (paper, section 3.2.2)
@@ -385,16 +385,17 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
             return self._forward_in_pieces(
                 hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
             )
-        if self._learns_in_pieces(hidden_states):
+        if self._has_own_gradients(hidden_states):
             points = points_in_maps(reference_points, map_sizes, NUM_SAMPLING_POINTS)
             places = EncodedPlaces(spatial_shapes, points, padding)
-            return self._learn_in_pieces(hidden_states, position_embeddings, places)
+            return self._with_own_gradients(hidden_states, position_embeddings, places)
         attended = self.self_attn(
             hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
         )
         return self._finish(hidden_states + self._drop(attended))
 
-    def _learns_in_pieces(self, hidden_states: Tensor) -> bool:
+    def _has_own_gradients(self, hidden_states: Tensor) -> bool:
+        """Whether [`DeformableLayer`] serves, and nothing else is hung on the layer's parts."""
         attention = self.self_attn
         linears = (
             attention.value_proj,
@@ -405,35 +406,33 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
             self.fc2,
         )
         return (
-            learns_in_pieces(hidden_states, self.fc1.weight)
+            all(learns_in_pieces(hidden_states, parameter) for parameter in self.parameters())
+            and hidden_states.requires_grad
             and form_for(hidden_states.unflatten(-1, (attention.num_heads, -1))) == "gather"
-            and is_plain(attention, type(attention))
+            and is_plain(attention, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention)
             and all(map(is_plain, linears))
             and all(is_plain(norm, nn.LayerNorm) for norm in (self.self_attn_layer_norm, self.final_layer_norm))
             and not (self.training and self.dropout)
         )
 
-    def _learn_in_pieces(self, hidden_states: Tensor, position_embeddings: Tensor, places: EncodedPlaces) -> Tensor:
+    def _with_own_gradients(self, hidden_states: Tensor, position_embeddings: Tensor, places: EncodedPlaces) -> Tensor:
+        """(B, S, C), encoding (1 or B, S, C) -> (B, S, C)."""
         attention, first, last = self.self_attn, self.self_attn_layer_norm, self.final_layer_norm
         sampling = (attention.sampling_offsets, attention.attention_weights)
         weights = LayerWeights(
-            attention.value_proj.weight,
-            attention.value_proj.bias,
-            torch.cat([projection.weight for projection in sampling]),
-            torch.cat([projection.bias for projection in sampling]),
-            attention.output_proj.weight,
-            attention.output_proj.bias,
-            first.weight,
-            first.bias,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            last.weight,
-            last.bias,
+            value=(attention.value_proj.weight, attention.value_proj.bias),
+            sampling=(
+                torch.cat([projection.weight for projection in sampling]),
+                torch.cat([projection.bias for projection in sampling]),
+            ),
+            output=(attention.output_proj.weight, attention.output_proj.bias),
+            norm1=(first.weight, first.bias),
+            fc1=(self.fc1.weight, self.fc1.bias),
+            fc2=(self.fc2.weight, self.fc2.bias),
+            norm2=(last.weight, last.bias),
         )
         output: Tensor = DeformableLayer.apply(
-            hidden_states, position_embeddings, places, attention.num_heads, (first.eps, last.eps), *weights
+            hidden_states, position_embeddings, places, attention.num_heads, (first.eps, last.eps), *weights.flat()
         )
         return output
 
@@ -526,15 +525,15 @@ class ConvNorm(nn.Sequential):
         convolution, norm = self
         assert isinstance(norm, nn.GroupNorm)
         convolved = convolution(features)
-        if padding is None and is_plain(norm, nn.GroupNorm) and group_norm.serves(convolved, norm):
+        if padding is None and is_plain(norm, nn.GroupNorm) and normalises_channels_last(convolved, norm):
             arguments = (convolved, norm.weight, norm.bias, norm.num_groups, norm.eps, self.relu)
             if not torch.is_grad_enabled() and is_plain(convolution, nn.Conv2d):
-                group_norm.normalise(*arguments, output=convolved)  # in place: nobody else has seen it
+                normalise_groups(*arguments, output=convolved)  # in place: nobody else has seen it
                 return convolved
-            output: Tensor = group_norm.ChannelsLastGroupNorm.apply(*arguments)
+            output: Tensor = ChannelsLastGroupNorm.apply(*arguments)
             return output
-        if convolved.dtype == torch.float32:
-            convolved = convolved.contiguous()  # see `group_norm`: exact only so
+        if padding is None and convolved.device.type == "cpu" and convolved.dtype in (torch.float32, torch.float64):
+            convolved = convolved.contiguous()  # PyTorch's own is exact only so, see `group_norm`
         normalised = masked_group_norm(convolved, norm, padding)
         return normalised.relu() if self.relu else normalised
 
@@ -581,8 +580,7 @@ class Mask2FormerPixelDecoder(nn.Module):
         sizes = [height * width for height, width in spatial_shapes]
         # (B, S, C) -> three (B, C, H, W)
         maps = tuple(
-            level.unflatten(1, shape).permute(0, 3, 1, 2)
-            for level, shape in zip(encoded.split(sizes, dim=1), spatial_shapes, strict=True)
+            to_map(level, shape) for level, shape in zip(encoded.split(sizes, dim=1), spatial_shapes, strict=True)
         )
         lateral = self.adapter_1(finest, paddings[0])
         upsampled = nn.functional.interpolate(
@@ -652,7 +650,7 @@ def to_tokens(features: Tensor) -> Tensor:
 
 def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
     """(B, Q, C) x (B, C, S) -> (B, Q, S)."""
-    if embeddings.device.type == "cpu" and not torch.compiler.is_exporting() and len(embeddings) == 1:
+    if embeddings.device.type == "cpu" and not is_recorded() and len(embeddings) == 1:
         # In bfloat16 seven times as fast as the product of a batch of one, which copies the features.
         return (embeddings[0] @ features[0])[None]
     return embeddings @ features
@@ -1296,7 +1294,8 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
             pixel_level.decoder_hidden_states, mask_features, hidden_sizes, output_attentions=output_attentions
         )
         wanted = decoded.mask_embeddings if output_auxiliary_logits else decoded.mask_embeddings[-1:]
-        places = mask_features.shape[1:-3] + mask_features.shape[-2:]  # (H, W), of clips (T, H, W)
+        map_size = mask_features.shape[1:-3] + mask_features.shape[-2:]  # (H, W), of clips (T, H, W)
+        features = to_tokens(mask_features).transpose(1, 2)
         return Mask2FormerModelOutput(
             encoder_last_hidden_state=pixel_level.encoder_last_hidden_state,
             pixel_decoder_last_hidden_state=mask_features,
@@ -1308,8 +1307,7 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
             # (B, Q, H, W), of a clip (B, Q, T, H, W); of one prediction unless all are wanted. The loss does not read
             # it, but callers of either mode expect an output to have its masks.
             masks_queries_logits=tuple(
-                mask_logits(embeddings, to_tokens(mask_features).transpose(1, 2)).unflatten(2, places)
-                for embeddings in wanted
+                mask_logits(embeddings, features).unflatten(2, map_size) for embeddings in wanted
             ),
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,

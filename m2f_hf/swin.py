@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.swin import modeling_swin
 
-from .chunking import learns_in_pieces, pieces, works_in_pieces
+from .chunking import is_recorded, learns_in_pieces, pieces, works_in_pieces
 from .feed_forward import feed_forward, is_plain
 from .padding import BackbonePaddingHider
 from .window_attention import WindowAttention, Windows
@@ -23,7 +23,10 @@ _OUTSIDE = -100.0  # added to the score of a position beyond the edge around whi
 
 
 def use_windowed_layers(backbone: nn.Module) -> None:
-    """Let a Swin's layers compute as [`WindowedSwinLayer`]; of another backbone, or unknown layers, nothing changes."""
+    """Let a Swin's layers compute as [`WindowedSwinLayer`], and its stages give views of their tokens as maps.
+
+    Of another backbone nothing changes, nor do layers that are not `transformers`' own.
+    """
     for module in backbone.modules():
         if type(module) is modeling_swin.SwinLayer and hasattr(module.attention, "relative_position_bias"):
             module.__class__ = WindowedSwinLayer
@@ -32,13 +35,14 @@ def use_windowed_layers(backbone: nn.Module) -> None:
             module.get_reshaped_hidden_states = _view_of_stage  # type: ignore[method-assign, assignment]
 
 
-def feature_maps(backbone: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...]:
+def feature_maps(backbone: Any, pixel_values: Tensor) -> tuple[Tensor, ...]:
     """A backbone's maps (B, C, H, W).
 
-    Those of a Swin have a position's channels side by side in memory, as layers and norms write them; `transformers`
-    copies each map four times to have them apart. A backbone that other tools have changed is asked as a whole.
+    Those of a Swin on the CPU have a position's channels side by side in memory, as layers and norms write them;
+    `transformers` copies each map three times to have them apart. A backbone that other tools have changed, or that is
+    compiled or exported, is asked as a whole.
     """
-    if not (type(backbone) is modeling_swin.SwinBackbone and is_plain(backbone, modeling_swin.SwinBackbone)):
+    if pixel_values.device.type != "cpu" or is_recorded() or not _is_untouched(backbone):
         theirs: tuple[Tensor, ...] = backbone(pixel_values).feature_maps
         return theirs
     tokens, size = backbone.swin.embeddings(pixel_values)
@@ -52,6 +56,18 @@ def feature_maps(backbone: nn.Module, pixel_values: Tensor) -> tuple[Tensor, ...
         for name, features in zip(backbone.stage_names, maps, strict=True)
         if name in backbone.out_features
     )
+
+
+def _is_untouched(backbone: nn.Module) -> bool:
+    kinds = {
+        "": modeling_swin.SwinBackbone,
+        "swin": modeling_swin.SwinModel,
+        "swin.encoder": modeling_swin.SwinEncoder,
+    }
+    if type(backbone) is not modeling_swin.SwinBackbone:
+        return False
+    modules = [(backbone.get_submodule(name), kind) for name, kind in kinds.items()]
+    return all(type(module) is kind and is_plain(module, kind) for module, kind in modules)
 
 
 def _view_of_stage(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .chunking import pieces
 
 
-_NEGLIGIBLE = 1e-30  # an attention weight; all of a window's together are below a 1e-28th of one
+_NEGLIGIBLE = 1e-30  # an attention weight; of a window's up to 144 together they are below 1e-27
 
 
 class Windows(NamedTuple):

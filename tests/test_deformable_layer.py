@@ -8,7 +8,7 @@ from torch import nn
 
 from m2f_hf import Mask2FormerConfig, chunking, deformable_layer
 from m2f_hf import modeling_mask2former as modeling
-from m2f_hf.deformable_layer import DeformableLayer, EncodedPlaces, LayerWeights
+from m2f_hf.deformable_layer import DeformableLayer, EncodedPlaces
 from m2f_hf.modeling_mask2former import Mask2FormerPixelDecoderEncoderOnly
 from m2f_hf.multi_scale_deformable_attention import points_in_maps
 
@@ -92,7 +92,7 @@ def test_gradients_are_derivatives():
         (width, width), (width,), (samples * 3, width), (samples * 3,), (width, width), (width,),
         (width,), (width,), (wide, width), (wide,), (width, wide), (width,), (width,), (width,),
     ]  # fmt: skip
-    weights = LayerWeights(*(torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes))
+    weights = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
     map_sizes = torch.tensor([shape[::-1] for shape in shapes], dtype=torch.float64)
     places = EncodedPlaces(shapes, points_in_maps(torch.rand(length, 2, dtype=torch.float64), map_sizes, 4), None)
     states = torch.randn(2, length, width, dtype=torch.float64, requires_grad=True)
@@ -152,6 +152,40 @@ def test_autocast_and_half_precision_take_the_plain_layers():
     half = copy.deepcopy(encoder).bfloat16()
     output = half(states.bfloat16(), positions.bfloat16(), SHAPES, None)
     assert "DeformableLayer" not in names_of_functions(output)
+
+
+def test_an_encoding_may_lie_in_memory_as_it_likes():
+    encoder, (states, positions) = make_encoder(), make_inputs(encodings=3)
+    turned = positions.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    assert_alike(learn(encoder, states, turned), learn(encoder, states, positions))
+
+
+@pytest.mark.parametrize("part", ["fc1", "self_attn.value_proj", "self_attn_layer_norm", "self_attn.sampling_offsets"])
+def test_partly_frozen_weights(part, monkeypatch):
+    encoder, inputs = make_encoder(), make_inputs()
+    encoder.layers[0].get_submodule(part).requires_grad_(False)
+    gradients = []
+    for plain in (False, True):
+        with monkeypatch.context() as patch:
+            if plain:
+                patch.setattr(modeling, "learns_in_pieces", lambda *_: False)
+                patch.setattr(modeling, "form_for", lambda _: "grid_sample")
+            encoder.zero_grad()
+            encoder(*inputs, SHAPES, None).pow(3).sum().backward()
+            gradients.append([parameter.grad for parameter in encoder.parameters()])
+    assert [one is None for one in gradients[0]] == [one is None for one in gradients[1]]
+    assert sum(one is None for one in gradients[0]) == 2
+    assert_alike(*([one for one in some if one is not None] for some in gradients))
+
+
+def test_states_without_a_gradient_take_the_plain_layers():
+    encoder, (states, positions) = make_encoder(), make_inputs()
+    first = encoder.layers[:1]
+    encoder.layers = first
+    output = encoder(states.detach(), positions.detach(), SHAPES, None)
+    assert "DeformableLayer" not in names_of_functions(output)
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in first.parameters())
 
 
 def test_frozen_weights_get_no_gradient():

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from m2f_hf import chunking, group_norm
-from m2f_hf.group_norm import ChannelsLastGroupNorm
+from m2f_hf import chunking
+from m2f_hf.group_norm import ChannelsLastGroupNorm, normalise_groups, normalises_channels_last
 from m2f_hf.modeling_mask2former import ConvNorm
 
 
@@ -53,7 +53,7 @@ def test_a_mean_far_from_zero_is_no_loss():
     arguments = (features, norm.weight, norm.bias, 32, norm.eps, False)
     with torch.no_grad():
         ours = ChannelsLastGroupNorm.apply(*arguments)
-        group_norm.normalise(*arguments, output=features)
+        normalise_groups(*arguments, output=features)
     assert torch.equal(ours, features)
     assert (ours - expected).abs().max() < 2e-5
 
@@ -75,6 +75,10 @@ def test_a_convolution_and_its_norm(relu):
                 with torch.set_grad_enabled(learns):
                     actual = block(features.to(memory_format=memory_format))
                 assert (actual.double() - expected).abs().max() < 1e-5
+                is_ours = memory_format == torch.channels_last
+                assert actual.is_contiguous(memory_format=torch.channels_last) == is_ours
+                if learns:
+                    assert actual.grad_fn.name().startswith("ChannelsLastGroupNorm") == is_ours
             if hooked:
                 hook.remove()
     convolved = block.double()[0](features.double())
@@ -84,7 +88,7 @@ def test_a_convolution_and_its_norm(relu):
 
 def test_what_does_not_fit_is_left_to_pytorch():
     features, norm = make_features(), make_norm()
-    assert group_norm.serves(features, norm)
-    assert not group_norm.serves(features.contiguous(), norm)
-    assert not group_norm.serves(features.bfloat16(), norm.bfloat16())
-    assert not group_norm.serves(features.double(), make_norm())
+    assert normalises_channels_last(features, norm)
+    assert not normalises_channels_last(features.contiguous(), norm)
+    assert not normalises_channels_last(features.bfloat16(), norm.bfloat16())
+    assert not normalises_channels_last(features.double(), make_norm())

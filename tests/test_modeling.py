@@ -973,9 +973,10 @@ def test_the_watch_on_the_host_notices_what_it_should():
             waiting()
 
 
-def test_compiled_without_a_break():
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_compiled_without_a_break(backbone):
     torch.compiler.reset()
-    model = tiny_model(encoder_layers=1, decoder_layers=2)
+    model = tiny_model(backbone, encoder_layers=1, decoder_layers=2)
     mask = torch.ones(2, *SIZE)
     mask[0, :, 40:] = 0
     compiled = torch.compile(model, fullgraph=True, backend="eager")

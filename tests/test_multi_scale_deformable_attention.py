@@ -366,3 +366,18 @@ def test_softmax_over_samples_is_a_softmax(shape):
     direction = torch.randn(shape)
     gradients = [torch.autograd.grad((one * direction).sum(), logits)[0] for one in (actual, expected)]
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_scipy", [True, False])
+def test_samples_in_the_order_of_rows(with_scipy, monkeypatch):
+    if not with_scipy:
+        monkeypatch.setattr(operator, "csr_array", None)
+    top = torch.randint(0, 9, (50, 3), dtype=torch.int32)
+    top[top == 4] = 5  # a row that nobody names
+    order, queries, starts = operator.in_order_of_rows(top, 9)
+    assert sorted(order.tolist()) == list(range(150))
+    assert torch.equal(queries.long(), order.long() // 3)
+    for row in range(9):
+        of_row = order[starts[row] : starts[row + 1]].long()
+        assert torch.equal(of_row.sort().values, (top.flatten() == row).nonzero()[:, 0])
+    assert starts[9] == 150

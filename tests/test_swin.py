@@ -207,7 +207,12 @@ def test_hidden_padding_reaches_no_image():
 def make_backbone(out_features=("stage1", "stage2", "stage4")):
     torch.manual_seed(0)
     config = SwinConfig(
-        window_size=3, embed_dim=12, num_heads=[1, 2, 3, 4], depths=[1, 2, 1, 1], out_features=list(out_features)
+        window_size=3,
+        embed_dim=12,
+        num_heads=[1, 2, 3, 4],
+        depths=[1, 2, 1, 1],
+        drop_path_rate=0.0,
+        out_features=list(out_features),
     )
     theirs = AutoBackbone.from_config(config).eval()
     ours = copy.deepcopy(theirs)
@@ -243,12 +248,22 @@ def test_states_before_and_after_downsampling_are_those_of_transformers():
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_a_backbone_that_is_hooked_is_called():
+@pytest.mark.parametrize("part", ["", "swin", "swin.encoder", "swin.encoder.layers.1"])
+def test_a_backbone_that_is_hooked_is_called(part):
     _, ours = make_backbone()
     calls = []
-    ours.register_forward_hook(lambda module, args, output: calls.append(len(output.feature_maps)))
+    ours.get_submodule(part).register_forward_hook(lambda *_: calls.append(part))
     feature_maps(ours, torch.randn(1, 3, 32, 32))
-    assert calls == [3]
+    assert calls == [part]
+
+
+def test_a_backbone_that_is_compiled_runs_compiled():
+    torch.compiler.reset()
+    _, ours = make_backbone()
+    graphs = []
+    ours.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    feature_maps(ours, torch.randn(1, 3, 32, 32))
+    assert graphs
 
 
 def test_checkpointed_stages_learn_the_same():
@@ -258,6 +273,7 @@ def test_checkpointed_stages_learn_the_same():
         if checkpointed:
             enable = getattr(ours, "activation_checkpointing_enable", None) or ours.gradient_checkpointing_enable
             enable()
+            assert ours.swin.encoder.layers[0].gradient_checkpointing
         ours.train().zero_grad()
         sum(one.square().sum() for one in feature_maps(ours, pixel_values)).backward()
         gradients.append([parameter.grad for parameter in ours.parameters() if parameter.grad is not None])
