@@ -200,8 +200,8 @@ class ProductCounter(TorchDispatchMode):
         """Remember what may be a product, or have one inside."""
         namespace, _, operator = name.partition(".")
         is_foreign = namespace not in ("aten", "prim", "prims", "profiler")
-        # No products of matrices: deformable attention is a weighted sum of rows on the CPU, and its backward pass picks
-        # single products of rows.
+        # No products of matrices: deformable attention is a weighted sum of rows on the CPU, and its backward pass
+        # picks single products of rows.
         is_sum_of_rows = "deformable" in operator or operator == "sparse_sampled_addmm"
         if not is_sum_of_rows and (is_foreign or _PRODUCT_NAME.search(operator)):
             self.unknown.add(name)

@@ -1,8 +1,8 @@
 """GroupNorm of maps whose channels lie side by side in memory (arXiv 1803.08494).
 
 For this layout PyTorch's own takes the variance for the mean square less the squared mean, which loses digits, the more
-the further the mean lies from zero and the larger the map is: at 200x304 positions it had seventy times the error of its
-other form. Here the mean is taken first, and a ReLU that follows is part of the pass.
+the further the mean lies from zero and the larger the map is: at 200x304 positions it had seventy times the error of
+its other form. Here the mean is taken first, and a ReLU that follows is part of the pass.
 """
 
 from typing import Any
