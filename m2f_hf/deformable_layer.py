@@ -16,8 +16,8 @@ from .chunking import pieces
 from .multi_scale_deformable_attention import GatherTable, empty_places, images_of_queries, softmax_over_samples
 
 
-# Of the feed-forward network's wide states, for each layer, 32 MB in float32: kept, they save a tenth of the products and
-# cost as much as everything else that a layer keeps.
+# Of the feed-forward network, what is between its layers, for each encoder layer, 32 MB in float32: kept, it saves a tenth
+# of the products and costs as much memory as everything else that a layer keeps.
 _NUMBERS_KEPT = 1 << 23
 
 
