@@ -16,8 +16,8 @@ from .chunking import pieces
 from .multi_scale_deformable_attention import GatherTable, empty_places, images_of_queries, softmax_over_samples
 
 
-# Of the feed-forward network, what is between its layers, for each encoder layer, 32 MB in float32: kept, it saves a tenth
-# of the products and costs as much memory as everything else that a layer keeps.
+# What is between the layers of the feed-forward network, 32 MB in float32: kept, it saves a tenth of the products and
+# costs as much memory as everything else that an encoder layer keeps.
 _NUMBERS_KEPT = 1 << 23
 
 
