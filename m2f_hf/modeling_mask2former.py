@@ -717,6 +717,9 @@ class Mask2FormerPixelLevelModule(nn.Module):
         """
         self.padding_hider.image_sizes = image_sizes
         self.padding_hider.input_size = (pixel_values.shape[2], pixel_values.shape[3])
+        if pixel_values.dtype != torch.float32:
+            # A convolutional backbone keeps the layout. In float32 it is as fast in either.
+            pixel_values = with_channels_last(pixel_values)
         features = feature_maps(self.encoder, pixel_values)
         if not torch.compiler.is_exporting():  # there a size may be a symbol, which a comparison would pin down
             self._check_strides(pixel_values, features)
