@@ -1102,6 +1102,8 @@ def test_mask_logits_of_one_image_are_those_of_many(dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     assert (both.double() - expected).abs().max() < tolerance
     assert (torch.cat(alone).double() - expected).abs().max() < tolerance
+    traced = torch.jit.trace(modeling.mask_logits, (embeddings[:1], features[:1]))
+    assert (traced(embeddings, features).double() - expected).abs().max() < tolerance
 
 
 def test_a_model_in_half_precision_takes_what_the_processor_gives():
