@@ -99,7 +99,7 @@ class DeformableLayer(torch.autograd.Function):
         expanded = rows.new_empty(len(rows), width) if len(rows) * width <= _NUMBERS_KEPT else None
         for part in _parts(states, shares):
             table = _table(states[part], weights, part, heads, places)
-            for piece in _pieces(part, length, width):
+            for piece, images in _pieces(part, length, max(width, 4 * shares[0].numel())):
                 queries = rows[piece] + _of_positions(positions, piece, length)
                 sampling = F.linear(queries, *weights.sampling)
                 offsets, logits = sampling.tensor_split([coordinates.shape[1]], dim=1)
@@ -110,7 +110,7 @@ class DeformableLayer(torch.autograd.Function):
                     out=coordinates[piece].view(len(points), heads, -1),
                 )
                 shares[piece] = softmax_over_samples(logits.unflatten(1, (heads, -1)))
-                attended[piece] = table.attend(coordinates[piece], shares[piece], _images(part, piece, length))
+                attended[piece] = table.attend(coordinates[piece], shares[piece], images)
                 _linear(attended[piece], weights.output, first[piece])
                 normed = _norm(first[piece].add_(rows[piece]), weights.norm1, eps[0], norms[:2, piece])
                 into = None if expanded is None else expanded[piece]
@@ -142,7 +142,7 @@ class DeformableLayer(torch.autograd.Function):
             table = _table(states[part], weights, part, heads, places)
             of_part = slice(part.start * length, part.stop * length)
             located = empty_places(shares[of_part])
-            for piece in _pieces(part, length, width):
+            for piece, images in _pieces(part, length, max(width, 4 * shares[0].numel())):
                 grad_second = _norm_backward(
                     grads.norm2, grad_output[piece], second[piece], norms[2:, piece], weights.norm2
                 )
@@ -155,7 +155,7 @@ class DeformableLayer(torch.autograd.Function):
                 grad_first = _norm_backward(grads.norm1, grad_normed, first[piece], norms[:2, piece], weights.norm1)
                 _add_linear(grads.output, grad_first, attended[piece])
                 of_heads = torch.mm(grad_first, weights.output[0], out=grad_attended[piece])
-                of_piece = table.locate(coordinates[piece], _images(part, piece, length))
+                of_piece = table.locate(coordinates[piece], images)
                 grad_coordinates, grad_shares = table.sample_gradients(
                     of_heads.unflatten(1, (heads, -1)), coordinates[piece], shares[piece], of_piece
                 )
@@ -195,17 +195,11 @@ def _table(states: Tensor, weights: LayerWeights, part: slice, heads: int, place
     return GatherTable(value.unflatten(2, (heads, -1)), places.shapes, weights.num_samples(heads) // len(places.shapes))
 
 
-def _pieces(part: slice, length: int, width: int) -> Iterator[slice]:
-    """Rows of some images, a few thousand at a time."""
-    first = part.start * length
+def _pieces(part: slice, length: int, width: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """Rows of some images, a few thousand at a time; and which of these images each is of, (n,) int32, None for one."""
+    first, images = part.start * length, images_of_queries(part, length)
     for piece in pieces((part.stop - part.start) * length, width):
-        yield slice(first + piece.start, first + piece.stop)
-
-
-def _images(part: slice, piece: slice, length: int) -> Tensor | None:
-    """Each row's image among those of a part, (n,) int32; None where there is but one."""
-    images = images_of_queries(part, length)
-    return None if images is None else images[piece.start - part.start * length : piece.stop - part.start * length]
+        yield slice(first + piece.start, first + piece.stop), None if images is None else images[piece]
 
 
 def _of_positions(table: Tensor, piece: slice, length: int) -> Tensor:
