@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from .backbone import load_backbone_weights, read_backbone_config
 from .chunking import is_recorded, learns_in_pieces, pieces, works_in_pieces
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
+from .convolution import TiledConv2d
 from .criterion import Mask2FormerLoss
 from .deformable_layer import DeformableLayer, EncodedPlaces, LayerWeights
 from .feed_forward import feed_forward, is_plain
@@ -551,7 +552,7 @@ class Mask2FormerPixelDecoder(nn.Module):
         )
         self.encoder = Mask2FormerPixelDecoderEncoderOnly(config)
         self.adapter_1 = ConvNorm(nn.Conv2d(feature_channels[0], width, 1, bias=False))
-        self.layer_1 = ConvNorm(nn.Conv2d(width, width, 3, padding=1, bias=False), relu=True)
+        self.layer_1 = ConvNorm(TiledConv2d(width, width, 3, padding=1, bias=False), relu=True)
         self.mask_projection = nn.Conv2d(width, config.mask_feature_size, kernel_size=1)
 
     def forward(
@@ -607,13 +608,16 @@ class Mask2FormerFPNPixelDecoder(nn.Module):
             if level < self.num_levels:
                 self.add_module(f"adapter_{level}", ConvNorm(nn.Conv2d(channels, width, 1, bias=False)))
                 channels = width
-            self.add_module(f"layer_{level}", ConvNorm(nn.Conv2d(channels, width, 3, padding=1, bias=False), relu=True))
-        self.mask_projection = nn.Conv2d(width, config.mask_feature_size, kernel_size=3, padding=1)
+            self.add_module(
+                f"layer_{level}", ConvNorm(TiledConv2d(channels, width, 3, padding=1, bias=False), relu=True)
+            )
+        self.mask_projection = TiledConv2d(width, config.mask_feature_size, kernel_size=3, padding=1)
 
     def forward(
         self, features: tuple[Tensor, ...], paddings: tuple[Tensor | None, ...]
     ) -> Mask2FormerPixelDecoderOutput:
         """Backbone maps and their paddings, finest first -> mask features and three maps, coarsest first."""
+        features = tuple(map(with_channels_last, features))
         coarsest, padding = features[-1], paddings[-1]
         if padding is not None:
             coarsest = coarsest.masked_fill(padding[:, None], 0.0)

@@ -1,0 +1,171 @@
+"""3x3 convolution by tiles: against PyTorch's own in double precision."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from m2f_hf import Mask2FormerConfig, Mask2FormerModel
+from m2f_hf import convolution as module
+from m2f_hf.convolution import TiledConv2d, TiledConvolution, convolve, weight_gradient, works_in_tiles
+
+
+def make_inputs(batch=2, channels=5, outputs=7, height=6, width=10, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (batch, channels, height, width), (outputs, channels, 3, 3), (outputs,)
+    features, weight, bias = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+    return features.to(memory_format=torch.channels_last), weight, bias
+
+
+@pytest.fixture(params=[0, 1 << 20], ids=["products by tiles", "products as PyTorch does them"])
+def least_channels(request, monkeypatch):
+    monkeypatch.setattr(module, "_LEAST_CHANNELS", request.param)
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 1 << 20], ids=["a row of tiles at a time", "the same", "all"])
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (2, 8), (8, 2), (6, 10), (14, 6)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_values_and_gradients_are_those_of_a_convolution(height, width, tiles, with_bias, least_channels, monkeypatch):
+    monkeypatch.setattr(module, "_TILES_PER_PIECE", tiles)
+    inputs = make_inputs(height=height, width=width)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        features, weight, bias = (tensor.to(dtype).requires_grad_() for tensor in inputs)
+        if dtype == torch.float64:
+            output = F.conv2d(features, weight, bias if with_bias else None, padding=1)
+            upstream = torch.randn(output.shape, dtype=dtype)
+        else:
+            output = TiledConvolution.apply(features, weight, bias if with_bias else None)
+            assert output.is_contiguous(memory_format=torch.channels_last)
+        wanted = (features, weight, bias) if with_bias else (features, weight)
+        results.append((output, *torch.autograd.grad(output, wanted, upstream.to(dtype))))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_gradients_are_those_of_the_values(least_channels):
+    features, weight, bias = (tensor.requires_grad_() for tensor in make_inputs(1, 2, 3, 4, 6, torch.float64))
+    assert torch.autograd.gradcheck(TiledConvolution.apply, (features, weight, bias))
+
+
+def test_rounding_is_no_worse_than_that_of_a_convolution():
+    features, weight, _ = make_inputs(1, 96, 96, 20, 24)
+    grad = make_inputs(1, 96, 96, 20, 24)[0].flip(0, 2).contiguous(memory_format=torch.channels_last)
+
+    def error(actual, expected):
+        return ((actual.double() - expected).norm() / expected.norm()).item()
+
+    def weight_gradient_of_pytorch(features, grad):
+        return torch.nn.grad.conv2d_weight(features, weight.shape, grad, padding=1)
+
+    exact = F.conv2d(features.double(), weight.double(), padding=1)
+    assert error(convolve(features, weight), exact) < 1.5 * error(F.conv2d(features, weight, padding=1), exact)
+    exact = weight_gradient_of_pytorch(features.double(), grad.double())
+    assert error(weight_gradient(features, grad), exact) < 1.5 * error(
+        weight_gradient_of_pytorch(features, grad), exact
+    )
+
+
+def test_what_learns_nothing_costs_nothing(least_channels, monkeypatch):
+    features, weight, bias = make_inputs()
+    weight.requires_grad_()
+    output = TiledConvolution.apply(features, weight, bias)
+    monkeypatch.setattr(module, "_convolve_faster", None)  # the gradient of the features would need it
+    (output * output.detach()).sum().backward()
+    assert weight.grad is not None and features.grad is None and bias.grad is None
+
+
+def test_a_layer_takes_tiles_where_it_can(monkeypatch):
+    features, weight, bias = make_inputs(channels=8, outputs=8)
+    layer = TiledConv2d(8, 8, 3, padding=1)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    expected = F.conv2d(features.double(), weight.double(), bias.double(), padding=1)
+    learning = layer(features)
+    assert learning.grad_fn.name().startswith("TiledConvolution")
+    with torch.no_grad():
+        monkeypatch.setattr(module, "_LEAST_CHANNELS", 8)
+        by_tiles = layer(features)
+        assert torch.equal(by_tiles, convolve(features, weight, bias))
+        monkeypatch.setattr(module, "_LEAST_CHANNELS", 9)
+        by_pytorch = layer(features)
+        assert torch.equal(by_pytorch, F.conv2d(features, weight, bias, padding=1))
+    for output in (learning, by_tiles, by_pytorch):
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2}, {"dilation": 2, "padding": 2}, {"padding": 0}, {"padding_mode": "reflect"}, {"groups": 2}],
+    ids=str,
+)
+def test_other_convolutions_are_left_to_pytorch(options):
+    features, *_ = make_inputs(channels=8)
+    torch.manual_seed(0)
+    layer = TiledConv2d(8, 8, 3, **{"padding": 1, **options})
+    torch.manual_seed(0)
+    expected = nn.Conv2d(8, 8, 3, **{"padding": 1, **options})(features)
+    assert torch.equal(layer(features), expected)
+
+
+def test_other_maps_are_left_to_pytorch():
+    features, *_ = make_inputs(channels=8)
+    layer = TiledConv2d(8, 8, 3, padding=1)
+    assert works_in_tiles(features, layer.weight)
+    odd = [features[:, :, :5], features[:, :, :, :9]]
+    others = [features.contiguous(), *(one.contiguous(memory_format=torch.channels_last) for one in odd), features[:0]]
+    for other in (*others, features[0]):
+        assert not works_in_tiles(other, layer.weight)
+        torch.testing.assert_close(layer(other), F.conv2d(other, layer.weight, layer.bias, padding=1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not works_in_tiles(features, layer.weight)
+        assert layer(features).dtype == torch.bfloat16
+    assert not works_in_tiles(features.bfloat16(), layer.weight.bfloat16())
+    assert not works_in_tiles(features.double(), layer.weight)
+
+
+def test_a_compiler_sees_a_convolution():
+    features, *_ = make_inputs(channels=8)
+    layer = TiledConv2d(8, 8, 3, padding=1)
+    names = []
+
+    def backend(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(features), layer(features))
+    assert any("conv2d" in name for name in names)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("msdeform", 1), ("fpn", 4)])
+def test_pixel_decoders_learn_by_tiles(kind, count, monkeypatch):
+    """In double precision, so that no mask is decided otherwise; the FPN's coarsest map has an odd side here."""
+    torch.manual_seed(0)
+    backbone = {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2}
+    backbone["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
+    config = Mask2FormerConfig(
+        backbone_config=backbone, pixel_decoder=kind, feature_size=32, mask_feature_size=32, hidden_dim=32,
+        num_attention_heads=2, encoder_layers=1, encoder_feedforward_dim=32, decoder_layers=2, dim_feedforward=32,
+        num_queries=4,
+    )  # fmt: skip
+    decoder = Mask2FormerModel(config).double().pixel_level_module.decoder
+    shapes = [(2, 8 * 2**stage, 24 // 2**stage, 40 // 2**stage) for stage in range(4)]
+    maps = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    applied = []
+    apply = TiledConvolution.apply
+    monkeypatch.setattr(TiledConvolution, "apply", lambda *args: applied.append(args) or apply(*args))
+    results = []
+    for _ in range(2):
+        features = [each.clone().requires_grad_() for each in maps]
+        outputs = decoder(tuple(features), (None,) * 4)
+        flat = [outputs.mask_features, *outputs.multi_scale_features]
+        parameters = list(decoder.parameters())
+        loss = sum((output * output.cos()).sum() for output in flat)
+        results.append((*flat, *torch.autograd.grad(loss, [*features, *parameters], allow_unused=True)))
+        assert len(applied) == count
+        monkeypatch.setattr(module, "works_in_tiles", lambda *args: False)
+    for tiled, plain in zip(*results, strict=True):
+        assert (tiled is None) == (plain is None)
+        if plain is not None:
+            torch.testing.assert_close(tiled, plain, rtol=1e-9, atol=1e-9)
