@@ -10,6 +10,7 @@ backward pass is made of the same parts. In this layout PyTorch's own gradient o
 as long where the processor has AVX2 and no more.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -95,28 +96,41 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     batch, _, height, width = features.shape
     output = features.new_empty(batch, height, width, len(weight))
     kernel = _transformed_kernel(weight)
+    products = _Room(features)
     for tiles in _Tiles.of(features):
-        products = features.new_empty(4, 4, *tiles.shape, len(weight))
-        torch.bmm(tiles.inputs().flatten(2, 3).flatten(0, 1), kernel, out=products.flatten(2, 3).flatten(0, 1))
+        found = products.view(4, 4, *tiles.shape, len(weight))
+        torch.bmm(_matrices(tiles.inputs()), kernel, out=_matrices(found))
         if bias is not None:
-            products[1, 1] += bias  # the one of the sixteen that all four outputs have in them
-        _write_outputs(products, tiles.outputs_in(output))
+            found[1, 1] += bias  # the one of the sixteen that all four outputs have in them
+        _write_outputs(found, tiles.outputs_in(output))
     return output.permute(0, 3, 1, 2)
 
 
 def weight_gradient(features: Tensor, grad: Tensor) -> Tensor:
     """Of `convolve`: (B, C, H, W) and its output's gradient (B, O, H, W), both with channels last -> (O, C, 3, 3)."""
     rows = grad.permute(0, 2, 3, 1)
-    channels, width = grad.shape[1], features.shape[1]
-    of_kernel = features.new_zeros(16, channels, width)
+    of_kernel = features.new_zeros(16, grad.shape[1], features.shape[1])
+    of_products = _Room(features)
     for tiles in _Tiles.of(features):
-        of_products = features.new_empty(4, 4, *tiles.shape, channels)
-        _spread_outputs(tiles.outputs_in(rows), of_products)
-        of_kernel.baddbmm_(
-            of_products.flatten(2, 3).flatten(0, 1).transpose(1, 2), tiles.inputs().flatten(2, 3).flatten(0, 1)
-        )
+        spread = of_products.view(4, 4, *tiles.shape, grad.shape[1])
+        _spread_outputs(tiles.outputs_in(rows), spread)
+        of_kernel.baddbmm_(_matrices(spread).mT, _matrices(tiles.inputs()))
     basis = _kernel_basis(features)
     return torch.einsum("ai,bj,aboc->ocij", basis, basis, of_kernel.unflatten(0, (4, 4)))
+
+
+class _Room:
+    """Memory that is used again for every piece: fresh memory is not in the cache."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._numbers = like.new_empty(0)
+
+    def view(self, *shape: int) -> Tensor:
+        """Of that shape; what was there before is lost."""
+        count = math.prod(shape)
+        if count > len(self._numbers):
+            self._numbers = self._numbers.new_empty(count)
+        return self._numbers[:count].view(shape)
 
 
 class _Tiles(NamedTuple):
@@ -126,11 +140,13 @@ class _Tiles(NamedTuple):
         rows: (2 * n + 2, W + 2, C), what n rows of tiles see, with zeros around the image.
         image: which of the batch it is.
         first: number of the first row of tiles.
+        room: for `inputs`.
     """
 
     rows: Tensor
     image: int
     first: int
+    room: tuple[_Room, _Room]
 
     @classmethod
     def of(cls, features: Tensor) -> Iterator["_Tiles"]:
@@ -138,6 +154,7 @@ class _Tiles(NamedTuple):
         height, width = features.shape[2:]
         step = min(max(1, _TILES_PER_PIECE // (width // 2)), height // 2)
         padded = features.new_zeros(2 * step + 2, width + 2, features.shape[1])
+        room = _Room(features), _Room(features)
         for image, rows in enumerate(features.permute(0, 2, 3, 1)):
             for first in range(0, height // 2, step):
                 seen = padded[: 2 * min(step, height // 2 - first) + 2]
@@ -146,7 +163,7 @@ class _Tiles(NamedTuple):
                 seen[: start - above] = 0
                 seen[stop - above :] = 0
                 seen[start - above : stop - above, 1:-1] = rows[start:stop]
-                yield cls(seen, image, first)
+                yield cls(seen, image, first, room)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -156,9 +173,9 @@ class _Tiles(NamedTuple):
     def inputs(self) -> Tensor:
         """Transformed, (4, 4, n, W / 2, C)."""
         height, width = self.shape
-        along_height = self.rows.new_empty(4, height, *self.rows.shape[1:])
+        along_height = self.room[0].view(4, height, *self.rows.shape[1:])
         _transform([self.rows[row : row + 2 * height : 2] for row in range(4)], along_height)
-        transformed = self.rows.new_empty(4, 4, height, width, self.rows.shape[2])
+        transformed = self.room[1].view(4, 4, height, width, self.rows.shape[2])
         _transform(
             [along_height[:, :, column : column + 2 * width : 2] for column in range(4)], transformed.transpose(0, 1)
         )
@@ -168,6 +185,11 @@ class _Tiles(NamedTuple):
         """Where the outputs are in (B, H, W, O): (2, 2, n, W / 2, O)."""
         rows = output[self.image, 2 * self.first : 2 * (self.first + self.shape[0])]
         return rows.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).permute(1, 3, 0, 2, 4)
+
+
+def _matrices(of_tiles: Tensor) -> Tensor:
+    """(4, 4, n, W / 2, C) -> (16, n * W / 2, C)."""
+    return of_tiles.flatten(2, 3).flatten(0, 1)
 
 
 def _transform(seen: list[Tensor], transformed: Tensor) -> None:
