@@ -249,7 +249,7 @@ class MatchedMasksAtPoints(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         mask_features, embeddings, points = ctx.saved_tensors
-        features_grad, embeddings_grad = torch.zeros_like(mask_features), torch.zeros_like(embeddings)
+        features_grad, embeddings_grad = torch.empty_like(mask_features), torch.zeros_like(embeddings)
         size = mask_features.shape[2:]
         for part in outputs_at_once(mask_features, grad.shape[1], len(embeddings)):
             masks_grad = spread_to_maps(
@@ -259,7 +259,9 @@ class MatchedMasksAtPoints(torch.autograd.Function):
                 frame_grad = masks_grad[:, masks].flatten(0, 1)
                 rows = embeddings[part, of_frame]
                 embeddings_grad[part, of_frame] += (frame_grad @ features.flatten(1).T).view(rows.shape)
-                features_grad[frame].flatten(1).addmm_(rows.flatten(0, 1).T, frame_grad)
+                # Written by the first outputs and added to by the others, as zeros are dear to write for a map.
+                of_features = features_grad[frame].flatten(1)
+                of_features.addmm_(rows.flatten(0, 1).T, frame_grad, beta=1 if part.start else 0)
         return features_grad, embeddings_grad, None, None, None
 
 

@@ -16,9 +16,9 @@ from .chunking import pieces
 from .multi_scale_deformable_attention import GatherTable, empty_places, images_of_queries, softmax_over_samples
 
 
-# What is between the layers of the feed-forward network, 32 MB in float32: kept, it saves a tenth of the products and
-# costs as much memory as everything else that an encoder layer keeps.
-_NUMBERS_KEPT = 1 << 23
+# Of what is between the layers of the feed-forward network, 16 MB in float32. Kept for all positions, it would save a
+# tenth of the products and cost as much memory as everything else that an encoder layer keeps.
+_NUMBERS_KEPT = 1 << 22
 
 
 class EncodedPlaces(NamedTuple):
@@ -96,7 +96,7 @@ class DeformableLayer(torch.autograd.Function):
         coordinates = rows.new_empty(len(rows), heads * samples * 2)
         shares = rows.new_empty(len(rows), heads, samples)
         norms = rows.new_empty(4, len(rows), 1)  # mean and inverse deviation of the first, and of the second
-        expanded = rows.new_empty(len(rows), width) if len(rows) * width <= _NUMBERS_KEPT else None
+        expanded = rows.new_empty(min(len(rows), _NUMBERS_KEPT // width), width)  # of the first positions
         for part in _parts(states, shares):
             table = _table(states[part], weights, part, heads, places)
             for piece, images in _pieces(part, length, max(width, 4 * shares[0].numel())):
@@ -113,8 +113,7 @@ class DeformableLayer(torch.autograd.Function):
                 attended[piece] = table.attend(coordinates[piece], shares[piece], images)
                 _linear(attended[piece], weights.output, first[piece])
                 normed = _norm(first[piece].add_(rows[piece]), weights.norm1, eps[0], norms[:2, piece])
-                into = None if expanded is None else expanded[piece]
-                wide = _linear(normed, weights.fc1, into).relu_()
+                wide = _linear(normed, weights.fc1, expanded[piece] if piece.stop <= len(expanded) else None).relu_()
                 _linear(wide, weights.fc2, second[piece])
                 output[piece] = _norm(second[piece].add_(normed), weights.norm2, eps[1], norms[2:, piece])
         ctx.save_for_backward(
@@ -147,7 +146,8 @@ class DeformableLayer(torch.autograd.Function):
                     grads.norm2, grad_output[piece], second[piece], norms[2:, piece], weights.norm2
                 )
                 normed = F.layer_norm(first[piece], first.shape[1:], *weights.norm1, eps[0])
-                wide = F.linear(normed, *weights.fc1).relu_() if expanded is None else expanded[piece]
+                is_kept = piece.stop <= len(expanded)
+                wide = expanded[piece] if is_kept else F.linear(normed, *weights.fc1).relu_()
                 _add_linear(grads.fc2, grad_second, wide)
                 grad_wide = torch.ops.aten.threshold_backward(grad_second @ weights.fc2[0], wide, 0)
                 _add_linear(grads.fc1, grad_wide, normed)

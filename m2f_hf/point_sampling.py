@@ -110,10 +110,13 @@ class PointRows:
     """
 
     def __init__(self, features: Tensor) -> None:
-        batch_size, _, height, width = features.shape
-        # (B, C, H, W) -> (B, H+2, W+2, C) -> (B * (H+2) * (W+2), C), zeros all around
-        bordered = F.pad(features.detach().float().permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        self.rows = bordered.flatten(0, 2).contiguous()
+        batch_size, channels, height, width = features.shape
+        # (B, C, H, W) -> (B, H+2, W+2, C) -> (B * (H+2) * (W+2), C), zeros all around, and written once
+        bordered = torch.empty(batch_size, height + 2, width + 2, channels, device=features.device)
+        bordered[:, 1:-1, 1:-1] = features.detach().permute(0, 2, 3, 1)
+        for edge in (bordered[:, 0], bordered[:, -1], bordered[:, :, 0], bordered[:, :, -1]):
+            edge.zero_()
+        self.rows = bordered.flatten(0, 2)
         self.stride = width + 2
         size = torch.tensor([width, height]).to(features.device, non_blocking=True)  # (2,), x and y as in points
         self.size = size.expand(batch_size, 1, 2)
@@ -163,7 +166,9 @@ def _in_floats(masks: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     numbers = _FLOATS_AT_ONCE if masks.device.type == "cpu" else 8 * _FLOATS_AT_ONCE
     step = max(1, numbers // max(1, masks[0].numel() if len(masks) else 1))
     for start in range(0, len(masks), step):
-        yield masks[start : start + step].float(), others[start : start + step]
+        part = masks[start : start + step]
+        # As bytes booleans are converted six times as fast.
+        yield (part.view(torch.uint8) if part.dtype == torch.bool else part).float(), others[start : start + step]
 
 
 def _lower_neighbour(location: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def assert_alike(actual, expected):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * max(1, other.abs().max().item()))
 
 
-@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
+@pytest.mark.parametrize("kept", [0, 77 * WIDE, 1 << 20], ids=["computed again", "kept in part", "kept"])
 @pytest.mark.parametrize("encodings", [1, 3], ids=["one encoding", "an encoding for each image"])
 # A row a piece and an image a table; pieces that end within images, and span some; everything at once.
 @pytest.mark.parametrize("numbers", [1, 50 * WIDE, 2 * LENGTH * 4 * 24, 1 << 20])
