@@ -583,16 +583,17 @@ class Mask2FormerPixelDecoder(nn.Module):
         maps = tuple(
             to_map(level, shape) for level, shape in zip(encoded.split(sizes, dim=1), spatial_shapes, strict=True)
         )
-        lateral = self.adapter_1(finest, paddings[0])
-        upsampled = nn.functional.interpolate(
-            continue_edges(maps[-1], coarse_paddings[-1]), size=lateral.shape[-2:], mode="bilinear", align_corners=False
+        # One name for what follows from each other: maps of this size are what most memory is needed for, and each may
+        # go when the next is there.
+        fused = self.adapter_1(finest, paddings[0])
+        fused = fused + nn.functional.interpolate(
+            continue_edges(maps[-1], coarse_paddings[-1]), size=fused.shape[-2:], mode="bilinear", align_corners=False
         )
-        fused = lateral + upsampled
         if paddings[0] is not None:
             fused = fused.masked_fill(paddings[0][:, None], 0.0)
-        mask_features = self.mask_projection(self.layer_1(fused, paddings[0]))
+        fused = self.layer_1(fused, paddings[0])
         return Mask2FormerPixelDecoderOutput(
-            multi_scale_features=maps, mask_features=continue_edges(mask_features, paddings[0])
+            multi_scale_features=maps, mask_features=continue_edges(self.mask_projection(fused), paddings[0])
         )
 
 
