@@ -16,34 +16,29 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .backbone import load_backbone_weights, read_backbone_config
-from .chunking import is_recorded, learns_in_pieces, pieces, works_in_pieces
-from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
-from .convolution import TiledConv2d
+from .chunking import is_recorded
+from .configuration_mask2former import Mask2FormerConfig
 from .criterion import Mask2FormerLoss
-from .deformable_layer import DeformableLayer, EncodedPlaces, LayerWeights
-from .feed_forward import feed_forward, is_plain
-from .group_norm import ChannelsLastGroupNorm, normalise_groups, normalises_channels_last
-from .multi_scale_deformable_attention import (
-    GatherTable,
-    deformable_attention_at_offsets,
-    form_for,
-    points_in_maps,
-    softmax_over_samples,
+from .layers import (
+    NUM_FEATURE_LEVELS,
+    Mask2FormerSinePositionEmbedding,
+    SamplingOffsets,
+    XavierConv2d,
+    XavierLinear,
+    ZeroLinear,
+    to_tokens,
+    with_channels_last,
 )
 from .padding import (
     PADDING_DIVISOR,
     BackbonePaddingHider,
-    continue_edges,
     hidden_padding,
     image_sizes_from_mask,
-    masked_group_norm,
     may_hide_padding,
 )
-from .swin import feature_maps, to_map, use_windowed_layers
+from .pixel_decoder import PIXEL_DECODER_CLASSES, Mask2FormerPixelDecoder
+from .swin import feature_maps, use_windowed_layers
 
-
-NUM_FEATURE_LEVELS = 3  # strides 32, 16 and 8 feed the decoder (paper, section 3.2.2)
-NUM_SAMPLING_POINTS = 4  # of deformable attention, for each head and level
 
 # What of a checkpoint cannot be kept under another value of a field.
 _DEPENDS_ON_FIELD = {
@@ -63,18 +58,6 @@ _DOWNLOAD_ARGUMENTS = (
 
 
 # --- Outputs ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Mask2FormerPixelDecoderOutput(ModelOutput):
-    """
-    Args:
-        multi_scale_features: three maps (B, feature_size, H/32, W/32), (…, H/16, W/16), (…, H/8, W/8).
-        mask_features: (B, mask_feature_size, H/4, W/4).
-    """
-
-    multi_scale_features: tuple[Tensor, ...] | None = None
-    mask_features: Tensor | None = None
 
 
 @dataclass
@@ -203,467 +186,7 @@ class Mask2FormerForUniversalSegmentationOutput(ModelOutput):
     image_sizes: Tensor | None = None
 
 
-# --- Layers that differ in their first weights alone -----------------------------------------------------------------
-# transformers asks for the first weights of one module after another, and passes over those that own no parameter: what
-# is special about a layer's start must be known from the layer itself.
-
-
-class XavierLinear(nn.Linear):
-    """Linear layer of a transformer: Xavier-uniform weights, bias zero or (feed-forward) PyTorch's default.
-
-    Args:
-        zero_bias: whether the bias starts at zero.
-    """
-
-    def __init__(self, in_features: int, out_features: int, zero_bias: bool = True) -> None:
-        super().__init__(in_features, out_features)
-        self.zero_bias = zero_bias
-
-
-class XavierConv2d(nn.Conv2d):
-    """Convolution with Xavier-uniform weights: those that lead into the deformable encoder."""
-
-
-class ZeroLinear(nn.Linear):
-    """Linear layer that starts at zero: deformable attention begins with equal weights."""
-
-
-class SamplingOffsets(nn.Linear):
-    """Offsets that start constant: heads look in different directions, points at growing distance.
-
-    That is the start of deformable attention (arXiv 2010.04159, appendix A.4).
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__(embed_dim, num_heads * NUM_FEATURE_LEVELS * NUM_SAMPLING_POINTS * 2)
-        self.num_heads = num_heads
-
-    def first_bias(self) -> Tensor:
-        """(heads * levels * points * 2,) as (x, y) in pixels of the level that is read."""
-        angle = torch.arange(self.num_heads, dtype=torch.float32, device="cpu") * (2 * math.pi / self.num_heads)
-        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # (M, 2)
-        distance = torch.arange(1, NUM_SAMPLING_POINTS + 1, dtype=torch.float32, device="cpu")
-        # (M, 1, 1, 2) x (P, 1) -> (M, L, P, 2)
-        return (direction[:, None, None] * distance[:, None]).expand(-1, NUM_FEATURE_LEVELS, -1, -1).flatten()
-
-
-# --- Position encoding -----------------------------------------------------------------------------------------------
-
-
-class Mask2FormerSinePositionEmbedding(nn.Module):
-    """Sine position encoding of DETR, normalised to 2 pi over each image; y before x, sine and cosine interleaved.
-
-    In a clip, an encoding of the frame's number is added, over all channels and normalised likewise.
-
-    Args:
-        num_position_features: channels for each of y and x.
-    """
-
-    temperature = 10000
-    scale = 2 * math.pi
-    eps = 1e-6
-
-    def __init__(self, num_position_features: int) -> None:
-        super().__init__()
-        self.num_position_features = num_position_features
-
-    def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
-        """For a map (B, C, H, W), encoding (1 or B, 2 * num_position_features, H, W) in its dtype; B with padding.
-
-        For a clip (B, T, C, H, W), with the same padding (B, H, W) in all frames: (1 or B, T, …, H, W).
-        """
-        height, width = features.shape[-2:]
-        device = features.device
-        y = torch.arange(1, height + 1, device=device, dtype=torch.float32)
-        x = torch.arange(1, width + 1, device=device, dtype=torch.float32)
-        last_y, last_x = y[-1:], x[-1:]
-        if padding is not None:
-            last_y, last_x = ((~side).sum(1, keepdim=True).float() for side in (padding[:, :, 0], padding[:, 0]))
-        y_angles = self._angles(y / (last_y + self.eps) * self.scale, self.num_position_features)  # (1 or B, H, F)
-        x_angles = self._angles(x / (last_x + self.eps) * self.scale, self.num_position_features)
-        y_part = y_angles[:, :, None].expand(-1, -1, width, -1)
-        x_part = x_angles[:, None].expand(-1, height, -1, -1)
-        # In memory a position's channels lie side by side, as they do in the tokens that the encoding is added to.
-        encoding = torch.cat([y_part, x_part], dim=-1).movedim(-1, 1)
-        if features.dim() == 5:
-            frame = torch.arange(1, features.shape[1] + 1, device=device, dtype=torch.float32)
-            angles = self._angles(frame / (frame[-1:] + self.eps) * self.scale, 2 * self.num_position_features)
-            encoding = encoding[:, None] + angles[..., None, None]
-        return encoding.to(features.dtype)
-
-    def _angles(self, positions: Tensor, num_features: int) -> Tensor:
-        """(n,) or (B, n) -> (1 or B, n, num_features)."""
-        pair = torch.arange(num_features // 2, device=positions.device, dtype=torch.float32)
-        frequency = self.temperature ** (2 * pair / num_features)
-        angles = positions.view(-1, positions.shape[-1], 1) / frequency
-        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-
-
-# --- Pixel decoder ---------------------------------------------------------------------------------------------------
-
-
-class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
-    """Multi-scale deformable self-attention over the three coarse maps (arXiv 2010.04159, equation 3)."""
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        samples = num_heads * NUM_FEATURE_LEVELS * NUM_SAMPLING_POINTS
-        self.sampling_offsets = SamplingOffsets(embed_dim, num_heads)
-        self.attention_weights = ZeroLinear(embed_dim, samples)
-        self.value_proj = XavierLinear(embed_dim, embed_dim)
-        self.output_proj = XavierLinear(embed_dim, embed_dim)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Tensor,
-        reference_points: Tensor,
-        map_sizes: Tensor,
-        spatial_shapes: list[tuple[int, int]],
-        padding: Tensor | None,
-    ) -> Tensor:
-        """(B, S, C), encoding (B or 1, S, C), points (S, 2), each level's width and height (L, 2), the same as integers
-        (height first), padding (B, S) True = padding -> (B, S, C)."""
-        queries = hidden_states + position_embeddings
-        value = self.project_values(hidden_states, padding)
-        offsets, weights = self.sampling(queries)
-        samples = (NUM_FEATURE_LEVELS, NUM_SAMPLING_POINTS)
-        output = deformable_attention_at_offsets(
-            value,
-            spatial_shapes,
-            map_sizes,
-            reference_points,
-            offsets.unflatten(-1, (*samples, 2)),
-            weights.unflatten(-1, samples),
-        )
-        return self.output_proj(output)
-
-    def project_values(self, hidden_states: Tensor, padding: Tensor | None) -> Tensor:
-        """(B, S, C), (B, S) True = padding -> (B, S, heads, C / heads), zeros in the padding."""
-        value = self.value_proj(hidden_states)
-        if padding is not None:
-            value = value.masked_fill(padding[..., None], 0.0)
-        return value.unflatten(-1, (self.num_heads, -1))
-
-    def sampling(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, C) -> offsets (…, heads, L * P * 2) in pixels of the level they read, and weights (…, heads, L * P)."""
-        offsets, weights = (
-            projection(queries).unflatten(-1, (self.num_heads, -1))
-            for projection in (self.sampling_offsets, self.attention_weights)
-        )
-        return offsets, softmax_over_samples(weights)
-
-    def read(self, queries: Tensor, points: Tensor, table: GatherTable) -> Tensor:
-        """`forward` for some queries of one image: (n, C), their places in every level (n, L * P * 2) -> (n, C)."""
-        offsets, weights = self.sampling(queries)
-        coordinates = (offsets + points[:, None]).flatten(1)
-        return self.output_proj(table.attend(coordinates, weights.to(points.dtype)).to(queries.dtype))
-
-
-class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: Mask2FormerConfig) -> None:
-        super().__init__()
-        width = config.feature_size
-        self.self_attn = Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(width, config.num_attention_heads)
-        self.self_attn_layer_norm = nn.LayerNorm(width)
-        self.fc1 = XavierLinear(width, config.encoder_feedforward_dim, zero_bias=False)
-        self.fc2 = XavierLinear(config.encoder_feedforward_dim, width, zero_bias=False)
-        self.final_layer_norm = nn.LayerNorm(width)
-        self.dropout = config.dropout
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Tensor,
-        reference_points: Tensor,
-        map_sizes: Tensor,
-        spatial_shapes: list[tuple[int, int]],
-        padding: Tensor | None,
-    ) -> Tensor:
-        if works_in_pieces(self, hidden_states) and form_for(hidden_states) == "gather":
-            return self._forward_in_pieces(
-                hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
-            )
-        if self._has_own_gradients(hidden_states):
-            points = points_in_maps(reference_points, map_sizes, NUM_SAMPLING_POINTS)
-            places = EncodedPlaces(spatial_shapes, points, padding)
-            return self._with_own_gradients(hidden_states, position_embeddings, places)
-        attended = self.self_attn(
-            hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
-        )
-        return self._finish(hidden_states + self._drop(attended))
-
-    def _has_own_gradients(self, hidden_states: Tensor) -> bool:
-        """Whether [`DeformableLayer`] serves, and nothing else is hung on the layer's parts."""
-        attention = self.self_attn
-        linears = (
-            attention.value_proj,
-            attention.sampling_offsets,
-            attention.attention_weights,
-            attention.output_proj,
-            self.fc1,
-            self.fc2,
-        )
-        return (
-            all(learns_in_pieces(hidden_states, parameter) for parameter in self.parameters())
-            and hidden_states.requires_grad
-            and form_for(hidden_states.unflatten(-1, (attention.num_heads, -1))) == "gather"
-            and is_plain(attention, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention)
-            and all(map(is_plain, linears))
-            and all(is_plain(norm, nn.LayerNorm) for norm in (self.self_attn_layer_norm, self.final_layer_norm))
-            and not (self.training and self.dropout)
-        )
-
-    def _with_own_gradients(self, hidden_states: Tensor, position_embeddings: Tensor, places: EncodedPlaces) -> Tensor:
-        """(B, S, C), encoding (1 or B, S, C) -> (B, S, C)."""
-        attention, first, last = self.self_attn, self.self_attn_layer_norm, self.final_layer_norm
-        sampling = (attention.sampling_offsets, attention.attention_weights)
-        weights = LayerWeights(
-            value=(attention.value_proj.weight, attention.value_proj.bias),
-            sampling=(
-                torch.cat([projection.weight for projection in sampling]),
-                torch.cat([projection.bias for projection in sampling]),
-            ),
-            output=(attention.output_proj.weight, attention.output_proj.bias),
-            norm1=(first.weight, first.bias),
-            fc1=(self.fc1.weight, self.fc1.bias),
-            fc2=(self.fc2.weight, self.fc2.bias),
-            norm2=(last.weight, last.bias),
-        )
-        output: Tensor = DeformableLayer.apply(
-            hidden_states, position_embeddings, places, attention.num_heads, (first.eps, last.eps), *weights.flat()
-        )
-        return output
-
-    def _finish(self, hidden_states: Tensor) -> Tensor:
-        """What follows the attention and its residual, for every position by itself: (…, C) -> (…, C)."""
-        hidden_states = self.self_attn_layer_norm(hidden_states)
-        if self.training and self.dropout:
-            update = self._drop(self.fc2(self._drop(nn.functional.relu(self.fc1(hidden_states)))))
-        else:
-            update = feed_forward(hidden_states, self.fc1, self.fc2, "relu")
-        return self.final_layer_norm(hidden_states + update)
-
-    def _forward_in_pieces(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Tensor,
-        reference_points: Tensor,
-        map_sizes: Tensor,
-        spatial_shapes: list[tuple[int, int]],
-        padding: Tensor | None,
-    ) -> Tensor:
-        values = self.self_attn.project_values(hidden_states, padding)
-        position_embeddings = position_embeddings.expand_as(hidden_states)
-        outputs = hidden_states.new_empty(hidden_states.shape)
-        for states, positions, value, output in zip(hidden_states, position_embeddings, values, outputs, strict=True):
-            table = GatherTable(value[None].to(reference_points.dtype), spatial_shapes, NUM_SAMPLING_POINTS)
-            for piece in pieces(len(states), self.fc1.out_features):
-                points = points_in_maps(reference_points[piece], map_sizes, NUM_SAMPLING_POINTS)
-                rows = states[piece]
-                output[piece] = self._finish(rows + self.self_attn.read(rows + positions[piece], points, table))
-        return outputs
-
-    def _drop(self, hidden_states: Tensor) -> Tensor:
-        # Asked only where there is something to drop: without, it would copy.
-        return nn.functional.dropout(hidden_states, self.dropout) if self.training and self.dropout else hidden_states
-
-
-class Mask2FormerPixelDecoderEncoderOnly(nn.Module):
-    def __init__(self, config: Mask2FormerConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Mask2FormerPixelDecoderEncoderLayer(config) for _ in range(config.encoder_layers)])
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Tensor,
-        spatial_shapes: list[tuple[int, int]],
-        padding: Tensor | None,
-    ) -> Tensor:
-        """(B, S, C) -> (B, S, C), the three maps flattened and concatenated."""
-        reference_points = self.reference_points(spatial_shapes, hidden_states)
-        # Filled on the device: uploading them would make the host wait.
-        map_sizes = torch.stack(
-            [
-                torch.full((), side, device=hidden_states.device, dtype=torch.float32)
-                for shape in spatial_shapes
-                for side in shape[::-1]
-            ]
-        ).view(-1, 2)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, position_embeddings, reference_points, map_sizes, spatial_shapes, padding
-            )
-        return hidden_states
-
-    @staticmethod
-    def reference_points(spatial_shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
-        """Centre of every position as (x, y) in [0, 1] of its map: (S, 2).
-
-        Padding shifts nothing here: a point and the map it is read from are scaled by the same padded size.
-        """
-        points = []
-        for height, width in spatial_shapes:
-            y = (torch.arange(height, device=like.device, dtype=torch.float32) + 0.5) / height
-            x = (torch.arange(width, device=like.device, dtype=torch.float32) + 0.5) / width
-            points.append(
-                torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)
-            )
-        return torch.cat(points)
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution and GroupNorm, then ReLU if asked; padding is left out of the statistics and comes out as zeros."""
-
-    def __init__(self, convolution: nn.Conv2d, relu: bool = False) -> None:
-        super().__init__(convolution, nn.GroupNorm(NUM_NORM_GROUPS, convolution.out_channels))
-        self.relu = relu
-
-    def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
-        convolution, norm = self
-        assert isinstance(norm, nn.GroupNorm)
-        convolved = convolution(features)
-        if padding is None and is_plain(norm, nn.GroupNorm) and normalises_channels_last(convolved, norm):
-            arguments = (convolved, norm.weight, norm.bias, norm.num_groups, norm.eps, self.relu)
-            if not torch.is_grad_enabled() and is_plain(convolution, nn.Conv2d):
-                normalise_groups(*arguments, output=convolved)  # in place: nobody else has seen it
-                return convolved
-            output: Tensor = ChannelsLastGroupNorm.apply(*arguments)
-            return output
-        if padding is None and convolved.device.type == "cpu" and convolved.dtype in (torch.float32, torch.float64):
-            convolved = convolved.contiguous()  # PyTorch's own is exact only so, see `group_norm`
-        normalised = masked_group_norm(convolved, norm, padding)
-        return normalised.relu() if self.relu else normalised
-
-
-class Mask2FormerPixelDecoder(nn.Module):
-    """Deformable attention over strides 32, 16 and 8, then one feature-pyramid step to stride 4 (section 3.2.2)."""
-
-    def __init__(self, config: Mask2FormerConfig, feature_channels: list[int]) -> None:
-        super().__init__()
-        width = config.feature_size
-        self.position_embedding = Mask2FormerSinePositionEmbedding(width // 2)
-        self.level_embed = nn.Parameter(torch.empty(NUM_FEATURE_LEVELS, width))
-        self.input_projections = nn.ModuleList(
-            [ConvNorm(XavierConv2d(channels, width, 1)) for channels in feature_channels[:0:-1]]
-        )
-        self.encoder = Mask2FormerPixelDecoderEncoderOnly(config)
-        self.adapter_1 = ConvNorm(nn.Conv2d(feature_channels[0], width, 1, bias=False))
-        self.layer_1 = ConvNorm(TiledConv2d(width, width, 3, padding=1, bias=False), relu=True)
-        self.mask_projection = nn.Conv2d(width, config.mask_feature_size, kernel_size=1)
-
-    def forward(
-        self, features: tuple[Tensor, ...], paddings: tuple[Tensor | None, ...]
-    ) -> Mask2FormerPixelDecoderOutput:
-        """Backbone maps and their paddings, finest first -> mask features and three maps, coarsest first."""
-        finest, *coarse = map(with_channels_last, features)
-        coarse_paddings = paddings[:0:-1]
-        known_paddings = [padding for padding in coarse_paddings if padding is not None]
-        projected = [
-            projection(level, padding)
-            for projection, level, padding in zip(self.input_projections, coarse[::-1], coarse_paddings, strict=True)
-        ]
-        spatial_shapes = [(level.shape[2], level.shape[3]) for level in projected]
-        encoded = self.encoder(
-            flatten_levels(projected),
-            flatten_levels(
-                [
-                    self.position_embedding(level, padding) + embed[:, None, None]
-                    for level, padding, embed in zip(projected, coarse_paddings, self.level_embed, strict=True)
-                ]
-            ),
-            spatial_shapes,
-            torch.cat([padding.flatten(1) for padding in known_paddings], dim=1) if known_paddings else None,
-        )
-        sizes = [height * width for height, width in spatial_shapes]
-        # (B, S, C) -> three (B, C, H, W)
-        maps = tuple(
-            to_map(level, shape) for level, shape in zip(encoded.split(sizes, dim=1), spatial_shapes, strict=True)
-        )
-        # One name for what follows from each other: maps of this size are what most memory is needed for, and each may
-        # go when the next is there.
-        fused = self.adapter_1(finest, paddings[0])
-        fused = fused + nn.functional.interpolate(
-            continue_edges(maps[-1], coarse_paddings[-1]), size=fused.shape[-2:], mode="bilinear", align_corners=False
-        )
-        if paddings[0] is not None:
-            fused = fused.masked_fill(paddings[0][:, None], 0.0)
-        fused = self.layer_1(fused, paddings[0])
-        return Mask2FormerPixelDecoderOutput(
-            multi_scale_features=maps, mask_features=continue_edges(self.mask_projection(fused), paddings[0])
-        )
-
-
-class Mask2FormerFPNPixelDecoder(nn.Module):
-    """The original's plain feature pyramid: no attention, nearest upsampling, a 3x3 mask projection."""
-
-    def __init__(self, config: Mask2FormerConfig, feature_channels: list[int]) -> None:
-        super().__init__()
-        width = config.feature_size
-        self.num_levels = len(feature_channels)
-        # Numbered from the finest map. The coarsest has nothing to be added to, hence no adapter.
-        for level, channels in enumerate(feature_channels, start=1):
-            if level < self.num_levels:
-                self.add_module(f"adapter_{level}", ConvNorm(nn.Conv2d(channels, width, 1, bias=False)))
-                channels = width
-            self.add_module(
-                f"layer_{level}", ConvNorm(TiledConv2d(channels, width, 3, padding=1, bias=False), relu=True)
-            )
-        self.mask_projection = TiledConv2d(width, config.mask_feature_size, kernel_size=3, padding=1)
-
-    def forward(
-        self, features: tuple[Tensor, ...], paddings: tuple[Tensor | None, ...]
-    ) -> Mask2FormerPixelDecoderOutput:
-        """Backbone maps and their paddings, finest first -> mask features and three maps, coarsest first."""
-        features = tuple(map(with_channels_last, features))
-        coarsest, padding = features[-1], paddings[-1]
-        if padding is not None:
-            coarsest = coarsest.masked_fill(padding[:, None], 0.0)
-        maps = [getattr(self, f"layer_{self.num_levels}")(coarsest, padding)]
-        for level in range(self.num_levels - 1, 0, -1):
-            padding = paddings[level - 1]
-            lateral = getattr(self, f"adapter_{level}")(features[level - 1], padding)
-            # Nearest upsampling by two carries the zeros of the padding along.
-            upsampled = nn.functional.interpolate(maps[-1], size=lateral.shape[-2:], mode="nearest")
-            maps.append(getattr(self, f"layer_{level}")(lateral + upsampled, padding))
-        return Mask2FormerPixelDecoderOutput(
-            multi_scale_features=tuple(maps[:NUM_FEATURE_LEVELS]),
-            mask_features=continue_edges(self.mask_projection(maps[-1]), paddings[0]),
-        )
-
-
-PIXEL_DECODER_CLASSES = {"msdeform": Mask2FormerPixelDecoder, "fpn": Mask2FormerFPNPixelDecoder}
-
-
-def with_channels_last(features: Tensor) -> Tensor:
-    """(B, C, H, W) as it lies in memory best: on the CPU a position's channels side by side.
-
-    Convolutions, resizing and what treats positions one by one are up to twenty times as fast in half precision so.
-    """
-    if features.device.type != "cpu" or is_recorded():
-        return features
-    return features.contiguous(memory_format=torch.channels_last)
-
-
-def to_tokens(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W, C), or a clip's (B, T, C, H, W) -> (B, T * H * W, C)."""
-    return features.movedim(-3, -1).flatten(1, -2)
-
-
-def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
-    """(B, Q, C) x (B, C, S) -> (B, Q, S)."""
-    if embeddings.device.type == "cpu" and not is_recorded() and len(embeddings) == 1:
-        # In bfloat16 seven times as fast as the product of a batch of one, which copies the features.
-        return (embeddings[0] @ features[0])[None]
-    return embeddings @ features
-
-
-def flatten_levels(maps: list[Tensor]) -> Tensor:
-    """Maps (B, C, H, W) -> (B, S, C), one after another."""
-    return torch.cat([to_tokens(level) for level in maps], dim=1)
+# --- Backbone and pixel decoder ---------------------------------------------------------------------------------------
 
 
 class Mask2FormerPixelLevelModule(nn.Module):
@@ -902,6 +425,14 @@ class Mask2FormerMLPPredictionHead(nn.Sequential):
             Mask2FormerPredictionBlock(hidden_dim, hidden_dim, nn.ReLU()),
             Mask2FormerPredictionBlock(hidden_dim, output_dim, nn.Identity()),
         )
+
+
+def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
+    """(B, Q, C) x (B, C, S) -> (B, Q, S)."""
+    if embeddings.device.type == "cpu" and not is_recorded() and len(embeddings) == 1:
+        # In bfloat16 seven times as fast as the product of a batch of one, which copies the features.
+        return (embeddings[0] @ features[0])[None]
+    return embeddings @ features
 
 
 class Mask2FormerMaskPredictor(nn.Module):

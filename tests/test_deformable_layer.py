@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from m2f_hf import Mask2FormerConfig, chunking, deformable_layer
-from m2f_hf import modeling_mask2former as modeling
+from m2f_hf import Mask2FormerConfig, chunking, deformable_layer, pixel_decoder
 from m2f_hf.deformable_layer import DeformableLayer, EncodedPlaces
-from m2f_hf.modeling_mask2former import Mask2FormerPixelDecoderEncoderOnly
 from m2f_hf.multi_scale_deformable_attention import points_in_maps
+from m2f_hf.pixel_decoder import Mask2FormerPixelDecoderEncoderOnly
 
 
 SHAPES = [(2, 3), (4, 5), (7, 9)]
@@ -43,8 +42,8 @@ def learn(encoder, states, positions, padding=None):
 
 def plainly(encoder, *inputs, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(modeling, "learns_in_pieces", lambda *_: False)
-        patch.setattr(modeling, "form_for", lambda _: "grid_sample")
+        patch.setattr(pixel_decoder, "learns_in_pieces", lambda *_: False)
+        patch.setattr(pixel_decoder, "form_for", lambda _: "grid_sample")
         results = learn(encoder, *inputs)
     assert "DeformableLayer" not in names_of_functions(results[0])
     return results
@@ -168,8 +167,8 @@ def test_partly_frozen_weights(part, monkeypatch):
     for plain in (False, True):
         with monkeypatch.context() as patch:
             if plain:
-                patch.setattr(modeling, "learns_in_pieces", lambda *_: False)
-                patch.setattr(modeling, "form_for", lambda _: "grid_sample")
+                patch.setattr(pixel_decoder, "learns_in_pieces", lambda *_: False)
+                patch.setattr(pixel_decoder, "form_for", lambda _: "grid_sample")
             encoder.zero_grad()
             encoder(*inputs, SHAPES, None).pow(3).sum().backward()
             gradients.append([parameter.grad for parameter in encoder.parameters()])

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from m2f_hf import chunking
 from m2f_hf.group_norm import ChannelsLastGroupNorm, normalise_groups, normalises_channels_last
-from m2f_hf.modeling_mask2former import ConvNorm
+from m2f_hf.pixel_decoder import ConvNorm
 
 
 def make_features(shape=(2, 64, 13, 9), mean=0.0):

@@ -21,7 +21,7 @@ from m2f_hf import (
     Mask2FormerVideoProcessor,
 )
 from m2f_hf.frames import count_frames, frame_rate, stream_frames
-from m2f_hf.modeling_mask2former import Mask2FormerSinePositionEmbedding
+from m2f_hf.layers import Mask2FormerSinePositionEmbedding
 from m2f_hf.point_sampling import SeededPoints
 from m2f_hf.post_processing import (
     ClipOutputs,
