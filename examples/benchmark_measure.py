@@ -162,6 +162,7 @@ class Products(NamedTuple):
 # PyTorch's formulas know none of these, which a model may use on a CPU.
 _MORE_PRODUCTS: dict[str, Callable[..., int]] = {
     "aten.addmm_": lambda total, left, right, **_: 2 * left.numel() * right.shape[1],
+    "aten.baddbmm_": lambda total, left, right, **_: 2 * left.numel() * right.shape[2],
     "aten._addmm_activation": lambda bias, left, right, **_: 2 * left.numel() * right.shape[1],
     "mkl._mkl_linear": lambda states, packed, weight, *_, **__: 2 * states.numel() * weight.shape[0],
     "mkldnn._linear_pointwise": lambda states, weight, *_, **__: 2 * states.numel() * weight.shape[0],
