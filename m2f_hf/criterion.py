@@ -249,7 +249,11 @@ class MatchedMasksAtPoints(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         mask_features, embeddings, points = ctx.saved_tensors
-        features_grad, embeddings_grad = torch.empty_like(mask_features), torch.zeros_like(embeddings)
+        # In one of the two layouts in which the positions of a map are one axis.
+        is_last = mask_features.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_last else torch.contiguous_format
+        features_grad = torch.empty_like(mask_features, memory_format=layout)
+        embeddings_grad = torch.zeros_like(embeddings)
         size = mask_features.shape[2:]
         for part in outputs_at_once(mask_features, grad.shape[1], len(embeddings)):
             masks_grad = spread_to_maps(

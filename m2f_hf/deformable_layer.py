@@ -99,7 +99,7 @@ class DeformableLayer(torch.autograd.Function):
         expanded = rows.new_empty(min(len(rows), _NUMBERS_KEPT // width), width)  # of the first positions
         for part in _parts(states, shares):
             table = _table(states[part], weights, part, heads, places)
-            for piece, images in _pieces(part, length, max(width, 4 * shares[0].numel())):
+            for piece, images in _pieces(part, length, max(width, 4 * shares[0].numel()), len(expanded)):
                 queries = rows[piece] + _of_positions(positions, piece, length)
                 sampling = F.linear(queries, *weights.sampling)
                 offsets, logits = sampling.tensor_split([coordinates.shape[1]], dim=1)
@@ -124,6 +124,7 @@ class DeformableLayer(torch.autograd.Function):
         return output.view(states.shape)
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, positions, coordinates, shares, attended, first, second, norms, expanded, *rest = ctx.saved_tensors
@@ -141,7 +142,7 @@ class DeformableLayer(torch.autograd.Function):
             table = _table(states[part], weights, part, heads, places)
             of_part = slice(part.start * length, part.stop * length)
             located = empty_places(shares[of_part])
-            for piece, images in _pieces(part, length, max(width, 4 * shares[0].numel())):
+            for piece, images in _pieces(part, length, max(width, 4 * shares[0].numel()), len(expanded)):
                 grad_second = _norm_backward(
                     grads.norm2, grad_output[piece], second[piece], norms[2:, piece], weights.norm2
                 )
@@ -195,11 +196,15 @@ def _table(states: Tensor, weights: LayerWeights, part: slice, heads: int, place
     return GatherTable(value.unflatten(2, (heads, -1)), places.shapes, weights.num_samples(heads) // len(places.shapes))
 
 
-def _pieces(part: slice, length: int, width: int) -> Iterator[tuple[slice, Tensor | None]]:
-    """Rows of some images, a few thousand at a time; and which of these images each is of, (n,) int32, None for one."""
+def _pieces(part: slice, length: int, width: int, cut: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """Rows of some images, a few thousand at a time, before or after row `cut` of the batch; and which of these images
+    each row is of, (n,) int32, None for one."""
     first, images = part.start * length, images_of_queries(part, length)
     for piece in pieces((part.stop - part.start) * length, width):
-        yield slice(first + piece.start, first + piece.stop), None if images is None else images[piece]
+        middle = min(max(piece.start, cut - first), piece.stop)
+        for start, stop in ((piece.start, middle), (middle, piece.stop)):
+            if start < stop:
+                yield slice(first + start, first + stop), None if images is None else images[start:stop]
 
 
 def _of_positions(table: Tensor, piece: slice, length: int) -> Tensor:

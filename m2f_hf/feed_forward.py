@@ -61,6 +61,7 @@ class FeedForward(torch.autograd.Function):
         return output.view(states.shape)
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, weight1, bias1, weight2, expanded = ctx.saved_tensors
         rows, grad_output = states.flatten(0, -2), grad.flatten(0, -2)

@@ -1,4 +1,4 @@
-"""The image model, in the order of the paper's figure 2: backbone, pixel decoder, masked-attention decoder, heads.
+"""The image model, in the order of the paper's figure 2: backbone and `pixel_decoder`, masked-attention decoder, heads.
 
 Paper: Masked-attention Mask Transformer for Universal Image Segmentation, arXiv 2112.01527.
 """

@@ -327,9 +327,9 @@ class Mask2FormerPixelDecoder(nn.Module):
         maps = tuple(
             to_map(level, shape) for level, shape in zip(encoded.split(sizes, dim=1), spatial_shapes, strict=True)
         )
-        # One name for what follows from each other: maps of this size are what most memory is needed for, and each may
-        # go when the next is there.
+        # One name, so that each map of this size is freed once the next exists: most memory is needed here.
         fused = self.adapter_1(finest, paddings[0])
+        del finest
         fused = fused + nn.functional.interpolate(
             continue_edges(maps[-1], coarse_paddings[-1]), size=fused.shape[-2:], mode="bilinear", align_corners=False
         )

@@ -112,7 +112,7 @@ class PointRows:
     def __init__(self, features: Tensor) -> None:
         batch_size, channels, height, width = features.shape
         # (B, C, H, W) -> (B, H+2, W+2, C) -> (B * (H+2) * (W+2), C), zeros all around, and written once
-        bordered = torch.empty(batch_size, height + 2, width + 2, channels, device=features.device)
+        bordered = torch.empty(batch_size, height + 2, width + 2, channels, dtype=torch.float32, device=features.device)
         bordered[:, 1:-1, 1:-1] = features.detach().permute(0, 2, 3, 1)
         for edge in (bordered[:, 0], bordered[:, -1], bordered[:, :, 0], bordered[:, :, -1]):
             edge.zero_()

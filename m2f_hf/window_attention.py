@@ -105,6 +105,7 @@ class WindowAttention(torch.autograd.Function):
         return output[:-1].view(states.shape)
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, norm_weight, norm_bias, in_weight, position_bias, out_weight, keep, projected, *tables = (
             ctx.saved_tensors

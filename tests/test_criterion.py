@@ -344,9 +344,12 @@ def test_wrong_targets_are_refused():
 
 @pytest.mark.parametrize("at_once", [1, 10**6], ids=["one output", "all outputs"])
 @pytest.mark.parametrize("counts", [[2, 1], [0, 3], [0, 0]], ids=str)
-def test_matched_masks_at_points_have_the_gradient_of_the_masks(counts, at_once, monkeypatch):
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2)], ids=["BCHW", "BHWC", "BCWH"])
+def test_matched_masks_at_points_have_the_gradient_of_the_masks(order, counts, at_once, monkeypatch):
+    """Whatever the order in which the features lie in memory."""
     monkeypatch.setattr(criterion_module, "_LOGITS_AT_ONCE", at_once)
-    features = torch.randn(2, 4, 5, 6, requires_grad=True)
+    back = [order.index(axis) for axis in range(4)]
+    features = torch.randn(2, 4, 5, 6).permute(order).contiguous().permute(back).requires_grad_()
     embeddings = torch.randn(3, sum(counts), 4, requires_grad=True)
     points = torch.rand(3, sum(counts), 7, 2)
     seen = []

@@ -81,6 +81,31 @@ def test_gradients_are_those_of_the_layers(padded, numbers, encodings, kept, mon
     assert_alike(actual, plainly(encoder, states, positions, padding, monkeypatch=monkeypatch))
 
 
+@pytest.mark.parametrize("kept", [0, 77, 90, 1000])
+def test_kept_states_are_used_however_the_pieces_are_cut(kept, monkeypatch):
+    """Their size depends on the number of threads, which another pass may not have."""
+    encoder, (states, positions) = make_encoder(), make_inputs()
+    expected = plainly(encoder, states, positions, None, monkeypatch=monkeypatch)
+    monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
+    monkeypatch.setattr(deformable_layer, "_NUMBERS_KEPT", kept * WIDE)
+    linear, computed = torch.nn.functional.linear, []
+
+    def counting(states, weight, bias=None):
+        computed.extend([len(states)] if weight.shape == encoder.layers[0].fc1.weight.shape else [])
+        return linear(states, weight, bias)
+
+    for numbers in (60 * 96, 400 * 96):  # of pieces; the other way round, too
+        monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+        output = encoder(states, positions, SHAPES, None)
+        monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 460 * 96 - numbers)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", counting)
+            inputs = [states, positions, *encoder.parameters()]
+            assert_alike((output, *torch.autograd.grad(output.pow(3).sum(), inputs)), expected)
+        assert sum(computed) == len(encoder.layers) * max(0, 3 * LENGTH - kept)
+        computed.clear()
+
+
 def test_gradients_are_derivatives():
     """In double precision, by differences: nothing of ours is on the other side."""
     torch.manual_seed(0)

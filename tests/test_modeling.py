@@ -1046,13 +1046,16 @@ class Logits(nn.Module):
         return outputs.class_queries_logits, outputs.masks_queries_logits
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_one_exported_graph_serves_all_batches_and_sizes(backbone):
-    model = Logits(tiny_model(backbone, encoder_layers=1, decoder_layers=2))
+@pytest.mark.parametrize(
+    ("backbone", "decoder", "example"),
+    [*((backbone, "msdeform", (128, 160)) for backbone in BACKBONES), ("resnet", "fpn", (128, 128))],
+)
+def test_one_exported_graph_serves_all_batches_and_sizes(backbone, decoder, example):
+    model = Logits(tiny_model(backbone, encoder_layers=1, decoder_layers=2, pixel_decoder=decoder))
     batch, rows, columns = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "rows", "columns"))
     shapes = ({0: batch, 2: 32 * rows, 3: 32 * columns},)
     with torch.no_grad():
-        exported = torch.export.export(model, (images(2, (128, 160)),), dynamic_shapes=shapes, strict=False).module()
+        exported = torch.export.export(model, (images(2, example),), dynamic_shapes=shapes, strict=False).module()
         for size in ((1, 96, 128), (3, 64, 224)):
             pixel_values = images(size[0], size[1:])
             for ours, expected in zip(exported(pixel_values), model(pixel_values), strict=True):

@@ -58,6 +58,17 @@ def test_rows_are_sampled_as_maps_are(dtype):
     torch.testing.assert_close(PointRows(features).sample(points), sample_points(features, points).mT)
 
 
+def test_rows_are_float32_whatever_the_default_is():
+    features, points = torch.randn(1, 6, 5, 9), torch.rand(1, 20, 2)
+    expected = PointRows(features).sample(points)
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = PointRows(features).sample(points)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, expected)
+
+
 def test_spreading_is_the_gradient_of_sampling():
     points = torch.rand(3, 40, 2) * 1.2 - 0.1
     features = torch.randn(3, 2, 5, 7, requires_grad=True)
