@@ -178,6 +178,17 @@ def test_autocast_and_half_precision_take_the_plain_layers():
     assert "DeformableLayer" not in names_of_functions(output)
 
 
+def test_autocast_around_the_backward_pass_alone_changes_nothing():
+    encoder, (states, positions) = make_encoder(), make_inputs()
+    inputs = [states, positions, *encoder.parameters()]
+    gradients = []
+    for is_cast in (False, True):
+        loss = encoder(states, positions, SHAPES, None).pow(3).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            gradients.append(torch.autograd.grad(loss, inputs))
+    assert all(map(torch.equal, *gradients))
+
+
 def test_an_encoding_may_lie_in_memory_as_it_likes():
     encoder, (states, positions) = make_encoder(), make_inputs(encodings=3)
     turned = positions.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()

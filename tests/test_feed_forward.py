@@ -38,6 +38,17 @@ def test_gradients_are_those_of_the_layers(activation, numbers, kept, monkeypatc
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_autocast_around_the_backward_pass_alone_changes_nothing(activation):
+    layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0], requires_grad=True)
+    gradients = []
+    for is_cast in (False, True):
+        loss = feed_forward.feed_forward(states, *layers, activation).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            gradients.append(torch.autograd.grad(loss, [states, *nn.ModuleList(layers).parameters()]))
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize(("kept", "widest"), [(0, WIDTHS[0]), (1 << 20, WIDTHS[1])])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_what_outlives_the_forward_pass(activation, kept, widest, monkeypatch):
