@@ -52,23 +52,30 @@ class TiledConv2d(nn.Conv2d):
 
 
 def works_in_tiles(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether [`TiledConvolution`] can do it and is faster: (B, C, H, W), (O, C, 3, 3), (O,).
+    """Whether [`TiledConvolution`] can do it and is faster: (B, C, H, W), (O, C, 3, 3), (O,)."""
+    return (
+        tiles_suit(features, weight, bias)
+        and features.shape[1] == weight.shape[1]
+        and features.is_contiguous(memory_format=torch.channels_last)
+    )
 
-    On the CPU with channels last, H and W even, in single or double precision. Small maps have too few tiles for the
-    sixteen matrices of weights.
+
+def tiles_suit(like: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """What [`works_in_tiles`] asks but for the channels of the map and how they lie in memory: of a map (B, …, H, W).
+
+    On the CPU, H and W even, in single or double precision. Small maps have too few tiles for the sixteen matrices of
+    weights.
     """
     return (
         not is_recorded()
-        and features.device.type == "cpu"
-        and features.dim() == 4
-        and features.dtype in (torch.float32, torch.float64)
-        and all(parameter.dtype == features.dtype for parameter in (weight, bias) if parameter is not None)
-        and features.shape[1] == weight.shape[1]
-        and features.shape[2] % 2 == features.shape[3] % 2 == 0
+        and like.device.type == "cpu"
+        and like.dim() == 4
+        and like.dtype in (torch.float32, torch.float64)
+        and all(parameter.dtype == like.dtype for parameter in (weight, bias) if parameter is not None)
+        and like.shape[2] % 2 == like.shape[3] % 2 == 0
         and min(weight.shape[:2]) >= _LEAST_CHANNELS_TO_LEARN
-        and features.shape[2] * features.shape[3] >= 4 * min(weight.shape[:2])
-        and len(features) > 0
-        and features.is_contiguous(memory_format=torch.channels_last)
+        and like.shape[2] * like.shape[3] >= 4 * min(weight.shape[:2])
+        and len(like) > 0
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -80,7 +87,7 @@ class TiledConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(features, weight)
-        return _convolve(features, weight, bias)
+        return convolve(features, weight, bias)
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
@@ -90,18 +97,23 @@ class TiledConvolution(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         wants_features, wants_weight, wants_bias = ctx.needs_input_grad
         return (
-            # What an output saw to its right sees the output to its left.
-            _convolve(grad, weight.transpose(0, 1).flip(2, 3)) if wants_features else None,
+            input_gradient(grad, weight) if wants_features else None,
             weight_gradient(features, grad) if wants_weight else None,
             grad.sum((0, 2, 3)) if wants_bias else None,
         )
 
 
-def _convolve(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """By tiles where there are many channels; channels last."""
+def convolve(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What [`works_in_tiles`] says yes to, by tiles where there are many channels: (B, O, H, W) with channels last."""
     if min(weight.shape[:2]) >= _LEAST_CHANNELS:
         return convolve_tiles(features, weight, bias)
     return F.conv2d(features, weight, bias, padding=1)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Of `convolve`: (B, O, H, W) with channels last, (O, C, 3, 3) -> (B, C, H, W)."""
+    # What an output saw to its right sees the output to its left.
+    return convolve(grad, weight.transpose(0, 1).flip(2, 3))
 
 
 def convolve_tiles(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .chunking import pieces
 from .multi_scale_deformable_attention import GatherTable, empty_places, images_of_queries, softmax_over_samples
+from .products import linear
 
 
 # Of what is between the layers of the feed-forward network, 16 MB in float32. Kept for all positions, it would save a
@@ -101,7 +102,7 @@ class DeformableLayer(torch.autograd.Function):
             table = _table(states[part], weights, part, heads, places)
             for piece, images in _pieces(part, length, max(width, 4 * shares[0].numel()), len(expanded)):
                 queries = rows[piece] + _of_positions(positions, piece, length)
-                sampling = F.linear(queries, *weights.sampling)
+                sampling = linear(queries, *weights.sampling)
                 offsets, logits = sampling.tensor_split([coordinates.shape[1]], dim=1)
                 points = _of_positions(places.points[None], piece, length)
                 torch.add(
@@ -111,11 +112,12 @@ class DeformableLayer(torch.autograd.Function):
                 )
                 shares[piece] = softmax_over_samples(logits.unflatten(1, (heads, -1)))
                 attended[piece] = table.attend(coordinates[piece], shares[piece], images)
-                _linear(attended[piece], weights.output, first[piece])
-                normed = _norm(first[piece].add_(rows[piece]), weights.norm1, eps[0], norms[:2, piece])
-                wide = _linear(normed, weights.fc1, expanded[piece] if piece.stop <= len(expanded) else None).relu_()
-                _linear(wide, weights.fc2, second[piece])
-                output[piece] = _norm(second[piece].add_(normed), weights.norm2, eps[1], norms[2:, piece])
+                linear(attended[piece], *weights.output, out=first[piece]).add_(rows[piece])
+                normed = _norm(first[piece], weights.norm1, eps[0], norms[:2, piece])
+                kept = expanded[piece] if piece.stop <= len(expanded) else None
+                wide = linear(normed, *weights.fc1, relu=True, out=kept)
+                linear(wide, *weights.fc2, out=second[piece]).add_(normed)
+                output[piece] = _norm(second[piece], weights.norm2, eps[1], norms[2:, piece])
         ctx.save_for_backward(
             states, positions, coordinates, shares, attended, first, second, norms, expanded, places.points,
             places.padding, *parameters,
@@ -148,14 +150,14 @@ class DeformableLayer(torch.autograd.Function):
                 )
                 normed = F.layer_norm(first[piece], first.shape[1:], *weights.norm1, eps[0])
                 is_kept = piece.stop <= len(expanded)
-                wide = expanded[piece] if is_kept else F.linear(normed, *weights.fc1).relu_()
+                wide = expanded[piece] if is_kept else linear(normed, *weights.fc1, relu=True)
                 _add_linear(grads.fc2, grad_second, wide)
-                grad_wide = torch.ops.aten.threshold_backward(grad_second @ weights.fc2[0], wide, 0)
+                grad_wide = torch.ops.aten.threshold_backward(linear(grad_second, weights.fc2[0].T), wide, 0)
                 _add_linear(grads.fc1, grad_wide, normed)
-                grad_normed = torch.addmm(grad_second, grad_wide, weights.fc1[0])
+                grad_normed = linear(grad_wide, weights.fc1[0].T).add_(grad_second)
                 grad_first = _norm_backward(grads.norm1, grad_normed, first[piece], norms[:2, piece], weights.norm1)
                 _add_linear(grads.output, grad_first, attended[piece])
-                of_heads = torch.mm(grad_first, weights.output[0], out=grad_attended[piece])
+                of_heads = linear(grad_first, weights.output[0].T, out=grad_attended[piece])
                 of_piece = table.locate(coordinates[piece], images)
                 grad_coordinates, grad_shares = table.sample_gradients(
                     of_heads.unflatten(1, (heads, -1)), coordinates[piece], shares[piece], of_piece
@@ -168,7 +170,7 @@ class DeformableLayer(torch.autograd.Function):
                 grad_sampling = torch.cat([grad_coordinates.flatten(1), grad_logits], dim=1)
                 queries = rows[piece] + _of_positions(positions, piece, length)
                 _add_linear(grads.sampling, grad_sampling, queries)
-                grad_queries = grad_sampling @ weights.sampling[0]
+                grad_queries = linear(grad_sampling, weights.sampling[0].T)
                 if grad_positions is not None:
                     _add_to_positions(grad_positions, grad_queries, piece, length)
                 torch.add(grad_first, grad_queries, out=grad_rows[piece])
@@ -178,7 +180,7 @@ class DeformableLayer(torch.autograd.Function):
             if padding is not None:
                 grad_value.masked_fill_(padding[part].view(-1, 1), 0.0)
             _add_linear(grads.value, grad_value, rows[of_part])
-            grad_rows[of_part].addmm_(grad_value, weights.value[0])
+            grad_rows[of_part] += linear(grad_value, weights.value[0].T)
         return grad_rows.view(states.shape), grad_positions, None, None, None, *grads.flat()
 
 
@@ -190,7 +192,7 @@ def _parts(states: Tensor, shares: Tensor) -> Iterator[slice]:
 
 def _table(states: Tensor, weights: LayerWeights, part: slice, heads: int, places: EncodedPlaces) -> GatherTable:
     """Values of some images, (b, S, C) states; cheap enough to compute for either pass."""
-    value = F.linear(states, *weights.value)
+    value = linear(states, *weights.value)
     if places.padding is not None:
         value.masked_fill_(places.padding[part][..., None], 0.0)
     return GatherTable(value.unflatten(2, (heads, -1)), places.shapes, weights.num_samples(heads) // len(places.shapes))
@@ -233,12 +235,6 @@ def _positions(piece: slice, length: int) -> slice | Tensor:
     if piece.stop <= first + length:
         return slice(piece.start - first, piece.stop - first)
     return torch.arange(piece.start, piece.stop) % length
-
-
-def _linear(states: Tensor, layer: Pair, output: Tensor | None) -> Tensor:
-    """(n, in) -> (n, out), where it is to stand or in new memory."""
-    weight, bias = layer
-    return torch.addmm(bias, states, weight.T, out=output)
 
 
 def _norm(states: Tensor, layer: Pair, eps: float, statistics: Tensor) -> Tensor:

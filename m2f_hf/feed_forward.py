@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .chunking import learns_in_pieces, pieces
+from .products import linear
 
 
 _NUMBERS_KEPT = 1 << 23  # 32 MB in float32: what is larger comes from the operating system page by page, every time
@@ -23,10 +24,17 @@ def feed_forward(states: Tensor, fc1: nn.Linear, fc2: nn.Linear, activation: str
     if is_plain(fc1) and is_plain(fc2) and learns_in_pieces(states, fc1.weight):
         output: Tensor = FeedForward.apply(states, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation == "gelu")
         return output
-    expanded = fc1(states)
     if activation == "gelu":
-        return fc2(F.gelu(expanded))
-    return fc2(F.relu(expanded, inplace=not torch.is_grad_enabled()))
+        return apply_linear(fc2, F.gelu(apply_linear(fc1, states)))
+    return apply_linear(fc2, F.relu(apply_linear(fc1, states), inplace=not torch.is_grad_enabled()))
+
+
+def apply_linear(layer: nn.Linear, states: Tensor) -> Tensor:
+    """`layer(states)`, at inference by the faster library."""
+    if torch.is_grad_enabled() or not is_plain(layer):
+        output: Tensor = layer(states)
+        return output
+    return linear(states, layer.weight, layer.bias)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
@@ -52,31 +60,36 @@ class FeedForward(torch.autograd.Function):
         rows = states.flatten(0, -2)
         output = torch.empty_like(rows)
         width = len(weight1)
-        expanded = rows.new_empty(len(rows), width) if len(rows) * width <= _NUMBERS_KEPT else None
-        for piece in pieces(len(rows), width):
-            wide = torch.addmm(bias1, rows[piece], weight1.T, out=None if expanded is None else expanded[piece])
-            torch.addmm(bias2, F.gelu(wide) if gelu else wide.relu_(), weight2.T, out=output[piece])
-        ctx.save_for_backward(states, weight1, bias1, weight2, expanded)
+        is_kept = len(rows) * width <= _NUMBERS_KEPT
+        expanded = []
+        # The same in both passes, even if the number of threads changes between them.
+        ctx.pieces = list(pieces(len(rows), width))
+        for piece in ctx.pieces:
+            wide = linear(rows[piece], weight1, bias1, relu=not gelu)
+            linear(F.gelu(wide) if gelu else wide, weight2, bias2, out=output[piece])
+            if is_kept:
+                expanded.append(wide)
+        ctx.save_for_backward(states, weight1, bias1, weight2, *expanded)
         ctx.gelu = gelu
         return output.view(states.shape)
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight1, bias1, weight2, expanded = ctx.saved_tensors
+        states, weight1, bias1, weight2, *expanded = ctx.saved_tensors
         rows, grad_output = states.flatten(0, -2), grad.flatten(0, -2)
         grad_rows = torch.empty_like(rows)
         grad_weight1, grad_bias1, grad_weight2 = (torch.zeros_like(one) for one in (weight1, bias1, weight2))
-        for piece in pieces(len(rows), len(weight1)):
-            wide = torch.addmm(bias1, rows[piece], weight1.T) if expanded is None else expanded[piece]
-            activated = F.gelu(wide) if ctx.gelu else wide.relu()
+        for index, piece in enumerate(ctx.pieces):
+            wide = expanded[index] if expanded else linear(rows[piece], weight1, bias1, relu=not ctx.gelu)
+            activated = F.gelu(wide) if ctx.gelu else wide
             grad_weight2.addmm_(grad_output[piece].T, activated)
-            grad_wide = grad_output[piece] @ weight2
+            grad_wide = linear(grad_output[piece], weight2.T)
             if ctx.gelu:
                 grad_wide = torch.ops.aten.gelu_backward(grad_wide, wide)
             else:
                 grad_wide = torch.ops.aten.threshold_backward(grad_wide, activated, 0)
             grad_weight1.addmm_(grad_wide.T, rows[piece])
             grad_bias1 += grad_wide.sum(0)
-            torch.mm(grad_wide, weight1, out=grad_rows[piece])
+            linear(grad_wide, weight1.T, out=grad_rows[piece])
         return grad_rows.view(states.shape), grad_weight1, grad_bias1, grad_weight2, grad_output.sum(0), None

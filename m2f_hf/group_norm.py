@@ -5,6 +5,7 @@ the further the mean lies from zero and the larger the map is: at 200x304 positi
 its other form. Here the mean is taken first, and a ReLU that follows is part of the pass.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,20 +44,23 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
         features, weight, mean, inverse_deviation, output = ctx.saved_tensors
         if output is not None:
             grad = torch.ops.aten.threshold_backward(grad, output, 0)
-        batch, channels, height, width = features.shape
-        grads = torch.ops.aten.native_group_norm_backward(
-            grad.contiguous(memory_format=torch.channels_last),
-            features,
-            mean,
-            inverse_deviation,
-            weight,
-            batch,
-            channels,
-            height * width,
-            ctx.groups,
-            ctx.needs_input_grad[:3],
-        )
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grads = group_norm_gradients(grad, features, weight, (mean, inverse_deviation), ctx.needs_input_grad[:3])
         return *grads, None, None, None
+
+
+def group_norm_gradients(
+    grad: Tensor, features: Tensor, weight: Tensor, statistics: tuple[Tensor, Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """From the gradient of a norm's output those of its input, weight and bias, as far as they are wanted.
+
+    (B, C, H, W) twice with channels last, (C,), two of (B, groups).
+    """
+    (batch, channels, height, width), groups = features.shape, statistics[0].shape[1]
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.native_group_norm_backward(
+        grad, features, *statistics, weight, batch, channels, height * width, groups, list(wanted)
+    )
+    return grads
 
 
 def normalise_groups(
@@ -67,16 +71,24 @@ def normalise_groups(
     Returns:
         Mean and inverse deviation, (B, groups) each.
     """
-    statistics = [_statistics(image, groups, eps) for image in _rows(features)]
-    for image, normalised, (mean, inverse_deviation) in zip(_rows(features), _rows(output), statistics, strict=True):
+    found = [_statistics(image, groups, eps) for image in _rows(features)]
+    means, inverse_deviations = (torch.stack(of_images) for of_images in zip(*found, strict=True))
+    apply_statistics(features, weight, bias, (means, inverse_deviations), relu, output)
+    return means, inverse_deviations
+
+
+def apply_statistics(
+    features: Tensor, weight: Tensor, bias: Tensor, statistics: tuple[Tensor, Tensor], relu: bool, output: Tensor
+) -> None:
+    """What `normalise_groups` does with the statistics that it found."""
+    groups = statistics[0].shape[1]
+    for image, normalised, mean, inverse_deviation in zip(_rows(features), _rows(output), *statistics, strict=True):
         scale = (weight.view(groups, -1) * inverse_deviation[:, None]).flatten()
         shift = torch.addcmul(bias, mean.repeat_interleave(len(bias) // groups), scale, value=-1)
         for piece in pieces(*image.shape):
             torch.addcmul(shift, image[piece], scale, out=normalised[piece])
             if relu:
                 normalised[piece].relu_()
-    means, inverse_deviations = zip(*statistics, strict=True)
-    return torch.stack(means), torch.stack(inverse_deviations)
 
 
 def _rows(features: Tensor) -> Tensor:

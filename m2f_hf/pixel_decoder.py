@@ -9,9 +9,9 @@ from transformers.utils import ModelOutput
 
 from .chunking import learns_in_pieces, pieces, works_in_pieces
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
-from .convolution import TiledConv2d
+from .convolution import TiledConv2d, tiles_suit
 from .deformable_layer import DeformableLayer, EncodedPlaces, LayerWeights
-from .feed_forward import feed_forward, is_plain
+from .feed_forward import apply_linear, feed_forward, is_plain
 from .group_norm import ChannelsLastGroupNorm, normalise_groups, normalises_channels_last
 from .layers import (
     NUM_FEATURE_LEVELS,
@@ -32,6 +32,7 @@ from .multi_scale_deformable_attention import (
     softmax_over_samples,
 )
 from .padding import continue_edges, masked_group_norm
+from .pyramid_step import PyramidStep, StepParameters
 from .swin import to_map
 
 
@@ -82,11 +83,11 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
             offsets.unflatten(-1, (*samples, 2)),
             weights.unflatten(-1, samples),
         )
-        return self.output_proj(output)
+        return apply_linear(self.output_proj, output)
 
     def project_values(self, hidden_states: Tensor, padding: Tensor | None) -> Tensor:
         """(B, S, C), (B, S) True = padding -> (B, S, heads, C / heads), zeros in the padding."""
-        value = self.value_proj(hidden_states)
+        value = apply_linear(self.value_proj, hidden_states)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
         return value.unflatten(-1, (self.num_heads, -1))
@@ -94,7 +95,7 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
     def sampling(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(…, C) -> offsets (…, heads, L * P * 2) in pixels of the level they read, and weights (…, heads, L * P)."""
         offsets, weights = (
-            projection(queries).unflatten(-1, (self.num_heads, -1))
+            apply_linear(projection, queries).unflatten(-1, (self.num_heads, -1))
             for projection in (self.sampling_offsets, self.attention_weights)
         )
         return offsets, softmax_over_samples(weights)
@@ -103,7 +104,7 @@ class Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(nn.Module):
         """`forward` for some queries of one image: (n, C), their places in every level (n, L * P * 2) -> (n, C)."""
         offsets, weights = self.sampling(queries)
         coordinates = (offsets + points[:, None]).flatten(1)
-        return self.output_proj(table.attend(coordinates, weights.to(points.dtype)).to(queries.dtype))
+        return apply_linear(self.output_proj, table.attend(coordinates, weights.to(points.dtype)).to(queries.dtype))
 
 
 class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
@@ -327,6 +328,10 @@ class Mask2FormerPixelDecoder(nn.Module):
         maps = tuple(
             to_map(level, shape) for level, shape in zip(encoded.split(sizes, dim=1), spatial_shapes, strict=True)
         )
+        if self._steps_by_image(finest, paddings):
+            return Mask2FormerPixelDecoderOutput(
+                multi_scale_features=maps, mask_features=self._step_by_image(finest, maps[-1])
+            )
         # One name, so that each map of this size is freed once the next exists: most memory is needed here.
         fused = self.adapter_1(finest, paddings[0])
         del finest
@@ -338,6 +343,39 @@ class Mask2FormerPixelDecoder(nn.Module):
         fused = self.layer_1(fused, paddings[0])
         return Mask2FormerPixelDecoderOutput(
             multi_scale_features=maps, mask_features=continue_edges(self.mask_projection(fused), paddings[0])
+        )
+
+    def _step_by_image(self, finest: Tensor, coarse: Tensor) -> Tensor:
+        """(B, D, H, W), (B, C, h, w) -> mask features (B, M, H, W)."""
+        (lateral, lateral_norm), (fuse, fuse_norm) = self.adapter_1, self.layer_1
+        parameters = StepParameters(
+            lateral=lateral.weight.flatten(1),
+            lateral_scale=lateral_norm.weight,
+            lateral_shift=lateral_norm.bias,
+            fuse=fuse.weight,
+            fuse_scale=fuse_norm.weight,
+            fuse_shift=fuse_norm.bias,
+            mask=self.mask_projection.weight.flatten(1),
+            mask_bias=self.mask_projection.bias,
+        )
+        eps = (lateral_norm.eps, fuse_norm.eps)
+        output: Tensor = PyramidStep.apply(finest, coarse, lateral_norm.num_groups, eps, *parameters)
+        return output
+
+    def _steps_by_image(self, finest: Tensor, paddings: tuple[Tensor | None, ...]) -> bool:
+        """Whether [`PyramidStep`] serves, and nothing else is hung on the parts."""
+        blocks, (lateral, fuse) = (self.adapter_1, self.layer_1), (self.adapter_1[0], self.layer_1[0])
+        parts = (*blocks, self.mask_projection)
+        parameters = [parameter for part in parts for parameter in part.parameters()]
+        return (
+            all(padding is None for padding in paddings)
+            and isinstance(fuse, TiledConv2d)
+            and all(is_plain(block, ConvNorm) and is_plain(block[1], nn.GroupNorm) for block in blocks)
+            and all(is_plain(convolution, nn.Conv2d) for convolution in (lateral, fuse, self.mask_projection))
+            and len(parameters) == len(StepParameters._fields)
+            and all(parameter.dtype == finest.dtype for parameter in parameters)
+            and (all(parameter.requires_grad for parameter in parameters) or not torch.is_grad_enabled())
+            and tiles_suit(finest, fuse.weight, fuse.bias)
         )
 
 

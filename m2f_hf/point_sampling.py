@@ -100,40 +100,42 @@ def _grid(points: Tensor) -> Tensor:
 
 
 class PointRows:
-    """Feature maps laid out to be sampled at many points, all channels of a pixel together; without gradients.
+    """Feature maps that are sampled at many points, all channels of a pixel together; without gradients.
 
     A bilinear sample is a weighted sum of four rows, one `embedding_bag`: on the CPU several times faster than
-    `sample_points`, whose channels lie far apart.
+    `sample_points`, whose channels lie far apart. Maps with channels last, which are such rows, are not copied.
 
     Args:
         features: (B, C, H, W), floating.
     """
 
     def __init__(self, features: Tensor) -> None:
-        batch_size, channels, height, width = features.shape
-        # (B, C, H, W) -> (B, H+2, W+2, C) -> (B * (H+2) * (W+2), C), zeros all around, and written once
-        bordered = torch.empty(batch_size, height + 2, width + 2, channels, dtype=torch.float32, device=features.device)
-        bordered[:, 1:-1, 1:-1] = features.detach().permute(0, 2, 3, 1)
-        for edge in (bordered[:, 0], bordered[:, -1], bordered[:, :, 0], bordered[:, :, -1]):
-            edge.zero_()
-        self.rows = bordered.flatten(0, 2)
-        self.stride = width + 2
-        size = torch.tensor([width, height]).to(features.device, non_blocking=True)  # (2,), x and y as in points
-        self.size = size.expand(batch_size, 1, 2)
-        self.first_row = torch.arange(batch_size, device=features.device)[:, None] * (height + 2) * self.stride
+        batch_size, _, height, width = features.shape
+        # (B, C, H, W) -> (B * H * W, C)
+        self.rows = features.detach().permute(0, 2, 3, 1).flatten(0, 2).float().contiguous()
+        self.width = width
+        last = torch.tensor([width - 1, height - 1]).to(features.device, non_blocking=True)  # x and y, as in points
+        self.last = last.view(2, 1, 1).expand(2, batch_size, 1)
+        self.first_row = torch.arange(batch_size, device=features.device)[:, None] * height * width
 
     def sample(self, points: Tensor) -> Tensor:
         """Bilinear values (B, P, C) float32 at points (B, P, 2), x and y in [0, 1]."""
-        (column, line), (x_share, y_share) = (part.unbind(-1) for part in _lower_neighbour(points, self.size))
-        top = self.first_row + line * self.stride + column
-        corners = torch.stack([top, top + 1, top + self.stride, top + self.stride + 1], dim=-1)  # (B, P, 4)
-        weights = (
-            torch.stack([1 - y_share, y_share], dim=-1)[..., None]
-            * torch.stack([1 - x_share, x_share], -1)[..., None, :]
-        )
-        # (B, P, 2, 2), rows as in `corners`
+        location = points.float().movedim(-1, 0)  # (2, B, P)
+        # In pixels; where nothing is near, just outside the map.
+        position = torch.addcmul(location.new_full((), -0.5), location, self.last + 1).clamp(min=-1)
+        position = position.minimum(self.last + 1)
+        lower = position.floor().long().minimum(self.last)
+        share = position - lower
+        # Column and line of both neighbours, and the weights of these: zero outside the map.
+        shares = torch.stack([(1 - share).mul_(lower >= 0), share.mul_(lower < self.last)])  # (2, 2, B, P)
+        columns, lines = torch.stack([lower.clamp(min=0), (lower + 1).minimum(self.last)], dim=1)
+        corners = (self.first_row + lines * self.width)[:, None] + columns  # (2, 2, B, P), lines first
+        weights = shares[:, None, 1] * shares[:, 0]
         sampled = F.embedding_bag(
-            corners.flatten(0, 1), self.rows, mode="sum", per_sample_weights=weights.flatten(2).flatten(0, 1)
+            corners.flatten(0, 1).flatten(1).T.contiguous(),
+            self.rows,
+            mode="sum",
+            per_sample_weights=weights.flatten(0, 1).flatten(1).T.contiguous(),
         )
         return sampled.view(*points.shape[:2], -1)
 
@@ -169,16 +171,6 @@ def _in_floats(masks: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]
         part = masks[start : start + step]
         # As bytes booleans are converted six times as fast.
         yield (part.view(torch.uint8) if part.dtype == torch.bool else part).float(), others[start : start + step]
-
-
-def _lower_neighbour(location: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """In a map with a border of one pixel: the pixel at or below each location (in [0, 1]), and the share of the next.
-
-    Locations outside are moved into the border. `size` is without it, and broadcasts with `location`.
-    """
-    position = (location.float() * size + 0.5).clamp(min=0).minimum(size + 1)
-    lower = position.long().minimum(size)
-    return lower, position - lower
 
 
 def select_uncertain_points(logits: Tensor, candidates: Tensor, random: Tensor, num_uncertain: int) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.swin import modeling_swin
 
 from .chunking import is_recorded, learns_in_pieces, pieces, works_in_pieces
-from .feed_forward import feed_forward, is_plain
+from .feed_forward import apply_linear, feed_forward, is_plain
 from .padding import BackbonePaddingHider
 from .window_attention import WindowAttention, Windows
 
@@ -133,7 +133,7 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         """Attention inside each window: (B * windows, N, C), (windows, N) -> (B * windows, N, C)."""
         attention = self.attention
         query, key, value = (
-            projection(rows).unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
+            apply_linear(projection, rows).unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         bias = attention.relative_position_bias()  # (1, heads, N, N)
@@ -149,7 +149,7 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         output, weights = attend(
             attention, query, key, value, bias, dropout=dropout, scaling=attention.scaling, **kwargs
         )
-        return attention.o_proj(output.reshape(rows.shape)), weights
+        return apply_linear(attention.o_proj, output.reshape(rows.shape)), weights
 
     def _learns_in_pieces(self, hidden_states: Tensor) -> bool:
         attention = self.attention

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .chunking import pieces
+from .products import linear
 
 
 _NEGLIGIBLE = 1e-30  # an attention weight; of a window's up to 144 together they are below 1e-27
@@ -91,10 +92,10 @@ class WindowAttention(torch.autograd.Function):
             read = windows.read(rows, piece)
             normed = windows.clear(F.layer_norm(read, read.shape[1:], norm_weight, norm_bias, eps), piece)
             # (w * N, 3 * C) -> (3, w, heads, N, C / heads)
-            split = F.linear(normed, in_weight, in_bias).view(-1, area, 3, heads, width).permute(2, 0, 3, 1, 4)
+            split = linear(normed, in_weight, in_bias).view(-1, area, 3, heads, width).permute(2, 0, 3, 1, 4)
             query, key, value = projected[:, piece].copy_(split)
             attended = _weights(query, key, position_bias, windows.outside(piece), ctx.sizes) @ value
-            update = F.linear(attended.transpose(1, 2).reshape(read.shape), out_weight, out_bias)
+            update = linear(attended.transpose(1, 2).reshape(read.shape), out_weight, out_bias)
             if keep is not None:
                 update *= keep[_rows(piece, area)]
             output.index_copy_(0, windows.tokens[piece].flatten(), update.add_(read))
@@ -127,7 +128,9 @@ class WindowAttention(torch.autograd.Function):
             grad_out_weight.addmm_(grad_update.T, attended)
             grad_out_bias += grad_update.sum(0)
             # (w * N, C) -> (w, heads, N, C / heads)
-            grad_attended = (grad_update @ out_weight).view(-1, area, *query.shape[1::2]).transpose(1, 2).contiguous()
+            grad_attended = (
+                linear(grad_update, out_weight.T).view(-1, area, *query.shape[1::2]).transpose(1, 2).contiguous()
+            )
             grad_scores = torch.ops.aten._softmax_backward_data(grad_attended @ value.mT, weights, -1, weights.dtype)
             grad_position_bias += grad_scores.sum(0)
             grad_value = weights.mT @ grad_attended
@@ -140,7 +143,7 @@ class WindowAttention(torch.autograd.Function):
             grad_in_weight.addmm_(grad_split.T, windows.clear(normed, piece))
             grad_in_bias += grad_split.sum(0)
             of_read, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-                windows.clear(grad_split @ in_weight, piece),
+                windows.clear(linear(grad_split, in_weight.T), piece),
                 read,
                 read.shape[1:],
                 mean,

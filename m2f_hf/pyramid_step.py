@@ -1,0 +1,139 @@
+"""The pixel decoder's one step of a feature pyramid, from stride 8 to stride 4 (paper, section 3.2.2), image by image.
+
+Maps at stride 4 are the largest that the model writes: of 256 channels 67 MB for 1024x1024 pixels. What is that large
+comes from the operating system page by page, every time (see `chunking`), and of each image autograd would keep five.
+With a backward pass of its own the step keeps one, the fused map before its norm; the rest is computed again from what
+came in.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .convolution import convolve, input_gradient, weight_gradient
+from .group_norm import apply_statistics, group_norm_gradients, normalise_groups
+from .products import linear
+from .swin import to_map
+
+
+class StepParameters(NamedTuple):
+    """Of C channels, in the order in which they are used; D channels come from the backbone, M go out."""
+
+    lateral: Tensor  # (C, D)
+    lateral_scale: Tensor  # (C,), of the norm
+    lateral_shift: Tensor
+    fuse: Tensor  # (C, C, 3, 3)
+    fuse_scale: Tensor
+    fuse_shift: Tensor
+    mask: Tensor  # (M, C)
+    mask_bias: Tensor
+
+
+class PyramidStep(torch.autograd.Function):
+    """`mask(relu(norm(fuse(norm(lateral(features)) + enlarged(coarse)))))`; norms are GroupNorms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, coarse: Tensor, groups: int, eps: tuple[float, float], *parameters: Tensor
+    ) -> Tensor:
+        """
+        Args:
+            features: (B, D, H, W) with channels last, which the convolution `works_in_tiles` for.
+            coarse: (B, C, h, w).
+            groups: of both norms.
+            eps: of the two.
+            parameters: those of [`StepParameters`].
+
+        Returns:
+            (B, M, H, W) with channels last.
+        """
+        step = StepParameters(*parameters)
+        batch, _, height, width = features.shape
+        output = features.new_empty(batch, height * width, len(step.mask))
+        kept: list[Tensor] = []
+        for image in range(batch):
+            joined = _lateral(features[image], step)
+            of_lateral = normalise_groups(
+                joined, step.lateral_scale, step.lateral_shift, groups, eps[0], False, output=joined
+            )
+            joined += _enlarged(coarse[image], (height, width))
+            fused = convolve(joined, step.fuse)
+            del joined
+            # Nobody reads it again where nothing is learnt.
+            normalised = torch.empty_like(fused) if any(ctx.needs_input_grad) else fused
+            of_fused = normalise_groups(fused, step.fuse_scale, step.fuse_shift, groups, eps[1], True, normalised)
+            linear(_rows(normalised), step.mask, step.mask_bias, out=output[image])
+            if any(ctx.needs_input_grad):
+                kept += [fused, *of_lateral, *of_fused]
+            del normalised, fused
+        ctx.save_for_backward(features, coarse, *parameters, *kept)
+        return to_map(output, (height, width))
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, coarse, *rest = ctx.saved_tensors
+        step, kept = StepParameters(*rest[: len(StepParameters._fields)]), rest[len(StepParameters._fields) :]
+        sums = StepParameters(*map(torch.zeros_like, step))
+        grad_features = torch.empty_like(features) if ctx.needs_input_grad[0] else None
+        grad_coarse = torch.empty_like(coarse, memory_format=torch.channels_last) if ctx.needs_input_grad[1] else None
+        size = (features.shape[2], features.shape[3])
+        for image, (fused, *statistics) in enumerate(zip(*(kept[start::5] for start in range(5)), strict=True)):
+            of_lateral, of_fused = (statistics[0], statistics[1]), (statistics[2], statistics[3])
+            of_masks = _rows(grad[image : image + 1].contiguous(memory_format=torch.channels_last))
+            normalised = torch.empty_like(fused)
+            apply_statistics(fused, step.fuse_scale, step.fuse_shift, of_fused, True, normalised)
+            sums.mask.addmm_(of_masks.T, _rows(normalised))
+            sums.mask_bias.add_(of_masks.sum(0))
+            of_map = to_map(linear(of_masks, step.mask.T)[None], size)
+            of_map = torch.ops.aten.threshold_backward(of_map, normalised, 0)
+            del normalised
+            of_map = _through_norm(of_map, fused, step.fuse_scale, of_fused, (sums.fuse_scale, sums.fuse_shift))
+            lateral = _lateral(features[image], step)
+            joined = torch.empty_like(lateral)
+            apply_statistics(lateral, step.lateral_scale, step.lateral_shift, of_lateral, False, joined)
+            joined += _enlarged(coarse[image], size)
+            sums.fuse.add_(weight_gradient(joined, of_map))
+            del joined
+            of_map = input_gradient(of_map, step.fuse)
+            if grad_coarse is not None:
+                grad_coarse[image] = torch.ops.aten.upsample_bilinear2d_backward(
+                    of_map, size, (1, *coarse.shape[1:]), False
+                )[0]
+            of_map = _through_norm(
+                of_map, lateral, step.lateral_scale, of_lateral, (sums.lateral_scale, sums.lateral_shift)
+            )
+            of_rows = _rows(of_map)
+            sums.lateral.addmm_(of_rows.T, _rows(features[image : image + 1]))
+            if grad_features is not None:
+                linear(of_rows, step.lateral.T, out=_rows(grad_features[image : image + 1]))
+        return grad_features, grad_coarse, None, None, *sums
+
+
+def _lateral(features: Tensor, step: StepParameters) -> Tensor:
+    """Of one image, before the norm: (D, H, W) -> (1, C, H, W) with channels last."""
+    return to_map(linear(_rows(features[None]), step.lateral)[None], features.shape[1:])
+
+
+def _enlarged(coarse: Tensor, size: tuple[int, int]) -> Tensor:
+    """Of one image: (C, h, w) -> (1, C, H, W)."""
+    return F.interpolate(coarse[None], size=size, mode="bilinear", align_corners=False)
+
+
+def _rows(features: Tensor) -> Tensor:
+    """Of one image, (1, C, H, W) with channels last -> (H * W, C), in the same memory."""
+    return features[0].permute(1, 2, 0).flatten(0, 1)
+
+
+def _through_norm(
+    grad: Tensor, features: Tensor, scale: Tensor, statistics: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]
+) -> Tensor:
+    """From the gradient of a norm's output that of its input; adds those of scale and shift."""
+    of_features, *of_parameters = group_norm_gradients(grad, features, scale, statistics, (True, True, True))
+    assert of_features is not None
+    for total, one in zip(sums, of_parameters, strict=True):
+        total += one
+    return of_features
