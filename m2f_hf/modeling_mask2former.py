@@ -37,6 +37,7 @@ from .padding import (
     may_hide_padding,
 )
 from .pixel_decoder import PIXEL_DECODER_CLASSES, Mask2FormerPixelDecoder
+from .products import linear
 from .swin import feature_maps, use_windowed_layers
 
 
@@ -334,7 +335,7 @@ class Mask2FormerMaskedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Q, C), (B, S, C) twice, (B, 1, Q, S) True = blocked -> (B, Q, C) and, eager, (B, heads, Q, S) weights."""
         query, key, value = (
-            split_heads(nn.functional.linear(states, weight, bias), self.config.num_attention_heads)
+            split_heads(linear(states, weight, bias), self.config.num_attention_heads)
             for states, weight, bias in zip(
                 (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
             )
@@ -431,7 +432,7 @@ def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
     """(B, Q, C) x (B, C, S) -> (B, Q, S)."""
     if embeddings.device.type == "cpu" and not is_recorded() and len(embeddings) == 1:
         # In bfloat16 seven times as fast as the product of a batch of one, which copies the features.
-        return (embeddings[0] @ features[0])[None]
+        return linear(embeddings[0], features[0].T)[None]
     return embeddings @ features
 
 

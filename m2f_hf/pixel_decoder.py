@@ -1,6 +1,7 @@
 """The pixel decoder (paper, section 3.2.2): deformable attention over the coarse maps, or a plain feature pyramid."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -267,9 +268,16 @@ class ConvNorm(nn.Sequential):
         super().__init__(convolution, nn.GroupNorm(NUM_NORM_GROUPS, convolution.out_channels))
         self.relu = relu
 
+    @property
+    def convolution(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self[0])
+
+    @property
+    def norm(self) -> nn.GroupNorm:
+        return cast(nn.GroupNorm, self[1])
+
     def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
-        convolution, norm = self
-        assert isinstance(norm, nn.GroupNorm)
+        convolution, norm = self.convolution, self.norm
         convolved = convolution(features)
         if padding is None and is_plain(norm, nn.GroupNorm) and normalises_channels_last(convolved, norm):
             arguments = (convolved, norm.weight, norm.bias, norm.num_groups, norm.eps, self.relu)
@@ -347,31 +355,32 @@ class Mask2FormerPixelDecoder(nn.Module):
 
     def _step_by_image(self, finest: Tensor, coarse: Tensor) -> Tensor:
         """(B, D, H, W), (B, C, h, w) -> mask features (B, M, H, W)."""
-        (lateral, lateral_norm), (fuse, fuse_norm) = self.adapter_1, self.layer_1
+        lateral, fuse, masks = self.adapter_1, self.layer_1, self.mask_projection
+        assert masks.bias is not None
         parameters = StepParameters(
-            lateral=lateral.weight.flatten(1),
-            lateral_scale=lateral_norm.weight,
-            lateral_shift=lateral_norm.bias,
-            fuse=fuse.weight,
-            fuse_scale=fuse_norm.weight,
-            fuse_shift=fuse_norm.bias,
-            mask=self.mask_projection.weight.flatten(1),
-            mask_bias=self.mask_projection.bias,
+            lateral=lateral.convolution.weight.flatten(1),
+            lateral_scale=lateral.norm.weight,
+            lateral_shift=lateral.norm.bias,
+            fuse=fuse.convolution.weight,
+            fuse_scale=fuse.norm.weight,
+            fuse_shift=fuse.norm.bias,
+            mask=masks.weight.flatten(1),
+            mask_bias=masks.bias,
         )
-        eps = (lateral_norm.eps, fuse_norm.eps)
-        output: Tensor = PyramidStep.apply(finest, coarse, lateral_norm.num_groups, eps, *parameters)
+        eps = (lateral.norm.eps, fuse.norm.eps)
+        output: Tensor = PyramidStep.apply(finest, coarse, lateral.norm.num_groups, eps, *parameters)
         return output
 
     def _steps_by_image(self, finest: Tensor, paddings: tuple[Tensor | None, ...]) -> bool:
         """Whether [`PyramidStep`] serves, and nothing else is hung on the parts."""
-        blocks, (lateral, fuse) = (self.adapter_1, self.layer_1), (self.adapter_1[0], self.layer_1[0])
-        parts = (*blocks, self.mask_projection)
-        parameters = [parameter for part in parts for parameter in part.parameters()]
+        blocks, masks = (self.adapter_1, self.layer_1), self.mask_projection
+        fuse = self.layer_1.convolution
+        parameters = [parameter for part in (*blocks, masks) for parameter in part.parameters()]
         return (
             all(padding is None for padding in paddings)
             and isinstance(fuse, TiledConv2d)
-            and all(is_plain(block, ConvNorm) and is_plain(block[1], nn.GroupNorm) for block in blocks)
-            and all(is_plain(convolution, nn.Conv2d) for convolution in (lateral, fuse, self.mask_projection))
+            and all(is_plain(block, ConvNorm) and is_plain(block.norm, nn.GroupNorm) for block in blocks)
+            and all(is_plain(layer, nn.Conv2d) for layer in (self.adapter_1.convolution, fuse, masks))
             and len(parameters) == len(StepParameters._fields)
             and all(parameter.dtype == finest.dtype for parameter in parameters)
             and (all(parameter.requires_grad for parameter in parameters) or not torch.is_grad_enabled())

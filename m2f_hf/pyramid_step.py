@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .chunking import pieces
 from .convolution import convolve, input_gradient, weight_gradient
 from .group_norm import apply_statistics, group_norm_gradients, normalise_groups
 from .products import linear
@@ -54,13 +55,16 @@ class PyramidStep(torch.autograd.Function):
         output = features.new_empty(batch, height * width, len(step.mask))
         kept: list[Tensor] = []
         for image in range(batch):
-            joined = _lateral(features[image], step)
+            # Where the masks are to stand there is room for what comes before them.
+            fits = len(step.mask) == len(step.lateral)
+            place = output[image] if fits else output.new_empty(height * width, len(step.lateral))
+            joined = _lateral(features[image], step, place)
             of_lateral = normalise_groups(
                 joined, step.lateral_scale, step.lateral_shift, groups, eps[0], False, output=joined
             )
-            joined += _enlarged(coarse[image], (height, width))
+            _add_enlarged(joined, coarse[image])
             fused = convolve(joined, step.fuse)
-            del joined
+            del joined, place
             # Nobody reads it again where nothing is learnt.
             normalised = torch.empty_like(fused) if any(ctx.needs_input_grad) else fused
             of_fused = normalise_groups(fused, step.fuse_scale, step.fuse_shift, groups, eps[1], True, normalised)
@@ -92,10 +96,10 @@ class PyramidStep(torch.autograd.Function):
             of_map = torch.ops.aten.threshold_backward(of_map, normalised, 0)
             del normalised
             of_map = _through_norm(of_map, fused, step.fuse_scale, of_fused, (sums.fuse_scale, sums.fuse_shift))
-            lateral = _lateral(features[image], step)
+            lateral = _lateral(features[image], step, torch.empty_like(_rows(fused)))
             joined = torch.empty_like(lateral)
             apply_statistics(lateral, step.lateral_scale, step.lateral_shift, of_lateral, False, joined)
-            joined += _enlarged(coarse[image], size)
+            _add_enlarged(joined, coarse[image])
             sums.fuse.add_(weight_gradient(joined, of_map))
             del joined
             of_map = input_gradient(of_map, step.fuse)
@@ -113,14 +117,23 @@ class PyramidStep(torch.autograd.Function):
         return grad_features, grad_coarse, None, None, *sums
 
 
-def _lateral(features: Tensor, step: StepParameters) -> Tensor:
-    """Of one image, before the norm: (D, H, W) -> (1, C, H, W) with channels last."""
-    return to_map(linear(_rows(features[None]), step.lateral)[None], features.shape[1:])
+def _lateral(features: Tensor, step: StepParameters, out: Tensor) -> Tensor:
+    """Of one image, before the norm: (D, H, W), where it is to stand (H * W, C) -> (1, C, H, W) with channels last."""
+    return to_map(linear(_rows(features[None]), step.lateral, out=out)[None], features.shape[1:])
 
 
-def _enlarged(coarse: Tensor, size: tuple[int, int]) -> Tensor:
-    """Of one image: (C, h, w) -> (1, C, H, W)."""
-    return F.interpolate(coarse[None], size=size, mode="bilinear", align_corners=False)
+def _add_enlarged(fine: Tensor, coarse: Tensor) -> None:
+    """Adds a smaller map of one image, enlarged bilinearly: (1, C, H, W) and (C, h, w)."""
+    height, width = fine.shape[2:]
+    if (height, width) != (2 * coarse.shape[1], 2 * coarse.shape[2]):
+        fine += F.interpolate(coarse[None], size=(height, width), mode="bilinear", align_corners=False)
+        return
+    # Some rows at a time, with a neighbour on either side, which they are made from, too.
+    for piece in pieces(coarse.shape[1], 4 * coarse[:, 0].numel()):
+        above, below = min(piece.start, 1), min(coarse.shape[1] - piece.stop, 1)
+        rows = coarse[None, :, piece.start - above : piece.stop + below]
+        enlarged = F.interpolate(rows, scale_factor=2, mode="bilinear", align_corners=False)
+        fine[:, :, 2 * piece.start : 2 * piece.stop] += enlarged[:, :, 2 * above : enlarged.shape[2] - 2 * below]
 
 
 def _rows(features: Tensor) -> Tensor:
@@ -135,5 +148,6 @@ def _through_norm(
     of_features, *of_parameters = group_norm_gradients(grad, features, scale, statistics, (True, True, True))
     assert of_features is not None
     for total, one in zip(sums, of_parameters, strict=True):
+        assert one is not None
         total += one
     return of_features
