@@ -39,6 +39,23 @@ def test_gradients_are_those_of_the_layers(activation, numbers, kept, monkeypatc
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_kept_states_are_used_however_the_backward_pass_would_cut(activation, monkeypatch):
+    """The size of pieces depends on the number of threads, which another pass may not have."""
+    layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0])
+    expected = run(layers, states, lambda rows, fc1, fc2: fc2(getattr(nn.functional, activation)(fc1(rows))))
+    monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 7 * WIDTHS[1])
+
+    def in_other_pieces(*inputs):
+        output = feed_forward.feed_forward(*inputs, activation)
+        monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 5 * WIDTHS[1])
+        return output
+
+    for one, other in zip(expected, run(layers, states, in_other_pieces), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_autocast_around_the_backward_pass_alone_changes_nothing(activation):
     layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0], requires_grad=True)
     gradients = []

@@ -58,6 +58,22 @@ def test_rows_are_sampled_as_maps_are(dtype):
     torch.testing.assert_close(PointRows(features).sample(points), sample_points(features, points).mT)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_rows_of_maps_with_channels_last_are_the_maps(layout):
+    features = torch.randn(2, 6, 5, 9).contiguous(memory_format=layout)
+    assert (PointRows(features).rows.data_ptr() == features.data_ptr()) == (layout == torch.channels_last)
+
+
+def test_rows_fade_to_zero_at_every_edge():
+    x, y = torch.meshgrid(
+        *(torch.tensor([-1e9, -0.5, -0.01, 0.0, 0.02, 0.5, 0.98, 1.0, 1.01, 2.0, 1e9]),) * 2, indexing="xy"
+    )
+    points = torch.stack([x, y], dim=-1).view(1, -1, 2).expand(2, -1, -1)
+    for size in ((5, 9), (1, 3), (1, 1)):
+        features = torch.randn(2, 6, *size)
+        torch.testing.assert_close(PointRows(features).sample(points), sample_points(features, points).mT)
+
+
 def test_rows_are_float32_whatever_the_default_is():
     features, points = torch.randn(1, 6, 5, 9), torch.rand(1, 20, 2)
     expected = PointRows(features).sample(points)

@@ -1,0 +1,140 @@
+"""Products of linear layers: whichever library makes them, they are those of `F.linear`."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m2f_hf import chunking, products
+from m2f_hf.products import linear
+
+
+class Operators(TorchDispatchMode):
+    """Names of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def goes_by_onednn(*args, **kwargs):
+    with Operators() as operators:
+        linear(*args, **kwargs)
+    return "_linear_pointwise" in operators.names
+
+
+def make_inputs(rows=40, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 24), (18, 24), (18,))]
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "PyTorch's choice"])
+def by_onednn(request, monkeypatch):
+    """Whether oneDNN is to be taken, whatever the processor is."""
+    monkeypatch.setattr(products, "_is_by_amd", lambda: request.param)
+    products._onednn_linear.cache_clear()
+    if request.param and products._onednn_linear() is None:
+        pytest.skip("this PyTorch has no such operator")
+    yield request.param
+    products._onednn_linear.cache_clear()
+
+
+@pytest.mark.parametrize("numbers", [18 * 7, 1 << 20], ids=["seven rows a piece", "all"])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_place", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@torch.no_grad()
+def test_values_are_those_of_a_linear_layer(by_onednn, is_transposed, has_place, has_bias, relu, numbers, monkeypatch):
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+    monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
+    states, weight, bias = make_inputs()
+    if is_transposed:
+        weight = weight.T.contiguous().T
+    bias = bias if has_bias else None
+    expected = F.linear(states.double(), weight.double(), None if bias is None else bias.double())
+    expected = expected.relu() if relu else expected
+    place = torch.full((60, 18), float("nan")) if has_place else None
+    arguments = {"bias": bias, "relu": relu, "out": None if place is None else place[10:50]}
+    assert goes_by_onednn(states, weight, **arguments) == by_onednn
+    actual = linear(states, weight, **arguments)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
+    if place is not None:
+        assert torch.equal(place[10:50], actual) and place[:10].isnan().all() and place[50:].isnan().all()
+
+
+@torch.no_grad()
+def test_leading_axes_stay(by_onednn):
+    states, weight, bias = make_inputs(rows=80)
+    actual = linear(states.view(2, 5, 8, 24), weight, bias)
+    torch.testing.assert_close(actual, F.linear(states, weight, bias).view(2, 5, 8, 18))
+
+
+@pytest.mark.parametrize("by_onednn", [True], indirect=True)
+def test_where_the_operator_does_not_serve_pytorch_decides(by_onednn):
+    states, weight, bias = make_inputs()
+    with torch.no_grad():
+        assert goes_by_onednn(states, weight, bias)
+        assert not goes_by_onednn(*make_inputs(dtype=torch.float64))
+        assert not goes_by_onednn(*make_inputs(dtype=torch.bfloat16))
+        assert not goes_by_onednn(*make_inputs(rows=2))
+        assert not goes_by_onednn(*make_inputs(rows=0))
+        assert not goes_by_onednn(torch.randn(40, 12), torch.randn(18, 24)[:, ::2])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not goes_by_onednn(states, weight, bias)
+            assert linear(states, weight, bias).dtype == torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not goes_by_onednn(states, weight, bias)
+    weight.requires_grad_()
+    linear(states, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, states.sum(0).expand(18, -1))
+
+
+@pytest.mark.parametrize("by_onednn", [True], indirect=True)
+@torch.no_grad()
+def test_a_compiler_sees_a_linear_layer(by_onednn):
+    class Layer(torch.nn.Module):
+        def forward(self, states, weight, bias):
+            return linear(states, weight, bias)
+
+    program = torch.export.export(Layer(), tuple(make_inputs()))
+    assert "_linear_pointwise" not in str(program.graph) and "linear" in str(program.graph)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_by_amd"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", True),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\n", False),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", False),
+    ],
+)
+def test_the_maker_of_the_processor(text, is_by_amd, monkeypatch):
+    monkeypatch.setattr(products.Path, "read_text", lambda path: text)
+    assert products._is_by_amd() == is_by_amd
+
+
+@pytest.mark.parametrize(("says", "is_by_amd"), [("AMD64 Family 25, AuthenticAMD", True), ("GenuineIntel", False)])
+def test_the_maker_where_there_is_no_such_file(says, is_by_amd, monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(products.Path, "read_text", missing)
+    monkeypatch.setattr(products.platform, "processor", lambda: says)
+    assert products._is_by_amd() == is_by_amd
+
+
+def test_an_operator_with_other_arguments_is_left_alone(monkeypatch):
+    monkeypatch.setattr(products, "_is_by_amd", lambda: True)
+    monkeypatch.setattr(products, "_ARGUMENTS", ["X", "W"])
+    products._onednn_linear.cache_clear()
+    try:
+        assert products._onednn_linear() is None
+        with torch.no_grad():
+            assert not goes_by_onednn(*make_inputs())
+    finally:
+        products._onednn_linear.cache_clear()
