@@ -16,7 +16,9 @@ from transformers import Mask2FormerConfig as StockConfig
 from transformers import Mask2FormerForUniversalSegmentation as StockModel
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerModel, chunking
+from m2f_hf import masked_attention_decoder as decoding
 from m2f_hf import modeling_mask2former as modeling
+from m2f_hf.layers import Mask2FormerSinePositionEmbedding
 from m2f_hf.padding import continue_edges, hidden_padding, image_sizes_from_mask, masked_group_norm
 from m2f_hf.point_sampling import SeededPoints
 
@@ -244,13 +246,13 @@ def test_the_base_model_reads_the_same_folder(model, folder):
 def test_the_position_encoding_is_the_originals(goldens):
     with np.load(goldens / "extra" / "modules.npz") as arrays:
         expected = torch.from_numpy(arrays["pe2d_C64_5x7"])
-    encoding = modeling.Mask2FormerSinePositionEmbedding(32)(torch.zeros(1, 3, 5, 7))
+    encoding = Mask2FormerSinePositionEmbedding(32)(torch.zeros(1, 3, 5, 7))
     torch.testing.assert_close(encoding, expected, atol=1e-5, rtol=0)
 
 
 def test_the_position_encoding_by_definition():
     height, width, features = 3, 4, 6
-    encoding = modeling.Mask2FormerSinePositionEmbedding(features)(torch.zeros(2, 1, height, width))
+    encoding = Mask2FormerSinePositionEmbedding(features)(torch.zeros(2, 1, height, width))
     assert encoding.shape == (1, 2 * features, height, width)
     for channel in range(2 * features):
         pair = channel % features // 2
@@ -263,7 +265,7 @@ def test_the_position_encoding_by_definition():
 
 
 def test_the_position_encoding_of_a_padded_map_is_that_of_its_image():
-    embedding = modeling.Mask2FormerSinePositionEmbedding(4)
+    embedding = Mask2FormerSinePositionEmbedding(4)
     padding = torch.ones(2, 5, 6, dtype=torch.bool)
     padding[0, :3, :4] = padding[1, :5, :2] = False
     encoding = embedding(torch.zeros(2, 1, 5, 6), padding)
@@ -518,7 +520,7 @@ def test_blocked_is_where_the_resized_mask_is_below_one_half():
     embeddings[0, 0] = 0  # nothing below one half: nothing blocked
     size = (4, 6)
     level = nn.functional.interpolate(features, size, mode="bilinear", align_corners=False).flatten(2)
-    blocked = modeling.Mask2FormerMaskPredictor.blocked_positions(embeddings, level, None)
+    blocked = decoding.Mask2FormerMaskPredictor.blocked_positions(embeddings, level, None)
     logits = torch.einsum("bqc,bchw->bqhw", embeddings, features)
     resized = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
     expected = resized.sigmoid().flatten(2) < 0.5
@@ -529,9 +531,9 @@ def test_blocked_is_where_the_resized_mask_is_below_one_half():
 def test_a_query_with_an_empty_mask_looks_everywhere_but_at_padding():
     embeddings, features = torch.ones(1, 2, 1), torch.tensor([[[-1.0, -1.0, -1.0, 1.0]]])
     padding = torch.tensor([[False, False, True, True]])
-    blocked = modeling.Mask2FormerMaskPredictor.blocked_positions(embeddings, features, padding)
+    blocked = decoding.Mask2FormerMaskPredictor.blocked_positions(embeddings, features, padding)
     assert blocked.tolist() == [[[[False, False, True, True]] * 2]]
-    open_everywhere = modeling.Mask2FormerMaskPredictor.blocked_positions(embeddings, -features.abs(), None)
+    open_everywhere = decoding.Mask2FormerMaskPredictor.blocked_positions(embeddings, -features.abs(), None)
     assert not open_everywhere.any()
 
 
@@ -593,8 +595,11 @@ def test_auxiliary_logits_are_those_of_the_layers(model, monkeypatch):
 def test_at_inference_only_the_last_prediction_is_computed(model, monkeypatch):
     read, products = [], []
     hook = model.class_predictor.register_forward_hook(lambda module, args, out: read.append(args[0].shape))
-    mask_logits = modeling.mask_logits
-    monkeypatch.setattr(modeling, "mask_logits", lambda *args: products.append(args[1].shape[2]) or mask_logits(*args))
+    mask_logits = decoding.mask_logits
+    for module in (decoding, modeling):
+        monkeypatch.setattr(
+            module, "mask_logits", lambda *args: products.append(args[1].shape[2]) or mask_logits(*args)
+        )
     size = SIZE[0] // 4 * (SIZE[1] // 4)
     with torch.no_grad():
         model(images())
@@ -954,7 +959,8 @@ def test_on_the_cpu_a_mask_that_hides_nothing_costs_nothing(model, monkeypatch):
     mask[0, :, SIZE[1] - 31 :] = 0  # within the image's own multiple of 32
     with torch.no_grad():
         expected = model(images())
-        monkeypatch.setattr(modeling, "hidden_padding", None)
+        for module in (decoding, modeling):
+            monkeypatch.setattr(module, "hidden_padding", None)
         outputs = model(images(), pixel_mask=mask)
     assert torch.equal(outputs.masks_queries_logits, expected.masks_queries_logits)
     assert outputs.image_sizes.tolist() == [[SIZE[0], SIZE[1] - 31], list(SIZE)]
@@ -1100,12 +1106,12 @@ def test_the_layout_of_pixels_in_memory_does_not_matter(backbone):
 def test_mask_logits_of_one_image_are_those_of_many(dtype):
     embeddings, features = torch.randn(2, 5, 8).to(dtype), torch.randn(2, 8, 30).to(dtype)
     expected = torch.einsum("bqc,bcs->bqs", embeddings.double(), features.double())
-    both = modeling.mask_logits(embeddings, features)
-    alone = [modeling.mask_logits(embeddings[i : i + 1], features[i : i + 1]) for i in range(2)]
+    both = decoding.mask_logits(embeddings, features)
+    alone = [decoding.mask_logits(embeddings[i : i + 1], features[i : i + 1]) for i in range(2)]
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     assert (both.double() - expected).abs().max() < tolerance
     assert (torch.cat(alone).double() - expected).abs().max() < tolerance
-    traced = torch.jit.trace(modeling.mask_logits, (embeddings[:1], features[:1]))
+    traced = torch.jit.trace(decoding.mask_logits, (embeddings[:1], features[:1]))
     assert (traced(embeddings, features).double() - expected).abs().max() < tolerance
 
 

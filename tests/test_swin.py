@@ -114,6 +114,19 @@ def test_pieces_learn_what_the_whole_learns(case, shift, numbers, monkeypatch):
         torch.testing.assert_close(actual, expected, atol=2e-5 * max(1, expected.abs().max().item()), rtol=0)
 
 
+def test_autocast_around_the_backward_pass_alone_changes_nothing():
+    _, layer = make_layer(2)
+    states = torch.randn(2, 63, 12, requires_grad=True)
+    gradients = []
+    for is_cast in (False, True):
+        output = layer.train()(states, (9, 7), always_partition=True)[0]
+        assert "WindowAttentionBackward" in graph_of(output)
+        loss = output.square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            gradients.append(torch.autograd.grad(loss, [states, *layer.parameters()]))
+    assert all(map(torch.equal, *gradients))
+
+
 def graph_of(tensor):
     """Names of the nodes of its graph."""
     names, nodes = set(), [tensor.grad_fn]
