@@ -35,12 +35,12 @@ class TiledConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (self._is_three_by_three() and works_in_tiles(input, weight, bias)):
+        if not (self.is_three_by_three() and works_in_tiles(input, weight, bias)):
             return super()._conv_forward(input, weight, bias)
         output: Tensor = TiledConvolution.apply(input, weight, bias)
         return output
 
-    def _is_three_by_three(self) -> bool:
+    def is_three_by_three(self) -> bool:
         """Whether each output sees the square of nine positions around it, in every channel."""
         return (
             self.kernel_size == (3, 3)
@@ -54,28 +54,28 @@ class TiledConv2d(nn.Conv2d):
 def works_in_tiles(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether [`TiledConvolution`] can do it and is faster: (B, C, H, W), (O, C, 3, 3), (O,)."""
     return (
-        tiles_suit(features, weight, bias)
+        suits_tiles(features, weight, bias)
         and features.shape[1] == weight.shape[1]
         and features.is_contiguous(memory_format=torch.channels_last)
     )
 
 
-def tiles_suit(like: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """What [`works_in_tiles`] asks but for the channels of the map and how they lie in memory: of a map (B, …, H, W).
+def suits_tiles(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """[`works_in_tiles`] of a map of this size, (B, …, H, W), whatever its channels and however they lie in memory.
 
     On the CPU, H and W even, in single or double precision. Small maps have too few tiles for the sixteen matrices of
     weights.
     """
     return (
         not is_recorded()
-        and like.device.type == "cpu"
-        and like.dim() == 4
-        and like.dtype in (torch.float32, torch.float64)
-        and all(parameter.dtype == like.dtype for parameter in (weight, bias) if parameter is not None)
-        and like.shape[2] % 2 == like.shape[3] % 2 == 0
+        and features.device.type == "cpu"
+        and features.dim() == 4
+        and features.dtype in (torch.float32, torch.float64)
+        and all(parameter.dtype == features.dtype for parameter in (weight, bias) if parameter is not None)
+        and features.shape[2] % 2 == features.shape[3] % 2 == 0
         and min(weight.shape[:2]) >= _LEAST_CHANNELS_TO_LEARN
-        and like.shape[2] * like.shape[3] >= 4 * min(weight.shape[:2])
-        and len(like) > 0
+        and features.shape[2] * features.shape[3] >= 4 * min(weight.shape[:2])
+        and len(features) > 0
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -30,7 +30,7 @@ def feed_forward(states: Tensor, fc1: nn.Linear, fc2: nn.Linear, activation: str
 
 
 def apply_linear(layer: nn.Linear, states: Tensor) -> Tensor:
-    """`layer(states)`, at inference by the faster library."""
+    """`layer(states)`, (..., in) -> (..., out); where no gradients are recorded by the faster library."""
     if torch.is_grad_enabled() or not is_plain(layer):
         output: Tensor = layer(states)
         return output
@@ -46,6 +46,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
         and "forward" not in vars(layer)
         and layer._compiled_call_impl is None
         and not any(hooks)
+        and not nn.modules.module._has_any_global_hook()
     )
 
 
@@ -60,28 +61,23 @@ class FeedForward(torch.autograd.Function):
         rows = states.flatten(0, -2)
         output = torch.empty_like(rows)
         width = len(weight1)
-        is_kept = len(rows) * width <= _NUMBERS_KEPT
-        expanded = []
-        # The same in both passes, even if the number of threads changes between them.
-        ctx.pieces = list(pieces(len(rows), width))
-        for piece in ctx.pieces:
-            wide = linear(rows[piece], weight1, bias1, relu=not gelu)
+        expanded = rows.new_empty(len(rows), width) if len(rows) * width <= _NUMBERS_KEPT else None
+        for piece in pieces(len(rows), width):
+            wide = linear(rows[piece], weight1, bias1, relu=not gelu, out=None if expanded is None else expanded[piece])
             linear(F.gelu(wide) if gelu else wide, weight2, bias2, out=output[piece])
-            if is_kept:
-                expanded.append(wide)
-        ctx.save_for_backward(states, weight1, bias1, weight2, *expanded)
+        ctx.save_for_backward(states, weight1, bias1, weight2, expanded)
         ctx.gelu = gelu
         return output.view(states.shape)
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight1, bias1, weight2, *expanded = ctx.saved_tensors
+        states, weight1, bias1, weight2, expanded = ctx.saved_tensors
         rows, grad_output = states.flatten(0, -2), grad.flatten(0, -2)
         grad_rows = torch.empty_like(rows)
         grad_weight1, grad_bias1, grad_weight2 = (torch.zeros_like(one) for one in (weight1, bias1, weight2))
-        for index, piece in enumerate(ctx.pieces):
-            wide = expanded[index] if expanded else linear(rows[piece], weight1, bias1, relu=not ctx.gelu)
+        for piece in pieces(len(rows), len(weight1)):
+            wide = linear(rows[piece], weight1, bias1, relu=not ctx.gelu) if expanded is None else expanded[piece]
             activated = F.gelu(wide) if ctx.gelu else wide
             grad_weight2.addmm_(grad_output[piece].T, activated)
             grad_wide = linear(grad_output[piece], weight2.T)

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .chunking import learns_in_pieces, pieces, works_in_pieces
 from .configuration_mask2former import NUM_NORM_GROUPS, Mask2FormerConfig
-from .convolution import TiledConv2d, tiles_suit
+from .convolution import TiledConv2d, suits_tiles
 from .deformable_layer import DeformableLayer, EncodedPlaces, LayerWeights
 from .feed_forward import apply_linear, feed_forward, is_plain
 from .group_norm import ChannelsLastGroupNorm, normalise_groups, normalises_channels_last
@@ -368,23 +368,32 @@ class Mask2FormerPixelDecoder(nn.Module):
             mask_bias=masks.bias,
         )
         eps = (lateral.norm.eps, fuse.norm.eps)
-        output: Tensor = PyramidStep.apply(finest, coarse, lateral.norm.num_groups, eps, *parameters)
+        output: Tensor = PyramidStep.apply(
+            finest, coarse, torch.is_grad_enabled(), lateral.norm.num_groups, eps, *parameters
+        )
         return output
 
     def _steps_by_image(self, finest: Tensor, paddings: tuple[Tensor | None, ...]) -> bool:
         """Whether [`PyramidStep`] serves, and nothing else is hung on the parts."""
         blocks, masks = (self.adapter_1, self.layer_1), self.mask_projection
-        fuse = self.layer_1.convolution
+        lateral, fuse = (block.convolution for block in blocks)
         parameters = [parameter for part in (*blocks, masks) for parameter in part.parameters()]
         return (
             all(padding is None for padding in paddings)
+            and all(len(block) == 2 and is_plain(block, ConvNorm) for block in blocks)
+            and all(is_plain(block.norm, nn.GroupNorm) and block.norm.affine for block in blocks)
+            and all(is_plain(layer, nn.Conv2d) for layer in (lateral, fuse, masks))
             and isinstance(fuse, TiledConv2d)
-            and all(is_plain(block, ConvNorm) and is_plain(block.norm, nn.GroupNorm) for block in blocks)
-            and all(is_plain(layer, nn.Conv2d) for layer in (self.adapter_1.convolution, fuse, masks))
-            and len(parameters) == len(StepParameters._fields)
+            and fuse.is_three_by_three()
+            and all(is_one_by_one(layer) for layer in (lateral, masks))
+            and lateral.bias is None is fuse.bias
+            and masks.bias is not None
+            and self.adapter_1.norm.num_groups == self.layer_1.norm.num_groups
+            and self.layer_1.relu
+            and not self.adapter_1.relu
             and all(parameter.dtype == finest.dtype for parameter in parameters)
             and (all(parameter.requires_grad for parameter in parameters) or not torch.is_grad_enabled())
-            and tiles_suit(finest, fuse.weight, fuse.bias)
+            and suits_tiles(finest, fuse.weight, fuse.bias)
         )
 
 
@@ -424,6 +433,15 @@ class Mask2FormerFPNPixelDecoder(nn.Module):
             multi_scale_features=tuple(maps[:NUM_FEATURE_LEVELS]),
             mask_features=continue_edges(self.mask_projection(maps[-1]), paddings[0]),
         )
+
+
+def is_one_by_one(convolution: nn.Conv2d) -> bool:
+    """Whether it is a linear layer of every position by itself."""
+    return (
+        convolution.kernel_size == convolution.stride == (1, 1)
+        and convolution.padding == (0, 0)
+        and convolution.groups == 1
+    )
 
 
 PIXEL_DECODER_CLASSES = {"msdeform": Mask2FormerPixelDecoder, "fpn": Mask2FormerFPNPixelDecoder}

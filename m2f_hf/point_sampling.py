@@ -114,21 +114,21 @@ class PointRows:
         # (B, C, H, W) -> (B * H * W, C)
         self.rows = features.detach().permute(0, 2, 3, 1).flatten(0, 2).float().contiguous()
         self.width = width
-        last = torch.tensor([width - 1, height - 1]).to(features.device, non_blocking=True)  # x and y, as in points
-        self.last = last.view(2, 1, 1).expand(2, batch_size, 1)
+        size = torch.tensor([width, height], dtype=torch.float32)  # x and y, as in points
+        self.size = size.to(features.device, non_blocking=True).view(2, 1, 1)
         self.first_row = torch.arange(batch_size, device=features.device)[:, None] * height * width
 
     def sample(self, points: Tensor) -> Tensor:
         """Bilinear values (B, P, C) float32 at points (B, P, 2), x and y in [0, 1]."""
         location = points.float().movedim(-1, 0)  # (2, B, P)
+        last = self.size - 1
         # In pixels; where nothing is near, just outside the map.
-        position = torch.addcmul(location.new_full((), -0.5), location, self.last + 1).clamp(min=-1)
-        position = position.minimum(self.last + 1)
-        lower = position.floor().long().minimum(self.last)
+        position = (location * self.size - 0.5).clamp(min=-1).minimum(self.size)
+        lower = position.floor().minimum(last)
         share = position - lower
         # Column and line of both neighbours, and the weights of these: zero outside the map.
-        shares = torch.stack([(1 - share).mul_(lower >= 0), share.mul_(lower < self.last)])  # (2, 2, B, P)
-        columns, lines = torch.stack([lower.clamp(min=0), (lower + 1).minimum(self.last)], dim=1)
+        shares = torch.stack([(1 - share).mul_(lower >= 0), share.mul_(lower < last)])  # (2, 2, B, P)
+        columns, lines = torch.stack([lower.clamp(min=0), (lower + 1).minimum(last)], dim=1).long()
         corners = (self.first_row + lines * self.width)[:, None] + columns  # (2, 2, B, P), lines first
         weights = shares[:, None, 1] * shares[:, 0]
         sampled = F.embedding_bag(

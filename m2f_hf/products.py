@@ -2,8 +2,8 @@
 
 PyTorch multiplies float32 by MKL, which has kernels of its own for Intel's processors and one for all others, without
 AVX-512. oneDNN, which PyTorch brings along and uses for half precision, makes a kernel for each size on any processor:
-on an AMD EPYC with AVX-512 it is 5 to 20 % faster at the sizes of this model, with AVX2 up to 5 %. Its
-operator has no gradient: it is for inference, and for functions with a backward pass of their own.
+on an AMD EPYC with AVX-512 it is 5 to 20 % faster at the sizes of this model, with AVX2 up to 5 %. Its operator has no
+gradient: it is for inference, and for functions with a backward pass of their own.
 """
 
 import functools
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .chunking import is_recorded, pieces
@@ -25,42 +26,55 @@ _LEAST_ROWS = 32  # with fewer, calling costs more than the product
 def linear(
     states: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """`F.linear`, then ReLU if asked; with gradients by `F.linear` itself.
+    """`F.linear`, then ReLU if asked; where gradients are recorded by `F.linear` itself, with its errors.
 
     Args:
-        states: (..., in).
+        states: (..., in), of any dtype that `F.linear` takes; float32 goes by oneDNN.
         weight: (out, in); for a product `states @ matrix`, `matrix.T`, which is not copied.
         bias: (out,) or None.
         relu: whether to clip below zero.
-        out: (..., out), where the result is to stand, two axes only; None: in new memory.
+        out: (n, out), where the result of (n, in) is to stand; not where gradients are recorded. None: in new memory.
+
+    Returns:
+        (..., out), `out` if given.
     """
     if _goes_by_onednn(states, weight, bias):
-        multiply, activation = _onednn_linear(), "relu" if relu else "none"
+        multiply = _onednn_linear()
         if out is None:
-            result: Tensor = multiply(states, weight, bias, activation, [], "")
-            return result
-        for piece in pieces(len(states), len(weight)):  # the operator writes to new memory: little, used again
-            out[piece] = multiply(states[piece], weight, bias, activation, [], "")
-        return out
-    if out is None:
+            result: Tensor = multiply(states, weight, bias, "none", [], "")
+        else:
+            result = out
+            for piece in pieces(len(states), len(weight)):  # the operator writes to new memory: little, used again
+                out[piece] = multiply(states[piece], weight, bias, "none", [], "")
+    elif out is None:
         result = F.linear(states, weight, bias)
     elif bias is None:
         result = torch.mm(states, weight.T, out=out)
     else:
         result = torch.addmm(bias, states, weight.T, out=out)
+    # Not the operator's own, which makes zero of what is not a number.
     return result.relu_() if relu else result
 
 
 def _goes_by_onednn(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the operator serves, which has no gradients and checks neither shapes nor layouts.
+
+    Subclasses of tensors (sharded, quantised) have arithmetic of their own.
+    """
+    tensors = [states, weight] if bias is None else [states, weight, bias]
     return bool(
-        states.device.type == weight.device.type == "cpu"
-        and states.dtype == weight.dtype == torch.float32
+        all(type(one) in (Tensor, nn.Parameter) for one in tensors)
+        and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors)
         and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
         and not is_recorded()
         and not torch.is_autocast_enabled("cpu")
-        and all(type(one) in (Tensor, torch.nn.Parameter) for one in (states, weight, bias) if one is not None)
+        and weight.dim() == 2
+        and states.dim() > 1
+        and states.shape[-1] == weight.shape[1]
         and states.numel() >= _LEAST_ROWS * states.shape[-1] > 0
         and (weight.is_contiguous() or weight.T.is_contiguous())
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and torch.backends.mkldnn.enabled
         and _onednn_linear() is not None
     )
@@ -68,9 +82,11 @@ def _goes_by_onednn(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool
 
 @functools.cache
 def _onednn_linear() -> Any:
-    """PyTorch's operator, or None where it has none of these arguments, or where MKL has kernels for the processor."""
+    """PyTorch's operator; None where it has other arguments, or where MKL knows the processor or is not what else
+    would multiply."""
     operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if not torch.backends.mkldnn.is_available() or operator is None or not _is_by_amd():
+    libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    if not libraries or operator is None or not _is_by_amd():
         return None
     known = [argument.name for argument in operator.default._schema.arguments]
     return operator.default if known == _ARGUMENTS and platform.machine().lower() in ("x86_64", "amd64") else None

@@ -33,16 +33,26 @@ class StepParameters(NamedTuple):
 
 
 class PyramidStep(torch.autograd.Function):
-    """`mask(relu(norm(fuse(norm(lateral(features)) + enlarged(coarse)))))`; norms are GroupNorms."""
+    """`mask(relu(norm(fuse(norm(lateral(features)) + enlarged(coarse)))))`; norms are GroupNorms.
+
+    It has neither second derivatives nor forward-mode ones, no `torch.func` transforms.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, coarse: Tensor, groups: int, eps: tuple[float, float], *parameters: Tensor
+        ctx: Any,
+        features: Tensor,
+        coarse: Tensor,
+        learns: bool,
+        groups: int,
+        eps: tuple[float, float],
+        *parameters: Tensor,
     ) -> Tensor:
         """
         Args:
             features: (B, D, H, W) with channels last, which the convolution `works_in_tiles` for.
             coarse: (B, C, h, w).
+            learns: whether there may be a backward pass, which keeps the maps for it.
             groups: of both norms.
             eps: of the two.
             parameters: those of [`StepParameters`].
@@ -52,28 +62,33 @@ class PyramidStep(torch.autograd.Function):
         """
         step = StepParameters(*parameters)
         batch, _, height, width = features.shape
-        output = features.new_empty(batch, height * width, len(step.mask))
+        output = torch.empty(
+            (batch, len(step.mask), height, width),
+            dtype=features.dtype,
+            device=features.device,
+            memory_format=torch.channels_last,
+        )
         kept: list[Tensor] = []
         for image in range(batch):
             # Where the masks are to stand there is room for what comes before them.
+            masks = _rows(output[image : image + 1])
             fits = len(step.mask) == len(step.lateral)
-            place = output[image] if fits else output.new_empty(height * width, len(step.lateral))
-            joined = _lateral(features[image], step, place)
+            joined = _lateral(features[image], step, masks if fits else masks.new_empty(len(masks), len(step.lateral)))
             of_lateral = normalise_groups(
                 joined, step.lateral_scale, step.lateral_shift, groups, eps[0], False, output=joined
             )
             _add_enlarged(joined, coarse[image])
             fused = convolve(joined, step.fuse)
-            del joined, place
+            del joined
             # Nobody reads it again where nothing is learnt.
-            normalised = torch.empty_like(fused) if any(ctx.needs_input_grad) else fused
+            normalised = torch.empty_like(fused) if learns else fused
             of_fused = normalise_groups(fused, step.fuse_scale, step.fuse_shift, groups, eps[1], True, normalised)
-            linear(_rows(normalised), step.mask, step.mask_bias, out=output[image])
-            if any(ctx.needs_input_grad):
+            linear(_rows(normalised), step.mask, step.mask_bias, out=masks)
+            if learns:
                 kept += [fused, *of_lateral, *of_fused]
             del normalised, fused
         ctx.save_for_backward(features, coarse, *parameters, *kept)
-        return to_map(output, (height, width))
+        return output
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
@@ -114,7 +129,7 @@ class PyramidStep(torch.autograd.Function):
             sums.lateral.addmm_(of_rows.T, _rows(features[image : image + 1]))
             if grad_features is not None:
                 linear(of_rows, step.lateral.T, out=_rows(grad_features[image : image + 1]))
-        return grad_features, grad_coarse, None, None, *sums
+        return grad_features, grad_coarse, None, None, None, *sums
 
 
 def _lateral(features: Tensor, step: StepParameters, out: Tensor) -> Tensor:
@@ -138,7 +153,7 @@ def _add_enlarged(fine: Tensor, coarse: Tensor) -> None:
 
 def _rows(features: Tensor) -> Tensor:
     """Of one image, (1, C, H, W) with channels last -> (H * W, C), in the same memory."""
-    return features[0].permute(1, 2, 0).flatten(0, 1)
+    return features[0].permute(1, 2, 0).view(-1, features.shape[1])
 
 
 def _through_norm(

@@ -55,6 +55,20 @@ def transformers_warns():
     logging.set_verbosity_warning()
 
 
+@pytest.fixture(params=[True, False], ids=["by oneDNN", "by PyTorch's choice"])
+def by_onednn(request, monkeypatch):
+    """Whether oneDNN multiplies what it can, however few rows there are and whoever made the processor."""
+    from m2f_hf import products
+
+    monkeypatch.setattr(products, "_is_by_amd", lambda: request.param)
+    monkeypatch.setattr(products, "_LEAST_ROWS", 1)
+    products._onednn_linear.cache_clear()
+    if request.param and products._onednn_linear() is None:
+        pytest.skip("this PyTorch has no such operator for this machine")
+    yield request.param
+    products._onednn_linear.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def load_measure(tmp_path_factory):
     """`evaluate.load`, with its caches in a temporary folder."""

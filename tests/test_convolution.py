@@ -215,7 +215,7 @@ def test_pixel_decoders_learn_by_tiles(kind, function, count, monkeypatch):
         results.append((*flat, *torch.autograd.grad(loss, [*features, *parameters], allow_unused=True)))
         assert len(applied) == count
         for where in (module, pixel_decoder):
-            monkeypatch.setattr(where, "tiles_suit", lambda *args: False)
+            monkeypatch.setattr(where, "suits_tiles", lambda *args: False)
     for tiled, plain in zip(*results, strict=True):
         assert (tiled is None) == (plain is None)
         if plain is not None:

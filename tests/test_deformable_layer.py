@@ -70,7 +70,7 @@ def assert_alike(actual, expected):
 # A row a piece and an image a table; pieces that end within images, and span some; everything at once.
 @pytest.mark.parametrize("numbers", [1, 50 * WIDE, 2 * LENGTH * 4 * 24, 1 << 20])
 @pytest.mark.parametrize("padded", [False, True])
-def test_gradients_are_those_of_the_layers(padded, numbers, encodings, kept, monkeypatch):
+def test_gradients_are_those_of_the_layers(padded, numbers, encodings, kept, by_onednn, monkeypatch):
     monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     monkeypatch.setattr(deformable_layer, "_NUMBERS_KEPT", kept)

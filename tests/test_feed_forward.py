@@ -26,7 +26,7 @@ def run(layers, states, function):
 @pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
 @pytest.mark.parametrize("numbers", [1, 7 * WIDTHS[1], 1 << 20])  # one row a piece, seven, all
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_gradients_are_those_of_the_layers(activation, numbers, kept, monkeypatch):
+def test_gradients_are_those_of_the_layers(activation, numbers, kept, by_onednn, monkeypatch):
     monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     monkeypatch.setattr(feed_forward, "_NUMBERS_KEPT", kept)
@@ -46,13 +46,35 @@ def test_kept_states_are_used_however_the_backward_pass_would_cut(activation, mo
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 7 * WIDTHS[1])
 
+    linear, computed = feed_forward.linear, []
+
+    def counting(rows, weight, bias=None, **kwargs):
+        # Without a bias it is a product of the backward pass.
+        computed.extend([len(rows)] if len(weight) == WIDTHS[1] and bias is not None else [])
+        return linear(rows, weight, bias, **kwargs)
+
     def in_other_pieces(*inputs):
         output = feed_forward.feed_forward(*inputs, activation)
         monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 5 * WIDTHS[1])
+        monkeypatch.setattr(feed_forward, "linear", counting)
         return output
 
     for one, other in zip(expected, run(layers, states, in_other_pieces), strict=True):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+    assert computed == []
+
+
+@pytest.mark.parametrize("hooked", [0, 1])
+@torch.no_grad()
+def test_at_inference_a_layer_that_is_hooked_is_called(hooked):
+    layers, states, seen = make_layers(), torch.randn(40, WIDTHS[0]), []
+    layers[hooked].register_forward_hook(lambda *_: seen.append(hooked))
+    feed_forward.feed_forward(states, *layers, "relu")
+    assert seen == [hooked]
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    feed_forward.feed_forward(states, *layers, "relu")
+    handle.remove()
+    assert set(layers) < set(seen)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

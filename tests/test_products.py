@@ -9,6 +9,10 @@ from m2f_hf import chunking, products
 from m2f_hf.products import linear
 
 
+class Sharded(torch.Tensor):
+    """Stands for a tensor with arithmetic of its own."""
+
+
 class Operators(TorchDispatchMode):
     """Names of what is called."""
 
@@ -32,15 +36,7 @@ def make_inputs(rows=40, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 24), (18, 24), (18,))]
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN", "PyTorch's choice"])
-def by_onednn(request, monkeypatch):
-    """Whether oneDNN is to be taken, whatever the processor is."""
-    monkeypatch.setattr(products, "_is_by_amd", lambda: request.param)
-    products._onednn_linear.cache_clear()
-    if request.param and products._onednn_linear() is None:
-        pytest.skip("this PyTorch has no such operator")
-    yield request.param
-    products._onednn_linear.cache_clear()
+only_by_onednn = pytest.mark.parametrize("by_onednn", [True], indirect=True)
 
 
 @pytest.mark.parametrize("numbers", [18 * 7, 1 << 20], ids=["seven rows a piece", "all"])
@@ -74,16 +70,18 @@ def test_leading_axes_stay(by_onednn):
     torch.testing.assert_close(actual, F.linear(states, weight, bias).view(2, 5, 8, 18))
 
 
-@pytest.mark.parametrize("by_onednn", [True], indirect=True)
+@only_by_onednn
 def test_where_the_operator_does_not_serve_pytorch_decides(by_onednn):
     states, weight, bias = make_inputs()
     with torch.no_grad():
         assert goes_by_onednn(states, weight, bias)
         assert not goes_by_onednn(*make_inputs(dtype=torch.float64))
         assert not goes_by_onednn(*make_inputs(dtype=torch.bfloat16))
-        assert not goes_by_onednn(*make_inputs(rows=2))
         assert not goes_by_onednn(*make_inputs(rows=0))
         assert not goes_by_onednn(torch.randn(40, 12), torch.randn(18, 24)[:, ::2])
+        assert not goes_by_onednn(states[0], weight, bias)
+        assert not goes_by_onednn(*(one.to("meta") for one in (states, weight, bias)))
+        assert not goes_by_onednn(states.as_subclass(Sharded), weight, bias)
         with torch.autocast("cpu", torch.bfloat16):
             assert not goes_by_onednn(states, weight, bias)
             assert linear(states, weight, bias).dtype == torch.bfloat16
@@ -94,15 +92,50 @@ def test_where_the_operator_does_not_serve_pytorch_decides(by_onednn):
     torch.testing.assert_close(weight.grad, states.sum(0).expand(18, -1))
 
 
-@pytest.mark.parametrize("by_onednn", [True], indirect=True)
+@only_by_onednn
 @torch.no_grad()
-def test_a_compiler_sees_a_linear_layer(by_onednn):
-    class Layer(torch.nn.Module):
-        def forward(self, states, weight, bias):
-            return linear(states, weight, bias)
+def test_few_rows_are_left_to_pytorch(by_onednn, monkeypatch):
+    monkeypatch.setattr(products, "_LEAST_ROWS", 32)
+    assert [goes_by_onednn(*make_inputs(rows=rows)) for rows in (31, 32)] == [False, True]
 
-    program = torch.export.export(Layer(), tuple(make_inputs()))
-    assert "_linear_pointwise" not in str(program.graph) and "linear" in str(program.graph)
+
+@only_by_onednn
+@torch.no_grad()
+def test_a_bias_of_any_layout_counts(by_onednn):
+    """The operator would read past it."""
+    states, weight, bias = make_inputs()
+    for unusual in (torch.randn(36)[::2], bias[:1].expand(18), bias[:1], bias.double()[:1].float()[0]):
+        torch.testing.assert_close(linear(states, weight, unusual), states @ weight.T + unusual)
+    with pytest.raises(RuntimeError, match="size"):
+        linear(states, weight, bias[:7])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(states[:, :20], weight, bias)
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_or_infinite_stays(by_onednn):
+    states, weight, bias = make_inputs()
+    states[3, 5], states[4, 5], weight[:, 5] = float("nan"), float("inf"), 1.0
+    for place in (None, torch.empty(40, 18)):
+        output = linear(states, weight, bias, relu=True, out=place)
+        assert output[3].isnan().all() and output[4].isposinf().all() and output[5:].isfinite().all()
+
+
+@only_by_onednn
+@torch.no_grad()
+def test_forward_derivatives_are_not_lost(by_onednn):
+    states, weight, bias = make_inputs()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(states, torch.ones_like(states))
+        tangent = torch.autograd.forward_ad.unpack_dual(linear(dual, weight, bias)).tangent
+    torch.testing.assert_close(tangent, weight.sum(1).expand(40, -1))
+
+
+@only_by_onednn
+@torch.no_grad()
+def test_a_trace_has_a_linear_layer(by_onednn):
+    traced = torch.jit.trace(lambda *inputs: linear(*inputs), tuple(make_inputs()))
+    assert "aten::linear" in str(traced.graph) and "mkldnn" not in str(traced.graph)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +161,19 @@ def test_the_maker_where_there_is_no_such_file(says, is_by_amd, monkeypatch):
     assert products._is_by_amd() == is_by_amd
 
 
-def test_an_operator_with_other_arguments_is_left_alone(monkeypatch):
-    monkeypatch.setattr(products, "_is_by_amd", lambda: True)
-    monkeypatch.setattr(products, "_ARGUMENTS", ["X", "W"])
+@only_by_onednn
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (products, "_ARGUMENTS", ["X", "W"]),
+        (products.platform, "machine", lambda: "aarch64"),
+        (torch.backends.mkldnn, "is_available", lambda: False),
+        (torch.backends.mkl, "is_available", lambda: False),
+    ],
+)
+@torch.no_grad()
+def test_where_something_is_different_pytorch_decides(by_onednn, where, name, value, monkeypatch):
+    assert goes_by_onednn(*make_inputs())
+    monkeypatch.setattr(where, name, value)
     products._onednn_linear.cache_clear()
-    try:
-        assert products._onednn_linear() is None
-        with torch.no_grad():
-            assert not goes_by_onednn(*make_inputs())
-    finally:
-        products._onednn_linear.cache_clear()
+    assert not goes_by_onednn(*make_inputs())
