@@ -35,7 +35,6 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
         output = torch.empty_like(features, memory_format=torch.channels_last)
         mean, inverse_deviation = normalise_groups(features, weight, bias, groups, eps, relu, output)
         ctx.save_for_backward(features, weight, mean, inverse_deviation, output if relu else None)
-        ctx.groups = groups
         return output
 
     @staticmethod

@@ -50,7 +50,7 @@ class PyramidStep(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            features: (B, D, H, W) with channels last, which the convolution `works_in_tiles` for.
+            features: (B, D, H, W) with channels last, of a size and dtype that [`suits_tiles`] says yes to.
             coarse: (B, C, h, w).
             learns: whether there may be a backward pass, which keeps the maps for it.
             groups: of both norms.
