@@ -139,6 +139,16 @@ def test_a_trace_has_a_linear_layer(by_onednn):
 
 
 @pytest.mark.parametrize(
+    ("capability", "is_by_amd", "expected"),
+    [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False), ("DEFAULT", True, False)],
+)
+def test_processors_on_which_it_is_faster(capability, is_by_amd, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "_is_by_amd", lambda: is_by_amd)
+    assert products._mkl_leaves_instructions_unused() == expected
+
+
+@pytest.mark.parametrize(
     ("text", "is_by_amd"),
     [
         ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", True),
@@ -166,7 +176,6 @@ def test_the_maker_where_there_is_no_such_file(says, is_by_amd, monkeypatch):
     ("where", "name", "value"),
     [
         (products, "_ARGUMENTS", ["X", "W"]),
-        (products.platform, "machine", lambda: "aarch64"),
         (torch.backends.mkldnn, "is_available", lambda: False),
         (torch.backends.mkl, "is_available", lambda: False),
     ],
