@@ -70,7 +70,7 @@ def normalise_groups(
     Returns:
         Mean and inverse deviation, (B, groups) each.
     """
-    found = [_statistics(image, groups, eps) for image in _rows(features)]
+    found = [_statistics(image, groups, eps) for image in rows_of(features)]
     means, inverse_deviations = (torch.stack(of_images) for of_images in zip(*found, strict=True))
     apply_statistics(features, weight, bias, (means, inverse_deviations), relu, output)
     return means, inverse_deviations
@@ -81,7 +81,7 @@ def apply_statistics(
 ) -> None:
     """What `normalise_groups` does with the statistics that it found."""
     groups = statistics[0].shape[1]
-    for image, normalised, mean, inverse_deviation in zip(_rows(features), _rows(output), *statistics, strict=True):
+    for image, normalised, mean, inverse_deviation in zip(rows_of(features), rows_of(output), *statistics, strict=True):
         scale = (weight.view(groups, -1) * inverse_deviation[:, None]).flatten()
         shift = torch.addcmul(bias, mean.repeat_interleave(len(bias) // groups), scale, value=-1)
         for piece in pieces(*image.shape):
@@ -90,9 +90,9 @@ def apply_statistics(
                 normalised[piece].relu_()
 
 
-def _rows(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W, C), the same memory."""
-    return features.permute(0, 2, 3, 1).flatten(1, 2)
+def rows_of(features: Tensor) -> Tensor:
+    """(B, C, H, W) with channels last -> (B, H * W, C), the same memory."""
+    return features.permute(0, 2, 3, 1).view(len(features), -1, features.shape[1])
 
 
 def _statistics(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ is special about a layer's start must be known from the layer itself.
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,25 @@ from .chunking import is_recorded
 
 NUM_FEATURE_LEVELS = 3  # strides 32, 16 and 8 feed the decoder (paper, section 3.2.2)
 NUM_SAMPLING_POINTS = 4  # of deformable attention, for each head and level
+
+
+_Module = TypeVar("_Module", bound="PartlyFrozen")
+
+
+class PartlyFrozen(nn.Module):
+    """A module of which something must never learn; `_freeze` keeps it from that."""
+
+    def train(self: _Module, mode: bool = True) -> _Module:
+        """As `nn.Module.train`; what must not learn is kept from it.
+
+        Loading replaces the parameters by trainable ones and then calls this.
+        """
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        raise NotImplementedError
 
 
 class XavierLinear(nn.Linear):

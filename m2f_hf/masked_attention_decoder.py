@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from .chunking import is_recorded
 from .configuration_mask2former import Mask2FormerConfig
-from .layers import NUM_FEATURE_LEVELS, Mask2FormerSinePositionEmbedding, XavierLinear, to_tokens
+from .layers import NUM_FEATURE_LEVELS, Mask2FormerSinePositionEmbedding, PartlyFrozen, XavierLinear, to_tokens
 from .padding import PADDING_DIVISOR, hidden_padding
 from .products import linear
 
@@ -304,7 +304,7 @@ def shrink(features: Tensor, size: tuple[int, int]) -> Tensor:
     return nn.functional.interpolate(features, size, mode="bilinear", align_corners=False)
 
 
-class Mask2FormerTransformerModule(nn.Module):
+class Mask2FormerTransformerModule(PartlyFrozen):
     """Object queries, and what the masked-attention decoder reads of each level."""
 
     def __init__(self, in_features: int, config: Mask2FormerConfig) -> None:
@@ -323,15 +323,6 @@ class Mask2FormerTransformerModule(nn.Module):
         self.decoder = Mask2FormerMaskedAttentionDecoder(config)
         self.level_embed = nn.Embedding(NUM_FEATURE_LEVELS, width)
         self._freeze()
-
-    def train(self, mode: bool = True) -> "Mask2FormerTransformerModule":
-        """As `nn.Module.train`; what must not learn is kept from it.
-
-        Loading replaces the parameters by trainable ones and then calls this.
-        """
-        super().train(mode)
-        self._freeze()
-        return self
 
     def _freeze(self) -> None:
         # What no layer of a shallow decoder reads; DDP would wait for its gradient for ever.

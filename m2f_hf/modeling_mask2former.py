@@ -17,6 +17,7 @@ from .backbone import load_backbone_weights, read_backbone_config
 from .configuration_mask2former import Mask2FormerConfig
 from .criterion import Mask2FormerLoss
 from .layers import (
+    PartlyFrozen,
     SamplingOffsets,
     XavierConv2d,
     XavierLinear,
@@ -162,7 +163,7 @@ class Mask2FormerForUniversalSegmentationOutput(ModelOutput):
 # --- Backbone and pixel decoder ---------------------------------------------------------------------------------------
 
 
-class Mask2FormerPixelLevelModule(nn.Module):
+class Mask2FormerPixelLevelModule(PartlyFrozen):
     """Backbone and pixel decoder."""
 
     def __init__(self, config: Mask2FormerConfig) -> None:
@@ -178,15 +179,6 @@ class Mask2FormerPixelLevelModule(nn.Module):
         self.padding_hider = BackbonePaddingHider(self.encoder)
         self.decoder = PIXEL_DECODER_CLASSES[config.pixel_decoder](config, feature_channels=self.encoder.channels)
         self._freeze()
-
-    def train(self, mode: bool = True) -> "Mask2FormerPixelLevelModule":
-        """As `nn.Module.train`; what must not learn is kept from it.
-
-        Loading replaces the parameters by trainable ones and then calls this.
-        """
-        super().train(mode)
-        self._freeze()
-        return self
 
     def _freeze(self) -> None:
         if self.encoder.config.model_type == "swin":

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .chunking import pieces
 from .convolution import convolve, input_gradient, weight_gradient
-from .group_norm import apply_statistics, group_norm_gradients, normalise_groups
+from .group_norm import apply_statistics, group_norm_gradients, normalise_groups, rows_of
 from .products import linear
 from .swin import to_map
 
@@ -71,7 +71,7 @@ class PyramidStep(torch.autograd.Function):
         kept: list[Tensor] = []
         for image in range(batch):
             # Where the masks are to stand there is room for what comes before them.
-            masks = _rows(output[image : image + 1])
+            masks = rows_of(output)[image]
             fits = len(step.mask) == len(step.lateral)
             joined = _lateral(features[image], step, masks if fits else masks.new_empty(len(masks), len(step.lateral)))
             of_lateral = normalise_groups(
@@ -83,7 +83,7 @@ class PyramidStep(torch.autograd.Function):
             # Nobody reads it again where nothing is learnt.
             normalised = torch.empty_like(fused) if learns else fused
             of_fused = normalise_groups(fused, step.fuse_scale, step.fuse_shift, groups, eps[1], True, normalised)
-            linear(_rows(normalised), step.mask, step.mask_bias, out=masks)
+            linear(rows_of(normalised)[0], step.mask, step.mask_bias, out=masks)
             if learns:
                 kept += [fused, *of_lateral, *of_fused]
             del normalised, fused
@@ -102,16 +102,16 @@ class PyramidStep(torch.autograd.Function):
         size = (features.shape[2], features.shape[3])
         for image, (fused, *statistics) in enumerate(zip(*(kept[start::5] for start in range(5)), strict=True)):
             of_lateral, of_fused = (statistics[0], statistics[1]), (statistics[2], statistics[3])
-            of_masks = _rows(grad[image : image + 1].contiguous(memory_format=torch.channels_last))
+            of_masks = rows_of(grad[image : image + 1].contiguous(memory_format=torch.channels_last))[0]
             normalised = torch.empty_like(fused)
             apply_statistics(fused, step.fuse_scale, step.fuse_shift, of_fused, True, normalised)
-            sums.mask.addmm_(of_masks.T, _rows(normalised))
+            sums.mask.addmm_(of_masks.T, rows_of(normalised)[0])
             sums.mask_bias.add_(of_masks.sum(0))
             of_map = to_map(linear(of_masks, step.mask.T)[None], size)
             of_map = torch.ops.aten.threshold_backward(of_map, normalised, 0)
             del normalised
             of_map = _through_norm(of_map, fused, step.fuse_scale, of_fused, (sums.fuse_scale, sums.fuse_shift))
-            lateral = _lateral(features[image], step, torch.empty_like(_rows(fused)))
+            lateral = _lateral(features[image], step, torch.empty_like(rows_of(fused)[0]))
             joined = torch.empty_like(lateral)
             apply_statistics(lateral, step.lateral_scale, step.lateral_shift, of_lateral, False, joined)
             _add_enlarged(joined, coarse[image])
@@ -125,16 +125,16 @@ class PyramidStep(torch.autograd.Function):
             of_map = _through_norm(
                 of_map, lateral, step.lateral_scale, of_lateral, (sums.lateral_scale, sums.lateral_shift)
             )
-            of_rows = _rows(of_map)
-            sums.lateral.addmm_(of_rows.T, _rows(features[image : image + 1]))
+            of_rows = rows_of(of_map)[0]
+            sums.lateral.addmm_(of_rows.T, rows_of(features)[image])
             if grad_features is not None:
-                linear(of_rows, step.lateral.T, out=_rows(grad_features[image : image + 1]))
+                linear(of_rows, step.lateral.T, out=rows_of(grad_features)[image])
         return grad_features, grad_coarse, None, None, None, *sums
 
 
 def _lateral(features: Tensor, step: StepParameters, out: Tensor) -> Tensor:
     """Of one image, before the norm: (D, H, W), where it is to stand (H * W, C) -> (1, C, H, W) with channels last."""
-    return to_map(linear(_rows(features[None]), step.lateral, out=out)[None], features.shape[1:])
+    return to_map(linear(rows_of(features[None])[0], step.lateral, out=out)[None], features.shape[1:])
 
 
 def _add_enlarged(fine: Tensor, coarse: Tensor) -> None:
@@ -149,11 +149,6 @@ def _add_enlarged(fine: Tensor, coarse: Tensor) -> None:
         rows = coarse[None, :, piece.start - above : piece.stop + below]
         enlarged = F.interpolate(rows, scale_factor=2, mode="bilinear", align_corners=False)
         fine[:, :, 2 * piece.start : 2 * piece.stop] += enlarged[:, :, 2 * above : enlarged.shape[2] - 2 * below]
-
-
-def _rows(features: Tensor) -> Tensor:
-    """Of one image, (1, C, H, W) with channels last -> (H * W, C), in the same memory."""
-    return features[0].permute(1, 2, 0).view(-1, features.shape[1])
 
 
 def _through_norm(

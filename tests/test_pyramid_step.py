@@ -152,6 +152,13 @@ def test_at_inference_nothing_is_kept(context):
     assert at_inference == 2 + len(StepParameters._fields) < len(kept)
 
 
+def test_second_derivatives_are_refused():
+    arguments = step_arguments()
+    (grad,) = torch.autograd.grad(PyramidStep.apply(*arguments).square().sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_masks_may_be_changed_in_place():
     masks = PyramidStep.apply(*step_arguments())
     assert masks._base is None and masks.is_contiguous(memory_format=torch.channels_last)
@@ -290,7 +297,11 @@ def test_modules_that_are_not_plain_are_called(change):
     assert not goes_by_image(decoder, make_features())
 
 
-@pytest.mark.parametrize("change", [fix_scale, append])
+def widen_numbers(decoder):
+    decoder.mask_projection.double()
+
+
+@pytest.mark.parametrize("change", [fix_scale, append, widen_numbers])
 def test_modules_that_cannot_be_called_are_not_passed_over(change):
     decoder = make_decoder()
     change(decoder)
