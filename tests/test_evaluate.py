@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from two_processes import free_port, run_two
+from two_processes import run_two
 
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
 from m2f_hf.cli import BUNDLED_MODEL
@@ -373,7 +373,7 @@ def test_processes_with_uneven_shares_and_with_none_give_what_one_gives(model, t
     for limit in (3, 1):
         evaluate.main([*{list(map(str, common))!r}, "--limit", str(limit), "--worst", "1", "--output", f"two{{limit}}"])
     """
-    run_two([sys.executable, "-c", textwrap.dedent(code)], free_port(), cwd=tmp_path)
+    run_two(lambda _: [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path)
     for single, limit in zip(one, (3, 1), strict=True):
         double = json.loads((tmp_path / f"two{limit}" / "results.json").read_text())
         assert double["num_images"] == limit

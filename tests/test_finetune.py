@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from transformers import pipeline
-from two_processes import free_port, run_two
+from two_processes import run_two
 
 from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.cli import BUNDLED_MODEL
@@ -449,10 +449,9 @@ def launch_two(arguments: list) -> None:
 
     By itself `accelerate launch --cpu` starts further processes through MPI only, hence one launch for each.
     """
-    port = free_port()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    run_two([*command, "--main_process_port", port, EXAMPLES / "finetune.py", *arguments], port)
+    run_two(lambda port: [*command, "--main_process_port", port, EXAMPLES / "finetune.py", *arguments])
 
 
 def test_two_processes_equal_one(tmp_path, config):

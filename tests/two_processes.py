@@ -1,44 +1,80 @@
 """Runs a command in two processes that find each other through `torch.distributed`'s environment."""
 
+import contextlib
 import os
-import socket
+import signal
 import subprocess
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
+
+import psutil
+from torch.distributed import TCPStore
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_two(command: Sequence[object], port: int, cwd: Path | None = None, timeout: float = 200) -> None:
-    """Run the command as ranks 0 and 1 on the CPU, one thread each; both have to succeed.
+def run_two(command: Callable[[int], Sequence[object]], cwd: Path | None = None, timeout: float = 200) -> None:
+    """Run a command as ranks 0 and 1 on the CPU, one thread each.
 
     Args:
-        port: where they meet; for a launcher that is told by its own arguments, the same.
+        command: makes it from the port where the two meet, which a launcher wants to be told.
+        timeout: seconds that both have.
+
+    Raises:
+        AssertionError: one failed, or they took too long; with what both wrote, and where each of them was.
     """
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Held here, so that nobody else takes the port while the two import what they need.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONFAULTHANDLER": "1"}
     common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            list(map(str, command)),
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=timeout)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    arguments = list(map(str, command(store.port)))
+    with tempfile.TemporaryFile("w+") as first, tempfile.TemporaryFile("w+") as second:
+        logs = [first, second]
+        processes = [
+            subprocess.Popen(
+                arguments,
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=cwd,
+                stderr=log,
+                start_new_session=True,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            deadline = time.monotonic() + timeout
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                if any(process.poll() for process in processes):
+                    break  # the other one would wait for it
+                time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+            if codes != [0, 0]:
+                tell_where(processes)
+            assert codes == [0, 0], "".join(f"\nrank {rank}:\n{end_of(log)}" for rank, log in enumerate(logs))
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def tell_where(processes: Sequence[subprocess.Popen]) -> None:
+    """Abort what still runs, what a launcher started before the launcher: Python writes where each thread was."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+            running = psutil.Process(process.pid)
+            for child in reversed(running.children(recursive=True)):
+                child.send_signal(signal.SIGABRT)
+                child.wait(timeout=5)
+                running.wait(timeout=5)  # a launcher ends by itself now
+            running.send_signal(signal.SIGABRT)
+            running.wait(timeout=5)
+
+
+def end_of(log: IO[str], length: int = 6000) -> str:
+    log.seek(0)
+    return log.read()[-length:]
