@@ -77,7 +77,7 @@ class PyramidStep(torch.autograd.Function):
             of_lateral = normalise_groups(
                 joined, step.lateral_scale, step.lateral_shift, groups, eps[0], False, output=joined
             )
-            _add_enlarged(joined, coarse[image])
+            _add_enlarged(joined, coarse[image : image + 1])
             fused = convolve(joined, step.fuse)
             del joined
             # Nobody reads it again where nothing is learnt.
@@ -114,7 +114,7 @@ class PyramidStep(torch.autograd.Function):
             lateral = _lateral(features[image], step, torch.empty_like(rows_of(fused)[0]))
             joined = torch.empty_like(lateral)
             apply_statistics(lateral, step.lateral_scale, step.lateral_shift, of_lateral, False, joined)
-            _add_enlarged(joined, coarse[image])
+            _add_enlarged(joined, coarse[image : image + 1])
             sums.fuse.add_(weight_gradient(joined, of_map))
             del joined
             of_map = input_gradient(of_map, step.fuse)
@@ -138,17 +138,29 @@ def _lateral(features: Tensor, step: StepParameters, out: Tensor) -> Tensor:
 
 
 def _add_enlarged(fine: Tensor, coarse: Tensor) -> None:
-    """Adds a smaller map of one image, enlarged bilinearly: (1, C, H, W) and (C, h, w)."""
-    height, width = fine.shape[2:]
-    if (height, width) != (2 * coarse.shape[1], 2 * coarse.shape[2]):
-        fine += F.interpolate(coarse[None], size=(height, width), mode="bilinear", align_corners=False)
+    """Adds a smaller map, enlarged bilinearly: (1, C, H, W) and (1, C, h, w), both with channels last."""
+    height, width = coarse.shape[2:]
+    if fine.shape[2:] != (2 * height, 2 * width):
+        fine += F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False)
         return
-    # Some rows at a time, with a neighbour on either side, which they are made from, too.
-    for piece in pieces(coarse.shape[1], 4 * coarse[:, 0].numel()):
-        above, below = min(piece.start, 1), min(coarse.shape[1] - piece.stop, 1)
-        rows = coarse[None, :, piece.start - above : piece.stop + below]
-        enlarged = F.interpolate(rows, scale_factor=2, mode="bilinear", align_corners=False)
-        fine[:, :, 2 * piece.start : 2 * piece.stop] += enlarged[:, :, 2 * above : enlarged.shape[2] - 2 * below]
+    # A pixel becomes two along each side, of which each takes a quarter from the pixel next to it; at the edge from
+    # itself. Some rows at a time: PyTorch's operator, which is not slow by itself, writes a map for another pass.
+    given = coarse[0].permute(1, 2, 0)
+    written = rows_of(fine)[0].view(2 * height, width, 2, -1)
+    for piece in pieces(height, 4 * given[0].numel()):
+        rows = given.new_empty(piece.stop - piece.start, 2, *given.shape[1:])
+        upper, lower = rows.unbind(1)
+        first, last = max(piece.start, 1), min(piece.stop, height - 1)  # of the rows with one above, and below
+        torch.lerp(given[first : piece.stop], given[first - 1 : piece.stop - 1], 0.25, out=upper[first - piece.start :])
+        torch.lerp(given[piece.start : last], given[piece.start + 1 : last + 1], 0.25, out=lower[: last - piece.start])
+        upper[: first - piece.start] = given[0]
+        lower[last - piece.start :] = given[-1]
+        rows = rows.flatten(0, 1)
+        left, right = written[2 * piece.start : 2 * piece.stop].unbind(2)
+        left.add_(rows, alpha=0.75)[:, 1:].add_(rows[:, :-1], alpha=0.25)
+        right.add_(rows, alpha=0.75)[:, :-1].add_(rows[:, 1:], alpha=0.25)
+        left[:, 0].add_(rows[:, 0], alpha=0.25)
+        right[:, -1].add_(rows[:, -1], alpha=0.25)
 
 
 def _through_norm(

@@ -182,15 +182,19 @@ def test_inputs_stay_as_they_are():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 100], ids=lambda rows: f"{rows} a piece")
-@pytest.mark.parametrize("size", [(10, 6), (1, 1), (2, 3)])
-def test_a_map_enlarged_in_pieces_is_that_enlarged_at_once(size, rows, monkeypatch):
-    coarse = torch.randn(4, *size)
-    fine = torch.randn(1, 4, 2 * size[0], 2 * size[1])
-    expected = fine + nn.functional.interpolate(coarse[None], scale_factor=2, mode="bilinear", align_corners=False)
-    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", rows * 4 * 4 * size[1])
+@pytest.mark.parametrize("size", [(10, 6), (1, 1), (2, 3), (3, 1)])
+@pytest.mark.parametrize("less", [0, 1], ids=["twice as large", "less than that"])
+def test_a_map_enlarged_in_pieces_is_that_enlarged_at_once(less, size, rows, monkeypatch):
+    height, width = size
+    coarse, fine = (
+        torch.randn(1, 4, *shape, dtype=torch.float64).to(memory_format=torch.channels_last)
+        for shape in (size, (2 * height - less, 2 * width - less))
+    )
+    expected = fine + nn.functional.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False)
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", rows * 4 * 4 * width)
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     _add_enlarged(fine, coarse)
-    torch.testing.assert_close(fine, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fine, expected, rtol=0, atol=1e-12)
 
 
 def test_autocast_around_the_backward_pass_alone_changes_nothing():
