@@ -81,10 +81,11 @@ class FeedForward(torch.autograd.Function):
             activated = F.gelu(wide) if ctx.gelu else wide
             grad_weight2.addmm_(grad_output[piece].T, activated)
             grad_wide = linear(grad_output[piece], weight2.T)
+            # In place: fresh memory of that width would not be in the cache.
             if ctx.gelu:
-                grad_wide = torch.ops.aten.gelu_backward(grad_wide, wide)
+                torch.ops.aten.gelu_backward.grad_input(grad_wide, wide, grad_input=grad_wide)
             else:
-                grad_wide = torch.ops.aten.threshold_backward(grad_wide, activated, 0)
+                torch.ops.aten.threshold_backward.grad_input(grad_wide, activated, 0, grad_input=grad_wide)
             grad_weight1.addmm_(grad_wide.T, rows[piece])
             grad_bias1 += grad_wide.sum(0)
             linear(grad_wide, weight1.T, out=grad_rows[piece])

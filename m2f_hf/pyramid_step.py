@@ -108,7 +108,7 @@ class PyramidStep(torch.autograd.Function):
             sums.mask.addmm_(of_masks.T, rows_of(normalised)[0])
             sums.mask_bias.add_(of_masks.sum(0))
             of_map = to_map(linear(of_masks, step.mask.T)[None], size)
-            of_map = torch.ops.aten.threshold_backward(of_map, normalised, 0)
+            torch.ops.aten.threshold_backward.grad_input(of_map, normalised, 0, grad_input=of_map)
             del normalised
             of_map = _through_norm(of_map, fused, step.fuse_scale, of_fused, (sums.fuse_scale, sums.fuse_shift))
             lateral = _lateral(features[image], step, torch.empty_like(rows_of(fused)[0]))
