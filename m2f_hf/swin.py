@@ -16,7 +16,7 @@ from transformers.models.swin import modeling_swin
 from .chunking import is_recorded, learns_in_pieces, pieces, works_in_pieces
 from .feed_forward import apply_linear, feed_forward, is_plain
 from .padding import BackbonePaddingHider
-from .window_attention import WindowAttention, Windows
+from .window_attention import Standing, WindowAttention, Windows
 
 
 _OUTSIDE = -100.0  # added to the score of a position beyond the edge around which the shifted map wraps
@@ -119,7 +119,7 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
             normed = normed.masked_fill(hidden[..., None], 0.0)
         # (B, H*W, C) -> (B, windows * N, C), zeros for what fills up windows; and back, without it.
         rows = RearrangeRows.apply(normed, inside, blank, slots, None)
-        attended, weights = self._attend(rows.reshape(-1, windows.shape[1], rows.shape[2]), regions, **kwargs)
+        attended, weights = self._attend(rows.flatten(0, 1), windows.shape[1], regions, **kwargs)
         update = RearrangeRows.apply(attended.reshape(rows.shape), slots, None, inside, blank)
         hidden_states = hidden_states + self.drop_path(self.dropout(update))
         return hidden_states + self.dropout(self._expand(self.layernorm_after(hidden_states))), weights
@@ -129,18 +129,29 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
             return self.mlp(hidden_states)
         return feed_forward(hidden_states, self.mlp.fc1, self.mlp.fc2, "gelu")
 
-    def _attend(self, rows: Tensor, regions: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Attention inside each window: (B * windows, N, C), (windows, N) -> (B * windows, N, C)."""
+    def _attend(
+        self, rows: Tensor, area: int, regions: Tensor | None, standing: Standing | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention inside each window: (B * windows * N, C), N, (windows, N) -> (B * windows * N, C).
+
+        Args:
+            standing: where only some positions have a row, (n, C), and the others are zero; then (n, C) come out.
+        """
         attention = self.attention
-        query, key, value = (
-            apply_linear(projection, rows).unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+
+        def project(projection: nn.Linear) -> Tensor:
+            """(n, C) -> (B * windows, heads, N, C / heads)."""
+            projected = apply_linear(projection, rows)
+            if standing is not None and standing.positions is not None:
+                projected = standing.spread(projected, apply_linear(projection, torch.zeros_like(rows[:1]))[0])
+            return projected.unflatten(0, (-1, area)).unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+        query, key, value = map(project, (attention.q_proj, attention.k_proj, attention.v_proj))
         bias = attention.relative_position_bias()  # (1, heads, N, N)
         if regions is not None:
             across = (regions[:, None, :] != regions[:, :, None]).to(bias.dtype)  # (windows, N, N)
             bias = torch.add(bias, across[:, None], alpha=_OUTSIDE)  # (windows, heads, N, N)
-            images = rows.shape[0] // regions.shape[0]
+            images = query.shape[0] // regions.shape[0]
             bias = bias.expand(images, -1, -1, -1, -1).flatten(0, 1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, modeling_swin.eager_attention_forward
@@ -149,7 +160,8 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         output, weights = attend(
             attention, query, key, value, bias, dropout=dropout, scaling=attention.scaling, **kwargs
         )
-        return apply_linear(attention.o_proj, output.reshape(rows.shape)), weights
+        output = output.flatten(2).flatten(0, 1)
+        return apply_linear(attention.o_proj, output if standing is None else standing.gather(output)), weights
 
     def _learns_in_pieces(self, hidden_states: Tensor) -> bool:
         attention = self.attention
@@ -166,16 +178,11 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
     ) -> Tensor:
         """The layer's first half: (B, H * W, C) -> (B, H * W, C)."""
         attention, norm = self.attention, self.layernorm_before
-        batch, length, _ = hidden_states.shape
-        first = torch.arange(batch, device=windows.device)[:, None, None] * length
-        tokens = torch.where(windows == length, batch * length, windows + first).flatten(0, 1)
-        blank = tokens == batch * length
-        if hidden is not None:
-            blank |= torch.cat([hidden.flatten(), hidden.new_zeros(1)])[tokens]
+        images, length, _ = hidden_states.shape
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         weights: list[Tensor] = [projection.weight for projection in projections]
         biases: list[Tensor] = [projection.bias for projection in projections if projection.bias is not None]
-        keep = self.drop_path(hidden_states.new_ones(batch, 1, 1)).flatten() if self.training else None
+        keep = self.drop_path(hidden_states.new_ones(images, 1, 1)).flatten() if self.training else None
         output: Tensor = WindowAttention.apply(
             hidden_states,
             norm.weight,
@@ -186,7 +193,7 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
             attention.o_proj.weight,
             attention.o_proj.bias,
             keep,
-            Windows(tokens, blank if blank.any() else None, regions),
+            Windows.of(windows, regions, (images, length), hidden),
             _OUTSIDE,
             norm.eps,
         )
@@ -195,27 +202,21 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
     def _forward_in_pieces(
         self, hidden_states: Tensor, windows: Tensor, regions: Tensor | None, hidden: Tensor | None
     ) -> Tensor:
-        batch, length, channels = hidden_states.shape
-        num_windows, window_area = windows.shape
+        rows = hidden_states.flatten(0, 1)
+        output = torch.empty_like(rows)
         widest = self.mlp.fc1.out_features
-        outputs = hidden_states.new_empty(batch, length + 1, channels)  # the last row takes what fills up windows
-        for image, output in enumerate(outputs):
-            for piece in pieces(num_windows, widest * window_area):
-                order = windows[piece].flatten()
-                inside = order.clamp(max=length - 1)
-                rows = hidden_states[image].index_select(0, inside)
-                blank = order == length
-                if hidden is not None:
-                    blank = blank | hidden[image].index_select(0, inside)
-                normed = self.layernorm_before(rows).masked_fill_(blank[:, None], 0.0)
-                attended, _ = self._attend(
-                    normed.view(-1, window_area, channels), None if regions is None else regions[piece]
-                )
-                output.index_copy_(0, order, attended.view(-1, channels).add_(rows))
-            for piece in pieces(length, widest):
-                rows = output[piece]
-                rows += self._expand(self.layernorm_after(rows))
-        return outputs[:, :length]
+        located = Windows.of(windows, regions, (hidden_states.shape[0], hidden_states.shape[1]), hidden)
+        for piece in located.pieces(widest):
+            standing = located.standing_in(piece)
+            read = rows.index_select(0, standing.tokens)
+            normed = located.clear(self.layernorm_before(read), standing.tokens)
+            of_piece = None if located.regions is None else located.regions[piece]
+            attended, _ = self._attend(normed, windows.shape[1], of_piece, standing)
+            output.index_copy_(0, standing.tokens, attended.add_(read))
+        for piece in pieces(len(rows), widest):
+            some = output[piece]
+            some += self._expand(self.layernorm_after(some))
+        return output.view(hidden_states.shape)
 
 
 class RearrangeRows(torch.autograd.Function):

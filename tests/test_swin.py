@@ -8,7 +8,7 @@ import torch
 from transformers import AutoBackbone, SwinConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
-from m2f_hf import chunking, feed_forward, swin
+from m2f_hf import chunking, feed_forward, swin, window_attention
 from m2f_hf.padding import BackbonePaddingHider
 from m2f_hf.swin import WindowedSwinLayer, feature_maps, index_windows, token_slots, use_windowed_layers
 from m2f_hf.window_attention import _weights
@@ -152,6 +152,29 @@ def test_queries_keys_and_values_are_what_attention_keeps():
     filled = 2 * windows.numel() * 12
     large = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() > filled // 2]
     assert sorted(tensor.numel() for tensor in large) == [states.numel(), 3 * filled]
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_what_fills_windows_up_is_not_multiplied(shift, monkeypatch):
+    """(9, 7) takes 3 x 2 windows of 4 x 4: 33 positions more than it has."""
+    _, layer = make_layer(shift)
+    states, counted = torch.randn(2, 63, 12, requires_grad=True), []
+    original = window_attention.linear
+
+    def counting(rows, weight, *arguments, **kwargs):
+        counted.append((tuple(weight.shape), len(rows)))
+        return original(rows, weight, *arguments, **kwargs)
+
+    monkeypatch.setattr(window_attention, "linear", counting)
+    monkeypatch.setattr(feed_forward, "linear", counting)
+    layer(states, (9, 7), always_partition=True)[0].sum().backward()
+    for shape, times in (((36, 12), 1), ((12, 36), 1), ((12, 12), 2)):  # in, back through it; out, and back
+        assert sum(count for of, count in counted if of == shape) == times * states.shape[:2].numel()
+    counted.clear()
+    with torch.no_grad():
+        layer.eval()(states, (9, 7), always_partition=True)
+    blank_rows = 3  # one each for the biases of queries, keys and values
+    assert sum(count for of, count in counted if of == (12, 12)) == 4 * states.shape[:2].numel() + blank_rows
 
 
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
