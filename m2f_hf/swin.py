@@ -15,6 +15,7 @@ from transformers.models.swin import modeling_swin
 
 from .chunking import is_recorded, learns_in_pieces, pieces, works_in_pieces
 from .feed_forward import apply_linear, feed_forward, is_plain
+from .layers import with_channels_last
 from .padding import BackbonePaddingHider
 from .window_attention import Standing, WindowAttention, Windows
 
@@ -45,7 +46,8 @@ def feature_maps(backbone: Any, pixel_values: Tensor) -> tuple[Tensor, ...]:
     if pixel_values.device.type != "cpu" or is_recorded() or not _is_untouched(backbone):
         theirs: tuple[Tensor, ...] = backbone(pixel_values).feature_maps
         return theirs
-    tokens, size = backbone.swin.embeddings(pixel_values)
+    # The convolution that embeds patches keeps the layout, and a norm over channels follows.
+    tokens, size = backbone.swin.embeddings(with_channels_last(pixel_values))
     maps = [to_map(tokens, size)]
     for stage in backbone.swin.encoder.layers:
         tokens, of_stage, _ = stage(tokens, size, always_partition=True, output_hidden_states_before_downsampling=True)
