@@ -71,6 +71,7 @@ UPLOAD_ERRORS: tuple[type[Exception], ...] = (RuntimeError, *NETWORK_ERRORS)
 _LABEL_FRAMES = {"any": "an instance keeps its class where it is absent", "last": "absent there is no object"}
 # The scenes are small, and their labels are to be read.
 _DEMO_SCALE = 3
+_READER_GONE = 141  # as a shell says of a program that ends so
 
 Sizes = list[tuple[int, int]]
 Segments = tuple[np.ndarray, list[dict[str, Any]]]
@@ -85,10 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show stop nothing
     try:
-        return options.run(options)
+        status: int = options.run(options)
+        sys.stdout.flush()  # here, where a reader that has gone away can still be caught
+        return status
     except CommandError as error:
         print(f"m2f: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # As of `m2f demo | head`: nobody is to be told anything. Python would try once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
     except KeyboardInterrupt:
         print("m2f: stopped; what was finished so far is complete", file=sys.stderr)
         return 130
@@ -156,8 +163,6 @@ def _segment(options: argparse.Namespace) -> int:
     segmenter = Segmenter.load(
         options.model, options.task, options.threshold, options.device, options.dtype, options.revision
     )
-    make_output(options.output)
-
     revision = {"revision": options.revision} if options.revision else {}
     num_failed = 0
     jobs = list(zip(paths, _output_stems(paths, options.output), strict=True))
@@ -165,6 +170,7 @@ def _segment(options: argparse.Namespace) -> int:
         try:
             image = _open_image(path, segmenter.processor)
             segmentation, segments_info = segmenter(image)
+            make_output(options.output)  # not before there is something to lie in it
             record = {"image": str(path), "model": options.model, **revision, "task": segmenter.task}
             overlay = write_result(
                 options.output, stem, image, segmentation, segments_info, record, segmenter.model.config.label_colors

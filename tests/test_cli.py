@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,7 +18,7 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 
-from m2f_hf.cli import BUNDLED_SCENES, CommandError, ImageError, describe, main, write_result
+from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_SCENES, CommandError, ImageError, describe, main, write_result
 from m2f_hf.cli_common import ASSETS, plural
 from m2f_hf.configuration_mask2former import Mask2FormerConfig
 from m2f_hf.data.shapes import CATEGORIES, ShapesDataset
@@ -325,7 +326,7 @@ def bad_file(kind: str, photo: Path) -> Path:
         ("long", "too elongated"),
     ],
 )
-def test_a_bad_picture_is_one_line_and_leaves_no_file(kind, says, model, photo, tmp_path, capsys):
+def test_a_bad_picture_is_one_line_and_leaves_nothing(kind, says, model, photo, tmp_path, capsys):
     out = tmp_path / "out"
     bad = bad_file(kind, photo)
     assert main(["segment", str(bad), "--model", model, "--output", str(out)]) == 1
@@ -335,7 +336,16 @@ def test_a_bad_picture_is_one_line_and_leaves_no_file(kind, says, model, photo, 
     assert len(lines) == 1
     assert says in lines[0]
     assert bad.name in lines[0]
-    assert names(out) == []
+    assert not out.exists()
+
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_word():
+    """As `head` does; by itself Python would print a traceback."""
+    command = [sys.executable, "-m", "m2f_hf.cli", "info", str(BUNDLED_MODEL)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (141, "")
 
 
 def test_one_pixel_is_a_picture(model, tmp_path):
