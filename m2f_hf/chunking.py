@@ -23,9 +23,14 @@ _TIMES_LARGER_FOR_SEVERAL_THREADS = 8
 
 
 def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether a layer should treat `hidden_states` piece by piece."""
+    """Whether a layer should treat `hidden_states` piece by piece; not where they are a subclass, fake ones among them,
+    which has no numbers or an arithmetic of its own."""
     return (
-        hidden_states.device.type == "cpu" and not layer.training and not torch.is_grad_enabled() and not is_recorded()
+        type(hidden_states) is Tensor
+        and hidden_states.device.type == "cpu"
+        and not layer.training
+        and not torch.is_grad_enabled()
+        and not is_recorded()
     )
 
 

@@ -71,7 +71,7 @@ UPLOAD_ERRORS: tuple[type[Exception], ...] = (RuntimeError, *NETWORK_ERRORS)
 _LABEL_FRAMES = {"any": "an instance keeps its class where it is absent", "last": "absent there is no object"}
 # The scenes are small, and their labels are to be read.
 _DEMO_SCALE = 3
-_READER_GONE = 141  # as a shell says of a program that ends so
+_READER_GONE = 141  # 128 + SIGPIPE, as shells say it
 
 Sizes = list[tuple[int, int]]
 Segments = tuple[np.ndarray, list[dict[str, Any]]]
@@ -82,20 +82,29 @@ Segments = tuple[np.ndarray, list[dict[str, Any]]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: the process's) and return its exit status."""
+    try:
+        try:
+            return _run(arguments)
+        finally:  # of --help, too: here, where it can still be caught that the reader has gone away
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # As of `m2f demo | head`: nobody is to be told anything. Python would try once more when it ends.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show stop nothing
     try:
         status: int = options.run(options)
-        sys.stdout.flush()  # here, where a reader that has gone away can still be caught
         return status
     except CommandError as error:
         print(f"m2f: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # As of `m2f demo | head`: nobody is to be told anything. Python would try once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _READER_GONE
     except KeyboardInterrupt:
         print("m2f: stopped; what was finished so far is complete", file=sys.stderr)
         return 130

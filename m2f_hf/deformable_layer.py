@@ -153,6 +153,7 @@ class DeformableLayer(torch.autograd.Function):
                 wide = expanded[piece] if is_kept else linear(normed, *weights.fc1, relu=True)
                 _add_linear(grads.fc2, grad_second, wide)
                 grad_wide = linear(grad_second, weights.fc2[0].T)
+                # In place: fresh memory of that width would not be in the cache.
                 torch.ops.aten.threshold_backward.grad_input(grad_wide, wide, 0, grad_input=grad_wide)
                 _add_linear(grads.fc1, grad_wide, normed)
                 grad_normed = linear(grad_wide, weights.fc1[0].T).add_(grad_second)

@@ -108,7 +108,7 @@ class PyramidStep(torch.autograd.Function):
             sums.mask.addmm_(of_masks.T, rows_of(normalised)[0])
             sums.mask_bias.add_(of_masks.sum(0))
             of_map = to_map(linear(of_masks, step.mask.T)[None], size)
-            torch.ops.aten.threshold_backward.grad_input(of_map, normalised, 0, grad_input=of_map)
+            torch.ops.aten.threshold_backward.grad_input(of_map, normalised, 0, grad_input=of_map)  # in place
             del normalised
             of_map = _through_norm(of_map, fused, step.fuse_scale, of_fused, (sums.fuse_scale, sums.fuse_shift))
             lateral = _lateral(features[image], step, torch.empty_like(rows_of(fused)[0]))
@@ -138,7 +138,7 @@ def _lateral(features: Tensor, step: StepParameters, out: Tensor) -> Tensor:
 
 
 def _add_enlarged(fine: Tensor, coarse: Tensor) -> None:
-    """Adds a smaller map, enlarged bilinearly: (1, C, H, W) and (1, C, h, w), both with channels last."""
+    """Adds a smaller map, enlarged bilinearly: (1, C, H, W) with channels last, and (1, C, h, w)."""
     height, width = coarse.shape[2:]
     if fine.shape[2:] != (2 * height, 2 * width):
         fine += F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False)

@@ -143,10 +143,14 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
 
         def project(projection: nn.Linear) -> Tensor:
             """(n, C) -> (B * windows, heads, N, C / heads)."""
-            projected = apply_linear(projection, rows)
-            if standing is not None and standing.positions is not None:
-                projected = standing.spread(projected, apply_linear(projection, torch.zeros_like(rows[:1]))[0])
-            return projected.unflatten(0, (-1, area)).unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
+            if standing is None or standing.positions is None:
+                projected = apply_linear(projection, rows.unflatten(0, (-1, area)))
+            else:
+                blank: Tensor | None = projection.bias
+                if not is_plain(projection):
+                    blank = apply_linear(projection, rows.new_zeros(1, 1, rows.shape[1]))[0, 0]
+                projected = standing.spread(apply_linear(projection, rows[None])[0], blank).unflatten(0, (-1, area))
+            return projected.unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
 
         query, key, value = map(project, (attention.q_proj, attention.k_proj, attention.v_proj))
         bias = attention.relative_position_bias()  # (1, heads, N, N)
@@ -162,8 +166,10 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         output, weights = attend(
             attention, query, key, value, bias, dropout=dropout, scaling=attention.scaling, **kwargs
         )
-        output = output.flatten(2).flatten(0, 1)
-        return apply_linear(attention.o_proj, output if standing is None else standing.gather(output)), weights
+        output = output.reshape(-1, area, rows.shape[1])
+        if standing is not None and standing.positions is not None:
+            output = standing.gather(output.flatten(0, 1))[None]
+        return apply_linear(attention.o_proj, output).flatten(0, 1), weights
 
     def _learns_in_pieces(self, hidden_states: Tensor) -> bool:
         attention = self.attention

@@ -36,9 +36,7 @@ class Windows(NamedTuple):
     hidden: Tensor | None
 
     @classmethod
-    def of(
-        cls, windows: Tensor, regions: Tensor | None, shape: tuple[int, int], hidden: Tensor | None = None
-    ) -> "Windows":
+    def of(cls, windows: Tensor, regions: Tensor | None, shape: tuple[int, int], hidden: Tensor | None) -> "Windows":
         """
         Args:
             windows: (windows of one image, N) int64, `index_windows`.
@@ -107,9 +105,10 @@ class Standing(NamedTuple):
         """(n, C), and (C,) for what is none of them, None for zeros -> (num_positions, C)."""
         if self.positions is None:
             return rows
-        places = rows.new_zeros(self.num_positions, rows.shape[1])
-        if others is not None:
-            places += others
+        if others is None:
+            places = rows.new_zeros(self.num_positions, rows.shape[1])
+        else:
+            places = others.to(rows.dtype).repeat(self.num_positions, 1)  # autocast casts rows alone
         return places.index_copy_(0, self.positions, rows)
 
 

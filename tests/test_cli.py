@@ -339,13 +339,22 @@ def test_a_bad_picture_is_one_line_and_leaves_nothing(kind, says, model, photo, 
     assert not out.exists()
 
 
-def test_a_reader_that_goes_away_ends_the_command_without_a_word():
+@pytest.mark.parametrize("arguments", [["info", str(BUNDLED_MODEL)], ["--help"]], ids=["info", "help"])
+def test_a_reader_that_goes_away_ends_the_command_without_a_word(arguments):
     """As `head` does; by itself Python would print a traceback."""
-    command = [sys.executable, "-m", "m2f_hf.cli", "info", str(BUNDLED_MODEL)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "m2f_hf.cli", *arguments]
+    # Without buffers, print fails and not the end of the program.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     process.stdout.close()
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (141, "")
+
+
+def test_without_a_standard_output_a_command_runs(monkeypatch):
+    """As under pythonw, or with `>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["info", str(BUNDLED_MODEL)]) == 0
 
 
 def test_one_pixel_is_a_picture(model, tmp_path):

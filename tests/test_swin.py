@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoBackbone, SwinConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
 from m2f_hf import chunking, feed_forward, swin, window_attention
 from m2f_hf.padding import BackbonePaddingHider
 from m2f_hf.swin import WindowedSwinLayer, feature_maps, index_windows, token_slots, use_windowed_layers
-from m2f_hf.window_attention import _weights
+from m2f_hf.window_attention import Windows, _weights
 
 
 SIZES = [(4, 4), (5, 7), (8, 8), (9, 3), (1, 13)]
@@ -73,11 +74,20 @@ def test_stochastic_depth_drops_whole_images():
 
 
 @pytest.mark.parametrize("numbers", [1, 48 * 16 * 3, 48 * 16 * 3 + 1], ids=["one", "three windows", "not a divisor"])
-def test_pieces_change_nothing(numbers, monkeypatch):
+@pytest.mark.parametrize("case", ["plain", "hidden padding", "no bias"])
+def test_pieces_change_nothing(case, numbers, monkeypatch):
     _, layer = make_layer(2)
     states, layer = torch.randn(2, 63, 12), layer.eval()
+    if case == "no bias":
+        for projection in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
+            projection.bias = None
+    if case == "hidden padding":
+        hidden = torch.rand(2, 63, generator=torch.Generator().manual_seed(0)) < 0.3
+        layer.padding_hider = SimpleNamespace(hidden_tokens=lambda size: hidden)
     with torch.no_grad():
-        expected = layer(states, (9, 7), always_partition=True)[0]
+        with monkeypatch.context() as whole:
+            whole.setattr(swin, "works_in_pieces", lambda *_: False)
+            expected = layer(states, (9, 7), always_partition=True)[0]
         monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
         monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
         torch.testing.assert_close(layer(states, (9, 7), always_partition=True)[0], expected, atol=1e-5, rtol=1e-5)
@@ -162,7 +172,7 @@ def test_what_fills_windows_up_is_not_multiplied(shift, monkeypatch):
     original = window_attention.linear
 
     def counting(rows, weight, *arguments, **kwargs):
-        counted.append((tuple(weight.shape), len(rows)))
+        counted.append((tuple(weight.shape), rows.numel() // rows.shape[-1]))
         return original(rows, weight, *arguments, **kwargs)
 
     monkeypatch.setattr(window_attention, "linear", counting)
@@ -173,20 +183,52 @@ def test_what_fills_windows_up_is_not_multiplied(shift, monkeypatch):
     counted.clear()
     with torch.no_grad():
         layer.eval()(states, (9, 7), always_partition=True)
-    blank_rows = 3  # one each for the biases of queries, keys and values
-    assert sum(count for of, count in counted if of == (12, 12)) == 4 * states.shape[:2].numel() + blank_rows
+    assert sum(count for of, count in counted if of == (12, 12)) == 4 * states.shape[:2].numel()
 
 
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
 def test_an_adapter_on_a_projection_is_heard(name):
-    _, layer = make_layer(0)
-    states = torch.randn(1, 16, 12, requires_grad=True)
-    plain = layer(states, (4, 4), always_partition=True)[0]
-    getattr(layer.attention, name).register_forward_hook(lambda _, inputs, output: output + inputs[0])
-    with_adapter = layer(states, (4, 4), always_partition=True)[0]
+    """In windows that are filled up, too; it is given three dimensions, as `transformers` gives them."""
+    _, layer = make_layer(2)
+    states = torch.randn(2, 63, 12, requires_grad=True)
+    plain = layer(states, (9, 7), always_partition=True)[0]
+
+    def adapter(_, inputs, output):
+        assert inputs[0].dim() == 3
+        return output + inputs[0] + 1
+
+    getattr(layer.attention, name).register_forward_hook(adapter)
+    with_adapter = layer(states, (9, 7), always_partition=True)[0]
     with torch.no_grad():
-        torch.testing.assert_close(with_adapter, layer.eval()(states, (4, 4), always_partition=True)[0])
+        in_pieces = layer.eval()(states, (9, 7), always_partition=True)[0]
+    torch.testing.assert_close(in_pieces, with_adapter, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(with_adapter, plain)
+
+
+def test_fake_tensors_have_no_pieces():
+    _, layer = make_layer(2)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        output = layer.eval()(torch.empty(2, 63, 12), (9, 7), always_partition=True)[0]
+    assert isinstance(output, FakeTensor) and output.shape == (2, 63, 12)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_full_windows_come_first_and_few_at_a_time(size, shift, monkeypatch):
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 2 * 16 * 5)
+    monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
+    length = size[0] * size[1]
+    tokens, regions = index_windows(*size, 4, shift, torch.device("cpu"))
+    windows = Windows.of(tokens, regions, (2, length), None)
+    pieces = list(windows.pieces(5))
+    assert [piece.stop for piece in pieces][:-1] == [piece.start for piece in pieces][1:]
+    assert all(piece.stop - piece.start <= 2 for piece in pieces) and pieces[-1].stop == 2 * len(tokens)
+    standing = [windows.standing_in(piece) for piece in pieces]
+    assert torch.cat([one.tokens for one in standing]).sort().values.tolist() == list(range(2 * length))
+    filled_up = [one.positions is not None for one in standing]
+    assert filled_up == sorted(filled_up)
+    num_full = int((tokens < length).all(1).sum())
+    assert filled_up.count(False) == num_full  # of two images, two in a piece
 
 
 def test_pieces_are_for_inference_in_eager_mode_on_the_cpu():

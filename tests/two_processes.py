@@ -54,7 +54,11 @@ def run_two(command: Callable[[int], Sequence[object]], cwd: Path | None = None,
             codes = [process.poll() for process in processes]
             if codes != [0, 0]:
                 tell_where(processes)
-            assert codes == [0, 0], "".join(f"\nrank {rank}:\n{end_of(log)}" for rank, log in enumerate(logs))
+            reports = [
+                f"\nrank {rank}, {'aborted to see where' if code is None else f'status {code}'}:\n{end_of(log)}"
+                for rank, (code, log) in enumerate(zip(codes, logs, strict=True))
+            ]
+            assert codes == [0, 0], "".join(reports)
         finally:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
@@ -65,14 +69,12 @@ def run_two(command: Callable[[int], Sequence[object]], cwd: Path | None = None,
 def tell_where(processes: Sequence[subprocess.Popen]) -> None:
     """Abort what still runs, what a launcher started before the launcher: Python writes where each thread was."""
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+        with contextlib.suppress(psutil.NoSuchProcess):
             running = psutil.Process(process.pid)
-            for child in reversed(running.children(recursive=True)):
-                child.send_signal(signal.SIGABRT)
-                child.wait(timeout=5)
-                running.wait(timeout=5)  # a launcher ends by itself now
-            running.send_signal(signal.SIGABRT)
-            running.wait(timeout=5)
+            for one in (*reversed(running.children(recursive=True)), running):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+                    one.send_signal(signal.SIGABRT)
+                    one.wait(timeout=5)  # one after the other, so that they do not write across each other
 
 
 def end_of(log: IO[str], length: int = 6000) -> str:
