@@ -5,7 +5,7 @@ together. With a backward pass of its own the layer keeps queries, keys and valu
 and from the layer's input, while a few windows fit the cache.
 
 What fills windows up is zero behind the norm, so that its queries, keys and values are the biases: only rows that are
-in the map are normalised and multiplied. Windows with others come last, so that few pieces have to tell them apart.
+in the map are normalised and multiplied. Windows that are filled up come last, so that few pieces have to tell.
 """
 
 from collections.abc import Iterator
@@ -37,9 +37,10 @@ class Windows(NamedTuple):
 
     @classmethod
     def of(cls, windows: Tensor, regions: Tensor | None, shape: tuple[int, int], hidden: Tensor | None) -> "Windows":
-        """
+        """Those of some images whose maps have one size.
+
         Args:
-            windows: (windows of one image, N) int64, `index_windows`.
+            windows: (windows of one image, N) int64, as `index_windows` says it, its regions beside it.
             regions: of the same shape.
             shape: images, and positions in each.
             hidden: bool, of that shape.

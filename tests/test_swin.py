@@ -298,6 +298,15 @@ def make_backbone(out_features=("stage1", "stage2", "stage4")):
     return theirs, ours
 
 
+def test_pixels_come_to_the_patch_embedding_with_channels_last():
+    _, backbone = make_backbone()
+    seen = []
+    projection = backbone.swin.embeddings.patch_embeddings.projection
+    projection.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    feature_maps(backbone, torch.randn(2, 3, 48, 72))
+    assert [one.is_contiguous(memory_format=torch.channels_last) for one in seen] == [True, True]
+
+
 @pytest.mark.parametrize("out_features", [("stage1", "stage2", "stage4"), ("stem", "stage3")], ids=str)
 def test_maps_are_those_of_transformers_without_its_copies(out_features):
     theirs, ours = make_backbone(out_features)
