@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 from .matcher import Mask2FormerHungarianMatcher, Matching, Targets, pack_targets
 from .point_sampling import (
+    draw_in_parts,
     draw_uniform_points,
-    sample_masks,
+    in_floats,
     sample_points,
-    select_uncertain_points,
     spread_to_maps,
+    uncertain_points,
 )
+from .products import linear
 
 
 _LOGITS_AT_ONCE = 1 << 23  # of matched masks, 32 MB
@@ -142,20 +144,15 @@ class Mask2FormerLoss(nn.Module):
         matched = mask_embeddings[layers, matching.images, matching.queries]  # (L, M, C)
         matching = by_frame(matching, num_frames)
         images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
-        point_logits, points = MatchedMasksAtPoints.apply(
+        cross_entropy, dice = MatchedMaskLosses.apply(
             mask_features,
             matched,
             matching.counts,
             self.num_uncertain + self.num_random,
-            lambda logits, layer: self.select_points(logits, layer, images),
+            lambda logits, layer, out: self.select_points(logits, layer, images, out),
+            lambda points: self.sample_targets(targets, matching, points),
         )
-        point_labels = self.sample_targets(targets, matching, points)
-        # Output by output, so that what is written down on the way is small.
-        pairs = list(zip(point_logits, point_labels, strict=True))
-        return (
-            torch.stack([sigmoid_cross_entropy(*pair).sum() for pair in pairs]),
-            torch.stack([dice(*pair).sum() for pair in pairs]),
-        )
+        return cross_entropy, dice
 
     @staticmethod
     def sample_targets(targets: Targets, matching: Matching, points: Tensor) -> Tensor:
@@ -164,26 +161,35 @@ class Mask2FormerLoss(nn.Module):
         Each target is read once, at the points of all outputs, as reading turns it into floats.
         """
         num_layers, num_matched, num_points, _ = points.shape
-        labels = points.new_empty(num_layers, num_matched, num_points)
-        layers = torch.arange(num_layers, device=points.device)[:, None]
-        first_target = first_pair = 0
+        device = points.device
+        # Which pair a target is in. With more targets than queries some are in none: those read another's points, and
+        # what they find goes to a row behind the others.
+        pair_of = torch.full((num_layers, sum(map(len, targets.masks))), num_matched, device=device)
+        pairs = torch.arange(num_matched, device=device).expand(num_layers, -1)
+        pair_of.scatter_(1, matching.targets, pairs)
+        labels = points.new_empty(num_layers, num_matched + 1, num_points)
+        layers = torch.arange(num_layers, device=device)  # beside (N, L)
+        first_target = 0
         for masks, count in zip(targets.masks, matching.counts, strict=True):
-            pairs = slice(first_pair, first_pair + count)
-            of_pairs = matching.targets[:, pairs] - first_target  # (L, M')
-            # More targets than queries: some have no pair in some output, and are read at any point.
-            by_target = points.new_zeros(len(masks), num_layers, num_points, 2)
-            by_target[of_pairs, layers] = points[:, pairs]
-            sampled = sample_masks(masks, by_target.flatten(1, 2)).unflatten(1, (num_layers, num_points))
-            labels[:, pairs] = sampled[of_pairs, layers]
-            first_target, first_pair = first_target + len(masks), first_pair + count
-        return labels
+            if count:
+                pair = pair_of[:, first_target : first_target + len(masks)].T  # (N, L)
+                for floats, of_floats in in_floats(masks, pair):
+                    read_at = points[layers, of_floats.clamp(max=num_matched - 1)]  # (n, L, P, 2)
+                    sampled = sample_points(floats[:, None], read_at.flatten(1, 2))
+                    labels[layers, of_floats] = sampled.view(read_at.shape[:3])
+            first_target += len(masks)
+        return labels[:, :num_matched]
 
     @torch.no_grad()
-    def select_points(self, logits: Tensor, layer: int, images: Sequence[int]) -> Tensor:
-        """(M, P, 2) points for (M, 1, H, W) logits, mostly where these are uncertain."""
-        candidates = self.draw_points("candidates", layer, images, self.num_candidates, logits.device)
-        random = self.draw_points("random", layer, images, self.num_random, logits.device)
-        return select_uncertain_points(logits, candidates, random, self.num_uncertain)
+    def select_points(self, logits: Tensor, layer: int, images: Sequence[int], out: Tensor) -> None:
+        """Writes (M, P, 2) points for (M, 1, H, W) logits, mostly where these are uncertain."""
+        uncertain, random = out.tensor_split([self.num_uncertain], dim=1)
+        for part, candidates in draw_in_parts(
+            self.draw_points, "candidates", layer, images, self.num_candidates, logits.device
+        ):
+            uncertain[part] = uncertain_points(logits[part], candidates, self.num_uncertain)
+        for part, points in draw_in_parts(self.draw_points, "random", layer, images, self.num_random, logits.device):
+            random[part] = points
 
 
 def by_frame(matching: Matching, num_frames: int) -> Matching:
@@ -199,12 +205,12 @@ def by_frame(matching: Matching, num_frames: int) -> Matching:
     )
 
 
-class MatchedMasksAtPoints(torch.autograd.Function):
-    """Mask logits of matched queries at points that are chosen by them, of all outputs of the decoder.
+class MatchedMaskLosses(torch.autograd.Function):
+    """Losses of matched queries' masks at points that are chosen by them, of all outputs of the decoder.
 
     The masks are written down for a few outputs at a time, and for these in one product with the features. What is kept
-    are the points: sampling is linear in the masks, so its gradient needs no mask, and those to embeddings and features
-    are products again.
+    are the points, and logits and labels there: sampling is linear in the masks, so its gradient needs no mask, and
+    those to embeddings and features are products again.
     """
 
     @staticmethod
@@ -214,7 +220,8 @@ class MatchedMasksAtPoints(torch.autograd.Function):
         embeddings: Tensor,
         counts: Sequence[int],
         num_points: int,
-        choose: Callable[[Tensor, int], Tensor],
+        choose: Callable[[Tensor, int, Tensor], None],
+        label: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -222,51 +229,70 @@ class MatchedMasksAtPoints(torch.autograd.Function):
             embeddings: (L, M, C) float32, of the matched queries, image after image.
             counts: how many masks belong to each image: of the M, of clips T times as many.
             num_points: P.
-            choose: makes (M * T, P, 2) points of an output's (M * T, 1, H, W) logits and its number.
+            choose: is given an output's (M * T, 1, H, W) logits and its number, and writes (M * T, P, 2) points.
+            label: makes labels in [0, 1] (L, M * T, P) of all outputs' points (L, M * T, P, 2).
 
         Returns:
-            (L, M * T, P) logits and their points (L, M * T, P, 2).
+            Binary cross-entropies and dice losses, summed over the masks: (L,) each.
         """
         point_logits = embeddings.new_empty(len(embeddings), sum(counts), num_points)
         points = embeddings.new_empty(len(embeddings), sum(counts), num_points, 2)
         pairs = list(pairs_of_frames(mask_features, counts))
         size = mask_features.shape[2:]
-        for part in outputs_at_once(mask_features, sum(counts), len(embeddings)):
-            logits = embeddings.new_empty(part.stop - part.start, sum(counts), *size)
+        parts = list(outputs_at_once(mask_features, sum(counts), len(embeddings)))
+        memory = embeddings.new_empty(parts[0].stop, sum(counts), *size)
+        for part in parts:
+            logits = memory[: part.stop - part.start]
             for features, of_frame, masks in pairs:
                 rows = embeddings[part, of_frame]
                 # (L' * M', C) x (C, H * W) -> (L', M', H, W)
-                logits[:, masks] = (rows.flatten(0, 1) @ features.flatten(1)).view(*rows.shape[:2], *size)
+                logits[:, masks] = linear(rows.flatten(0, 1), features.flatten(1).T).view(*rows.shape[:2], *size)
             for layer, of_layer in enumerate(logits[:, :, None], start=part.start):
-                points[layer] = choose(of_layer, layer)
+                choose(of_layer, layer, points[layer])
                 point_logits[layer] = sample_points(of_layer, points[layer])[:, 0]
-        ctx.save_for_backward(mask_features, embeddings, points)
+        point_labels = label(points)
+        ctx.save_for_backward(mask_features, embeddings, points, point_logits, point_labels)
         ctx.counts = counts
-        ctx.mark_non_differentiable(points)
-        return point_logits, points
+        # Output by output, so that what is written down on the way is small.
+        of_outputs = list(zip(point_logits, point_labels, strict=True))
+        return (
+            torch.stack([sigmoid_cross_entropy(*of_output).sum() for of_output in of_outputs]),
+            torch.stack([dice(*of_output).sum() for of_output in of_outputs]),
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        mask_features, embeddings, points = ctx.saved_tensors
+    def backward(ctx: Any, cross_entropy_grad: Tensor, dice_grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dice_grad.device.type, enabled=False):
+            return MatchedMaskLosses._backward(ctx, cross_entropy_grad, dice_grad)
+
+    @staticmethod
+    def _backward(ctx: Any, cross_entropy_grad: Tensor, dice_grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask_features, embeddings, points, point_logits, point_labels = ctx.saved_tensors
         # In one of the two layouts in which the positions of a map are one axis.
         is_last = mask_features.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if is_last else torch.contiguous_format
         features_grad = torch.empty_like(mask_features, memory_format=layout)
         embeddings_grad = torch.zeros_like(embeddings)
         size = mask_features.shape[2:]
-        for part in outputs_at_once(mask_features, grad.shape[1], len(embeddings)):
-            masks_grad = spread_to_maps(
-                grad[part].flatten(0, 1)[:, None], points[part].flatten(0, 1), (grad[part].shape[:2].numel(), 1, *size)
-            ).view(*grad[part].shape[:2], size.numel())  # (L', M * T, H * W)
+        num_masks = points.shape[1]
+        parts = list(outputs_at_once(mask_features, num_masks, len(embeddings)))
+        memory = points.new_empty(parts[0].stop, num_masks, size.numel())
+        for part in parts:
+            masks_grad = memory[: part.stop - part.start]  # (L', M * T, H * W)
+            for layer, of_layer in enumerate(masks_grad.unflatten(2, size), start=part.start):
+                grad = point_gradients(
+                    point_logits[layer], point_labels[layer], cross_entropy_grad[layer], dice_grad[layer]
+                )
+                spread_to_maps(grad, points[layer], out=of_layer)
             for frame, (features, of_frame, masks) in enumerate(pairs_of_frames(mask_features, ctx.counts)):
                 frame_grad = masks_grad[:, masks].flatten(0, 1)
                 rows = embeddings[part, of_frame]
-                embeddings_grad[part, of_frame] += (frame_grad @ features.flatten(1).T).view(rows.shape)
+                embeddings_grad[part, of_frame] += linear(frame_grad, features.flatten(1)).view(rows.shape)
                 # Written by the first outputs and added to by the others, as zeros are dear to write for a map.
                 of_features = features_grad[frame].flatten(1)
                 of_features.addmm_(rows.flatten(0, 1).T, frame_grad, beta=1 if part.start else 0)
-        return features_grad, embeddings_grad, None, None, None
+        return features_grad, embeddings_grad, None, None, None, None
 
 
 def pairs_of_frames(mask_features: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, slice, slice]]:
@@ -297,6 +323,20 @@ def dice(logits: Tensor, labels: Tensor) -> Tensor:
     """Dice loss over points, smoothed by 1: (M, P) logits, (M, P) labels in [0, 1] -> (M,) in [0, 1)."""
     probabilities = logits.sigmoid()
     return 1 - (2 * (probabilities * labels).sum(1) + 1) / (probabilities.sum(1) + labels.sum(1) + 1)
+
+
+def point_gradients(logits: Tensor, labels: Tensor, of_cross_entropy: Tensor, of_dice: Tensor) -> Tensor:
+    """That of (M, P) logits, from the gradients () of each mask's `sigmoid_cross_entropy` and `dice`."""
+    probabilities = logits.sigmoid()
+    difference = probabilities - labels
+    # dice = 1 - numerator / denominator, in which a probability counts 2 * label and 1.
+    numerator = 2 * (probabilities * labels).sum(1, keepdim=True) + 1
+    denominator = probabilities.sum(1, keepdim=True) + labels.sum(1, keepdim=True) + 1
+    constant, of_label = of_dice * numerator / denominator.square(), -2 * of_dice / denominator
+    of_probabilities = torch.addcmul(constant, of_label, labels)
+    # The slope of the sigmoid is p (1 - p).
+    slope = torch.addcmul(probabilities, probabilities, probabilities, value=-1)
+    return difference.mul_(of_cross_entropy / logits.shape[1]).addcmul_(slope, of_probabilities)
 
 
 def average_over_processes(values: Tensor) -> Tensor:

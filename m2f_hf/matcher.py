@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .chunking import pieces
-from .point_sampling import DrawPoints, PointRows, draw_uniform_points, in_reading_order, sample_masks_alike
+from .point_sampling import DrawPoints, PointRows, draw_uniform_points, in_floats, in_reading_order, sample_points
+from .products import linear
 
 
 try:
@@ -214,13 +215,14 @@ class Mask2FormerHungarianMatcher(nn.Module):
         step = max(1, _LABELS_AT_ONCE // (labels.numel() * num_frames * self.num_points))
         for start in range(0, num_layers, step):
             part = points[start : start + step]
-            part_labels = part.new_zeros(*labels.shape, len(part), num_frames, self.num_points)
+            part_labels = part.new_empty(*labels.shape, num_frames, len(part), self.num_points)
             for of_image, masks, at in zip(part_labels, targets.masks, part.unbind(1), strict=True):
-                sampled = sample_masks_alike(masks, at.flatten(0, 1))  # (N * T, L' * P)
-                of_image[: len(masks) // num_frames] = sampled.view(
-                    -1, num_frames, len(part), self.num_points
-                ).transpose(1, 2)
-            for layer, point_labels in enumerate(part_labels.unbind(2), start=start):  # (B, N, T, P)
+                own, others = of_image.tensor_split([len(masks) // num_frames])
+                others.zero_()
+                for floats, of_floats in in_floats(masks, own.flatten(0, 1)):
+                    # (1, n, h, w) at (1, L' * P, 2) -> (1, n, L' * P), for (n, L', P)
+                    of_floats.copy_(sample_points(floats[None], at.reshape(1, -1, 2)).view(of_floats.shape))
+            for layer, point_labels in enumerate(part_labels.unbind(3), start=start):  # (B, N, T, P)
                 cross_entropy, dice = pairwise_losses(
                     self._at_points(features, points[layer], mask_embeddings[layer].float(), point_labels)
                 )
@@ -247,8 +249,9 @@ class Mask2FormerHungarianMatcher(nn.Module):
         for piece in some:
             # (B * T, p, C) -> (B, T * p, C)
             sampled = features.sample(points[:, piece].repeat_interleave(num_frames, 0)).unflatten(0, (batch_size, -1))
-            # (B, Q, C) x (B, T * p, C) -> (B, Q, T * p)
-            yield embeddings @ sampled.flatten(1, 2).mT, labels[..., piece].flatten(2)
+            # B x (Q, C) x (T * p, C) -> (B, Q, T * p)
+            products = [linear(*of_image) for of_image in zip(embeddings, sampled.flatten(1, 2), strict=True)]
+            yield torch.stack(products), labels[..., piece].flatten(2)
 
 
 def pairwise_losses(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Two kinds of masks are sampled. Predictions are dense float maps on the grid of the mask features and carry gradients
 (`sample_points`). Targets are binary maps on the grid of the padded input, of a size that may differ from image to
-image, and are turned into floats a few at a time (`sample_masks`). Both kinds use the same convention: points are
+image, and are turned into floats a few at a time (`in_floats`). Both kinds use the same convention: points are
 (x, y) in [0, 1] of the map's width and height, pixel centres lie at half-integers, values are bilinear, and outside the
 map everything is zero.
 """
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from .chunking import pieces
 
 
-_FLOATS_AT_ONCE = 1 << 22  # of masks that are sampled, 16 MB
+_FLOATS_AT_ONCE = 1 << 21  # of masks that are sampled, 16 MB
+_SAMPLED = 2048  # of a row, to guess one of its quantiles
 
 DrawPoints = Callable[[str, int, Sequence[int], int, torch.device], Tensor]
 """Where random points come from: `draw(purpose, layer, images, num_points, device) -> (len(images), num_points, 2)`.
@@ -34,8 +35,21 @@ a batch is split over processes (`SeededPoints`).
 def draw_uniform_points(
     purpose: str, layer: int, images: Sequence[int], num_points: int, device: torch.device
 ) -> Tensor:
-    """Uniform points in [0, 1] from the device's global random state: the default `DrawPoints`."""
-    return torch.rand(len(images), num_points, 2, device=device)
+    """Uniform points in [0, 1), which follow from the device's global random state: the default `DrawPoints`."""
+    if device.type != "cpu":
+        return torch.rand(len(images), num_points, 2, device=device)
+    seed = torch.randint(1 << 62, (2,)).numpy()
+    return _uniform(len(images), num_points, np.random.Generator(np.random.SFC64(seed)))
+
+
+def _uniform(rows: int, num_points: int, generator: np.random.Generator) -> Tensor:
+    """(rows, num_points, 2) multiples of 2**-24 in [0, 1), as `torch.rand` makes them, which takes three times as long.
+
+    64 bits for each point: rows drawn one after another are those drawn together.
+    """
+    bits = generator.integers(0, 1 << 64, rows * num_points, dtype=np.uint64).view(np.int32)
+    numbers = torch.from_numpy(bits).bitwise_and_((1 << 24) - 1).to(torch.float32)
+    return numbers.mul_(2.0**-24).view(rows, num_points, 2)
 
 
 class SeededPoints:
@@ -58,13 +72,41 @@ class SeededPoints:
     def __call__(
         self, purpose: str, layer: int, images: Sequence[int], num_points: int, device: torch.device
     ) -> Tensor:
-        rows = [torch.empty(0, num_points, 2)]
-        for image in sorted(set(images)):
-            generator = torch.Generator()
-            key = (self.seed, self.purposes.index(purpose), layer, self.first_image + image)
-            generator.manual_seed(hash(key) % 2**63)
-            rows.append(torch.rand(images.count(image), num_points, 2, generator=generator))
+        rows = [torch.empty(0, num_points, 2), *self.in_parts(purpose, layer, images, num_points, len(images))]
         return torch.cat(rows).to(device, non_blocking=True)
+
+    def in_parts(
+        self, purpose: str, layer: int, images: Sequence[int], num_points: int, at_once: int
+    ) -> Iterator[Tensor]:
+        """The rows of a draw in order, at most `at_once` in a tensor (n, num_points, 2)."""
+        for image in sorted(set(images)):
+            key = (self.seed, self.purposes.index(purpose), layer, self.first_image + image)
+            generator = np.random.Generator(np.random.SFC64(hash(key) % 2**63))
+            count = images.count(image)
+            for start in range(0, count, at_once):
+                yield _uniform(min(at_once, count - start), num_points, generator)
+
+
+def draw_in_parts(
+    draw: DrawPoints, purpose: str, layer: int, images: Sequence[int], num_points: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """The points that `draw` gives, and which rows of `images` they are for.
+
+    On the CPU those of this module are drawn a few rows at a time, to be used while they are in the cache. Another
+    `draw` is asked once, for all rows.
+    """
+    at_once = next(pieces(len(images), 2 * num_points), slice(1)).stop
+    if device.type == "cpu" and draw is draw_uniform_points:
+        firsts = range(0, len(images), at_once)
+        parts = (draw(purpose, layer, images[first : first + at_once], num_points, device) for first in firsts)
+    elif device.type == "cpu" and type(draw) is SeededPoints:
+        parts = draw.in_parts(purpose, layer, images, num_points, at_once)
+    else:
+        parts = iter([draw(purpose, layer, images, num_points, device)])
+    start = 0
+    for points in parts:
+        yield slice(start, start + len(points)), points
+        start += len(points)
 
 
 def sample_points(features: Tensor, points: Tensor) -> Tensor:
@@ -82,16 +124,21 @@ def sample_points(features: Tensor, points: Tensor) -> Tensor:
     return sampled.squeeze(3)
 
 
-def spread_to_maps(grad: Tensor, points: Tensor, shape: Sequence[int]) -> Tensor:
-    """Gradient of `sample_points` to maps of the shape (N, C, H, W): (N, C, P), (N, P, 2) -> (N, C, H, W).
+def spread_to_maps(grad: Tensor, points: Tensor, out: Tensor) -> None:
+    """Gradient of `sample_points` to maps with a single channel: (N, P), (N, P, 2) -> (N, H, W), written to `out`.
 
     Sampling is linear in the maps, so their values don't matter: a single zero stands for all of them, and whoever
-    samples need not keep them.
+    samples need not keep them. On the CPU a few maps at a time, for which the cache is large enough.
     """
-    grid = _grid(points)[:, :, None]
-    nothing = grad.new_zeros(()).expand(shape)
-    # Bilinear, zeros outside, corners not aligned; of the two gradients the first.
-    return torch.ops.aten.grid_sampler_2d_backward(grad[..., None], nothing, grid, 0, 0, False, [True, False])[0]
+    rows = pieces(len(out), 4 * points[0].numel()) if out.device.type == "cpu" and len(out) else [slice(None)]
+    for part in rows:
+        nothing = grad.new_zeros(()).expand(out[part, None].shape)
+        # Bilinear, zeros outside, corners not aligned; of the two gradients the first.
+        settings = (0, 0, False, [True, False])
+        of_maps, _ = torch.ops.aten.grid_sampler_2d_backward(
+            grad[part, None, :, None], nothing, _grid(points[part])[:, :, None], *settings
+        )
+        out[part] = of_maps[:, 0]
 
 
 def _grid(points: Tensor) -> Tensor:
@@ -151,19 +198,7 @@ def in_reading_order(points: Tensor, size: Sequence[int]) -> Tensor:
     return points.gather(1, order[..., None].expand_as(points))
 
 
-def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
-    """`sample_points` for targets, each mask at its own points: (N, H, W) of any dtype, (N, P, 2) -> (N, P) float32."""
-    sampled = [sample_points(part[:, None], of_part)[:, 0] for part, of_part in _in_floats(masks, points)]
-    return torch.cat(sampled) if sampled else points.new_zeros(points.shape[:2])
-
-
-def sample_masks_alike(masks: Tensor, points: Tensor) -> Tensor:
-    """`sample_points` for targets, all at the same points: (N, H, W) of any dtype, (P, 2) -> (N, P) float32."""
-    sampled = [sample_points(part[None], points[None])[0] for part, _ in _in_floats(masks, masks)]
-    return torch.cat(sampled) if sampled else points.new_zeros(0, len(points))
-
-
-def _in_floats(masks: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def in_floats(masks: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """A few masks at a time as floats, with the others' rows: all of them would be four times the size of booleans."""
     numbers = _FLOATS_AT_ONCE if masks.device.type == "cpu" else 8 * _FLOATS_AT_ONCE
     step = max(1, numbers // max(1, masks[0].numel() if len(masks) else 1))
@@ -173,31 +208,56 @@ def _in_floats(masks: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]
         yield (part.view(torch.uint8) if part.dtype == torch.bool else part).float(), others[start : start + step]
 
 
-def select_uncertain_points(logits: Tensor, candidates: Tensor, random: Tensor, num_uncertain: int) -> Tensor:
-    """The points at which the loss looks: the most uncertain of many candidates, and some random ones.
-
-    Uncertain means a logit close to 0 (PointRend, section 3.1).
+def uncertain_points(logits: Tensor, candidates: Tensor, num_points: int) -> Tensor:
+    """Of many candidates those at which masks are the least certain: a logit close to 0 (PointRend, section 3.1).
 
     Args:
         logits: (N, 1, H, W) mask logits.
-        candidates: (N, R, 2) points, R >= `num_uncertain`.
-        random: (N, S, 2) points.
-        num_uncertain: How many of the candidates are kept.
+        candidates: (N, R, 2) points, R >= `num_points`.
+        num_points: How many of a mask's candidates are kept.
 
     Returns:
-        (N, num_uncertain + S, 2) points.
+        (N, num_points, 2) points, in no particular order.
     """
+    certainty = sample_points(logits, candidates).squeeze(1).abs_()  # (N, R)
     if logits.device.type != "cpu":
-        certainty = sample_points(logits, candidates).squeeze(1).abs_()  # (N, R)
         # Their order does not matter, and most of the time would go into it.
-        kept = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
-        return torch.cat([candidates.take_along_dim(kept[..., None], dim=1), random], dim=1)
-    chosen = torch.empty(len(logits), num_uncertain + random.shape[1], 2)
-    chosen[:, num_uncertain:] = random
-    for part in pieces(len(logits) if num_uncertain else 0, candidates[0].numel() if len(logits) else 1):
-        certainty = sample_points(logits[part], candidates[part]).squeeze(1).abs_()
-        kept = torch.from_numpy(np.argpartition(certainty.numpy(), num_uncertain - 1, axis=1)[:, :num_uncertain])
-        first = torch.arange(len(kept))[:, None] * candidates.shape[1]
-        uncertain = candidates[part].flatten(0, 1).index_select(0, (first + kept).flatten())
-        chosen[part, :num_uncertain] = uncertain.view(*kept.shape, 2)
+        kept = certainty.topk(num_points, dim=1, largest=False, sorted=False).indices
+        return candidates.take_along_dim(kept[..., None], dim=1)
+    kept = torch.from_numpy(smallest_of_rows(certainty.numpy(), num_points))
+    first = torch.arange(len(kept))[:, None] * candidates.shape[1]
+    return candidates.flatten(0, 1).index_select(0, (first + kept).flatten()).view(*kept.shape, 2)
+
+
+def smallest_of_rows(values: np.ndarray, count: int) -> np.ndarray:
+    """Where the smallest of each row are, in no particular order: (N, R) floating -> (N, count) int64.
+
+    A sample of a row says between which two values the last of them will be, almost surely. Only what is there has to
+    be told apart, a twentieth of a long row; `argpartition` moves all of it, three times on average, which takes some
+    processors (AMD's with AVX-512) four times as long. Ties are broken anyhow. What is not a number counts as large.
+    """
+    chosen = np.empty((len(values), count), dtype=np.int64)
+    for row, of_row in zip(values, chosen, strict=True):
+        of_row[:] = _smallest(row, count)
     return chosen
+
+
+def _smallest(row: np.ndarray, count: int) -> np.ndarray:
+    """As `smallest_of_rows`, (R,) -> (count,)."""
+    if count == len(row) or count == 0:
+        return np.arange(count)
+    sample = row[:: max(1, len(row) // _SAMPLED)]
+    share = count / len(row)
+    middle, spread = len(sample) * share, 3 * (len(sample) * share * (1 - share)) ** 0.5
+    bounds = [int(middle - spread), int(middle + spread) + 1]
+    if bounds[0] >= 0 and bounds[1] < len(sample):
+        low, high = np.partition(sample, bounds)[bounds]
+        below = np.flatnonzero(row < low)
+        missing = count - len(below)
+        if missing >= 0:
+            between = np.flatnonzero((row >= low) & (row <= high))
+            if 0 < missing < len(between):
+                between = between[np.argpartition(row[between], missing - 1)]
+            if missing <= len(between):
+                return np.concatenate([below, between[:missing]])
+    return np.argpartition(row, count - 1)[:count]

@@ -19,7 +19,7 @@ from transformers import Mask2FormerConfig as StockConfig
 from transformers.models.mask2former import modeling_mask2former as stock
 
 from m2f_hf import criterion as criterion_module
-from m2f_hf.criterion import Mask2FormerLoss, MatchedMasksAtPoints
+from m2f_hf.criterion import Mask2FormerLoss, MatchedMaskLosses, dice, point_gradients, sigmoid_cross_entropy
 from m2f_hf.matcher import pack_targets
 from m2f_hf.point_sampling import SeededPoints, sample_points
 
@@ -345,35 +345,75 @@ def test_wrong_targets_are_refused():
 @pytest.mark.parametrize("at_once", [1, 10**6], ids=["one output", "all outputs"])
 @pytest.mark.parametrize("counts", [[2, 1], [0, 3], [0, 0]], ids=str)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2)], ids=["BCHW", "BHWC", "BCWH"])
-def test_matched_masks_at_points_have_the_gradient_of_the_masks(order, counts, at_once, monkeypatch):
+def test_losses_of_matched_masks_have_the_gradient_of_the_masks(order, counts, at_once, monkeypatch):
     """Whatever the order in which the features lie in memory."""
     monkeypatch.setattr(criterion_module, "_LOGITS_AT_ONCE", at_once)
     back = [order.index(axis) for axis in range(4)]
     features = torch.randn(2, 4, 5, 6).permute(order).contiguous().permute(back).requires_grad_()
     embeddings = torch.randn(3, sum(counts), 4, requires_grad=True)
-    points = torch.rand(3, sum(counts), 7, 2)
-    seen = []
+    points, labels = torch.rand(3, sum(counts), 7, 2), torch.rand(3, sum(counts), 7)
+    seen, labelled = [], []
 
-    def choose(logits, layer):
-        seen.append(logits)
-        return points[layer]
+    def choose(logits, layer, out):
+        seen.append(logits.clone())
+        out.copy_(points[layer])
 
-    logits, chosen = MatchedMasksAtPoints.apply(features, embeddings, counts, points.shape[2], choose)
+    def label(chosen):
+        labelled.append(chosen.clone())
+        return labels
+
+    losses = MatchedMaskLosses.apply(features, embeddings, counts, points.shape[2], choose, label)
     images = torch.tensor([image for image, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
     masks = torch.einsum("lmc,mchw->lmhw", embeddings, features[images])
-    expected = torch.stack(
+    logits = torch.stack(
         [sample_points(of_layer[:, None], at)[:, 0] for of_layer, at in zip(masks, points, strict=True)]
     )
-    torch.testing.assert_close(logits, expected)
+    expected = [
+        torch.stack([loss(*of_layer).sum() for of_layer in zip(logits, labels, strict=True)])
+        for loss in (sigmoid_cross_entropy, dice)
+    ]
+    torch.testing.assert_close(list(losses), expected)
     torch.testing.assert_close(torch.stack(seen)[:, :, 0], masks)
-    assert torch.equal(chosen, points) and not chosen.requires_grad
-    grad = torch.randn_like(expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(logits, [features, embeddings], grad),
-        torch.autograd.grad(expected, [features, embeddings], grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    assert len(labelled) == 1 and torch.equal(labelled[0], points)
+    weights = torch.randn(2, 3)
+    total = lambda losses: (torch.stack(list(losses)) * weights).sum()
+    inputs = [features, embeddings]
+    torch.testing.assert_close(torch.autograd.grad(total(losses), inputs), torch.autograd.grad(total(expected), inputs))
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["cross-entropy", "dice"])
+def test_one_of_the_two_losses_may_be_used_alone(used):
+    points, labels = torch.rand(2, 3, 9, 2), torch.rand(2, 3, 9)
+    inputs = [torch.randn(1, 4, 5, 6, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)]
+    losses = MatchedMaskLosses.apply(*inputs, [3], 9, lambda _, layer, out: out.copy_(points[layer]), lambda _: labels)
+    alone = torch.autograd.grad(losses[used].sum(), inputs, retain_graph=True)
+    weighted = torch.autograd.grad(losses[used].sum() + 0 * losses[1 - used].sum(), inputs)
+    torch.testing.assert_close(alone, weighted)
+    assert all(grad.any() for grad in alone)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 500.0])
+def test_gradients_at_points_are_those_of_the_losses(scale):
+    """Also where the sigmoid is 0 or 1 to the last digit."""
+    logits = (torch.randn(4, 50) * scale).requires_grad_()
+    labels = torch.rand(4, 50)
+    weights = torch.randn(2)
+    loss = weights[0] * sigmoid_cross_entropy(logits, labels).sum() + weights[1] * dice(logits, labels).sum()
+    torch.testing.assert_close(point_gradients(logits.detach(), labels, *weights), torch.autograd.grad(loss, logits)[0])
+
+
+def test_gradients_are_in_float32_where_the_backward_pass_is_in_autocast():
+    batch = make_batch((2, 1))
+    expected, found = [], []
+    for grads, enabled in ((expected, False), (found, True)):
+        for tensor in batch[:3]:
+            tensor.grad = None
+        torch.manual_seed(0)
+        loss = sum(make_criterion()(*batch).values())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss.backward()
+        grads += [tensor.grad for tensor in batch[1:3]]
+    torch.testing.assert_close(found, expected)
 
 
 # Cost: memory and synchronisation

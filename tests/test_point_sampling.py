@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from m2f_hf import point_sampling
+from m2f_hf import chunking, point_sampling
 from m2f_hf.point_sampling import (
     PointRows,
     SeededPoints,
+    draw_in_parts,
     draw_uniform_points,
-    sample_masks,
-    sample_masks_alike,
+    in_floats,
     sample_points,
-    select_uncertain_points,
+    smallest_of_rows,
     spread_to_maps,
+    uncertain_points,
 )
 
 
@@ -39,7 +40,7 @@ def test_sampled_values_are_the_originals(recorded):
 def test_selected_points_are_the_originals(recorded):
     candidates, random = recorded["up_rand0"], recorded["up_rand1"]
     num_uncertain = recorded["up_selected"].shape[1] - random.shape[1]
-    selected = select_uncertain_points(recorded["ps_input"], candidates, random, num_uncertain)
+    selected = torch.cat([uncertain_points(recorded["ps_input"], candidates, num_uncertain), random], dim=1)
     in_some_order = lambda points: [sorted(map(tuple, image)) for image in points.tolist()]
     assert in_some_order(selected) == in_some_order(recorded["up_selected"])
 
@@ -85,12 +86,16 @@ def test_rows_are_float32_whatever_the_default_is():
     assert torch.equal(actual, expected)
 
 
-def test_spreading_is_the_gradient_of_sampling():
+@pytest.mark.parametrize("at_once", [1, 10**6], ids=["one by one", "all at once"])
+def test_spreading_is_the_gradient_of_sampling(at_once, monkeypatch):
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", at_once)
     points = torch.rand(3, 40, 2) * 1.2 - 0.1
-    features = torch.randn(3, 2, 5, 7, requires_grad=True)
-    grad = torch.randn(3, 2, 40)
-    (expected,) = torch.autograd.grad(sample_points(features, points), features, grad)
-    torch.testing.assert_close(spread_to_maps(grad, points, features.shape), expected)
+    features = torch.randn(3, 1, 5, 7, requires_grad=True)
+    grad = torch.randn(3, 40)
+    (expected,) = torch.autograd.grad(sample_points(features, points), features, grad[:, None])
+    found = torch.empty(3, 5, 7)
+    spread_to_maps(grad, points, out=found)
+    torch.testing.assert_close(found[:, None], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -111,27 +116,88 @@ def test_masks_of_all_dtypes_are_sampled_as_maps_are(dtype, at_once, monkeypatch
     masks = torch.rand(5, 4, 8) > 0.5
     points = torch.rand(5, 60, 2) * 1.4 - 0.2  # some of them outside
     expected = sample_points(masks[:, None], points)[:, 0]
-    torch.testing.assert_close(sample_masks(masks.to(dtype), points), expected)
-    alike = sample_points(masks[None], points[:1])[0]
-    torch.testing.assert_close(sample_masks_alike(masks.to(dtype), points[0]), alike)
+    parts = [sample_points(part[:, None], at)[:, 0] for part, at in in_floats(masks.to(dtype), points)]
+    torch.testing.assert_close(torch.cat(parts), expected)
 
 
 def test_no_masks_at_all_can_be_sampled():
     masks = torch.zeros(0, 4, 4, dtype=torch.bool)
-    assert sample_masks(masks, torch.zeros(0, 9, 2)).shape == (0, 9)
-    assert sample_masks_alike(masks, torch.zeros(9, 2)).shape == (0, 9)
+    assert list(in_floats(masks, torch.zeros(0, 9, 2))) == []
 
 
 def test_uncertain_points_are_those_with_logits_nearest_to_zero():
     # A ramp over x: the logit is 0 at x = 0.5 and grows with the distance from it.
     logits = torch.linspace(-10, 10, 101).expand(2, 1, 4, 101)
-    candidates, random = torch.rand(2, 60, 2), torch.rand(2, 7, 2)
+    candidates = torch.rand(2, 60, 2)
     candidates[..., 1] = 0.5  # where values don't fade into the zeros outside
-    selected = select_uncertain_points(logits, candidates, random, 20)
-    assert selected.shape == (2, 27, 2)
-    assert torch.equal(selected[:, 20:], random)
+    selected = uncertain_points(logits, candidates, 20)
+    assert selected.shape == (2, 20, 2)
     distances = (candidates[..., 0] - 0.5).abs().sort(dim=1).values
-    torch.testing.assert_close((selected[:, :20, 0] - 0.5).abs().sort(dim=1).values, distances[:, :20])
+    torch.testing.assert_close((selected[..., 0] - 0.5).abs().sort(dim=1).values, distances[:, :20])
+
+
+@pytest.mark.parametrize("kind", ["random", "with ties", "all the same", "sorted", "with a period", "not numbers"])
+@pytest.mark.parametrize(
+    ("length", "count"), [(40_000, 10_000), (5_000, 4_990), (5_000, 2), (60, 20), (7, 7), (7, 0), (1, 1)]
+)
+def test_the_smallest_of_a_row_are_those_that_sorting_finds(kind, length, count):
+    """Also where the sample says nothing of the rest."""
+    values = np.random.default_rng(0).normal(size=(3, length)).astype(np.float32)
+    if kind == "with ties":
+        values = np.round(values, 1)
+    elif kind == "all the same":
+        values[:] = 1.0
+    elif kind == "sorted":
+        values.sort(axis=1)
+    elif kind == "with a period":  # what is sampled is smaller than all the rest
+        values[:, :: max(1, length // point_sampling._SAMPLED)] -= 100
+    elif kind == "not numbers":
+        values[:, ::3] = np.nan
+    kept = smallest_of_rows(values, count)
+    assert kept.shape == (3, count)
+    assert all(len(set(of_row)) == count for of_row in kept)
+    found = np.sort(np.take_along_axis(values, kept, axis=1), axis=1)
+    np.testing.assert_array_equal(found, np.sort(values, axis=1)[:, :count])
+
+
+def test_little_of_a_row_is_told_apart(monkeypatch):
+    """The rest is only compared with two numbers."""
+    moved = []
+    whole = np.argpartition
+    monkeypatch.setattr(np, "argpartition", lambda values, count: moved.append(len(values)) or whole(values, count))
+    smallest_of_rows(np.random.default_rng(0).normal(size=(5, 40_000)).astype(np.float32), 10_000)
+    assert len(moved) == 5 and max(moved) < 40_000 / 10
+
+
+@pytest.mark.parametrize("at_once", [1, 25, 10**6], ids=["one by one", "in twos", "all at once"])
+def test_points_are_drawn_in_parts(at_once, monkeypatch):
+    """Seeded ones are the same in parts; others follow the global seed."""
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", at_once)
+    request = ("candidates", 2, [0, 0, 0, 1, 3, 3], 5, CPU)
+    drawn = {}
+    for name, draw in (("seeded", SeededPoints(7)), ("uniform", draw_uniform_points), ("again", draw_uniform_points)):
+        torch.manual_seed(0)
+        parts = list(draw_in_parts(draw, *request))
+        assert [row for part, _ in parts for row in range(6)[part]] == list(range(6))
+        drawn[name] = torch.cat([points for _, points in parts])
+        assert drawn[name].shape == (6, 5, 2) and len(drawn[name].unique()) > 50
+        assert list(draw_in_parts(draw, "random", 0, [], 5, CPU)) == []
+    assert torch.equal(drawn["uniform"], drawn["again"])
+    assert torch.equal(drawn["seeded"], SeededPoints(7)(*request))
+
+
+def test_other_points_are_asked_for_once():
+    """They may have been recorded for all rows together."""
+    asked = []
+    points = torch.rand(1000, 30, 2)
+
+    def draw(*request):
+        asked.append(request)
+        return points
+
+    ((part, drawn),) = draw_in_parts(draw, "candidates", 1, [0] * 1000, 30, CPU)
+    assert asked == [("candidates", 1, [0] * 1000, 30, CPU)]
+    assert drawn is points and part == slice(0, 1000)
 
 
 def test_uniform_points_follow_the_global_seed_and_fill_the_unit_square():
