@@ -326,7 +326,7 @@ def dice(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def point_gradients(logits: Tensor, labels: Tensor, of_cross_entropy: Tensor, of_dice: Tensor) -> Tensor:
-    """That of (M, P) logits, from the gradients () of each mask's `sigmoid_cross_entropy` and `dice`."""
+    """Gradient of (M, P) logits, given those of every mask's `sigmoid_cross_entropy` and of its `dice`, () each."""
     probabilities = logits.sigmoid()
     difference = probabilities - labels
     # dice = 1 - numerator / denominator, in which a probability counts 2 * label and 1.
