@@ -60,7 +60,12 @@ def pieces(length: int, width: int) -> Iterator[slice]:
         length: number of positions.
         width: numbers that the layer's widest tensor has for each of them.
     """
-    numbers = _NUMBERS_PER_PIECE * (_TIMES_LARGER_FOR_SEVERAL_THREADS if torch.get_num_threads() > 1 else 1)
-    step = max(1, numbers // width)
+    step = length_of_pieces(width)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+def length_of_pieces(width: int) -> int:
+    """How many positions [`pieces`] puts into each, but for the last."""
+    numbers = _NUMBERS_PER_PIECE * (_TIMES_LARGER_FOR_SEVERAL_THREADS if torch.get_num_threads() > 1 else 1)
+    return max(1, numbers // max(1, width))

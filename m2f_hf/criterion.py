@@ -144,7 +144,7 @@ class Mask2FormerLoss(nn.Module):
         matched = mask_embeddings[layers, matching.images, matching.queries]  # (L, M, C)
         matching = by_frame(matching, num_frames)
         images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
-        cross_entropy, dice = MatchedMaskLosses.apply(
+        losses: tuple[Tensor, Tensor] = MatchedMaskLosses.apply(
             mask_features,
             matched,
             matching.counts,
@@ -152,7 +152,7 @@ class Mask2FormerLoss(nn.Module):
             lambda logits, layer, out: self.select_points(logits, layer, images, out),
             lambda points: self.sample_targets(targets, matching, points),
         )
-        return cross_entropy, dice
+        return losses
 
     @staticmethod
     def sample_targets(targets: Targets, matching: Matching, points: Tensor) -> Tensor:
@@ -170,13 +170,12 @@ class Mask2FormerLoss(nn.Module):
         labels = points.new_empty(num_layers, num_matched + 1, num_points)
         layers = torch.arange(num_layers, device=device)  # beside (N, L)
         first_target = 0
-        for masks, count in zip(targets.masks, matching.counts, strict=True):
-            if count:
-                pair = pair_of[:, first_target : first_target + len(masks)].T  # (N, L)
-                for floats, of_floats in in_floats(masks, pair):
-                    read_at = points[layers, of_floats.clamp(max=num_matched - 1)]  # (n, L, P, 2)
-                    sampled = sample_points(floats[:, None], read_at.flatten(1, 2))
-                    labels[layers, of_floats] = sampled.view(read_at.shape[:3])
+        for masks in targets.masks:
+            pair = pair_of[:, first_target : first_target + len(masks)].T  # (N, L)
+            for floats, of_floats in in_floats(masks, pair):
+                read_at = points[layers, of_floats.clamp(max=num_matched - 1)]  # (n, L, P, 2)
+                sampled = sample_points(floats[:, None], read_at.flatten(1, 2))
+                labels[layers, of_floats] = sampled.view(read_at.shape[:3])
             first_target += len(masks)
         return labels[:, :num_matched]
 
@@ -184,11 +183,12 @@ class Mask2FormerLoss(nn.Module):
     def select_points(self, logits: Tensor, layer: int, images: Sequence[int], out: Tensor) -> None:
         """Writes (M, P, 2) points for (M, 1, H, W) logits, mostly where these are uncertain."""
         uncertain, random = out.tensor_split([self.num_uncertain], dim=1)
-        for part, candidates in draw_in_parts(
-            self.draw_points, "candidates", layer, images, self.num_candidates, logits.device
-        ):
+        draw = lambda purpose, num_points: (
+            draw_in_parts(self.draw_points, purpose, layer, images, num_points, logits.device) if num_points else []
+        )
+        for part, candidates in draw("candidates", self.num_candidates if self.num_uncertain else 0):
             uncertain[part] = uncertain_points(logits[part], candidates, self.num_uncertain)
-        for part, points in draw_in_parts(self.draw_points, "random", layer, images, self.num_random, logits.device):
+        for part, points in draw("random", self.num_random):
             random[part] = points
 
 
@@ -263,11 +263,13 @@ class MatchedMaskLosses(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cross_entropy_grad: Tensor, dice_grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Whoever calls `backward` within autocast would have the products below in half precision.
         with torch.autocast(dice_grad.device.type, enabled=False):
-            return MatchedMaskLosses._backward(ctx, cross_entropy_grad, dice_grad)
+            return *MatchedMaskLosses._input_gradients(ctx, cross_entropy_grad, dice_grad), None, None, None, None
 
     @staticmethod
-    def _backward(ctx: Any, cross_entropy_grad: Tensor, dice_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def _input_gradients(ctx: Any, cross_entropy_grad: Tensor, dice_grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the two losses (L,) each -> of mask features (B, C, H, W) and embeddings (L, M, C)."""
         mask_features, embeddings, points, point_logits, point_labels = ctx.saved_tensors
         # In one of the two layouts in which the positions of a map are one axis.
         is_last = mask_features.is_contiguous(memory_format=torch.channels_last)
@@ -292,7 +294,7 @@ class MatchedMaskLosses(torch.autograd.Function):
                 # Written by the first outputs and added to by the others, as zeros are dear to write for a map.
                 of_features = features_grad[frame].flatten(1)
                 of_features.addmm_(rows.flatten(0, 1).T, frame_grad, beta=1 if part.start else 0)
-        return features_grad, embeddings_grad, None, None, None, None
+        return features_grad, embeddings_grad
 
 
 def pairs_of_frames(mask_features: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, slice, slice]]:

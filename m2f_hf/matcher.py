@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .chunking import pieces
 from .point_sampling import DrawPoints, PointRows, draw_uniform_points, in_floats, in_reading_order, sample_points
-from .products import linear
+from .products import batched_linear
 
 
 try:
@@ -217,8 +217,8 @@ class Mask2FormerHungarianMatcher(nn.Module):
             part = points[start : start + step]
             part_labels = part.new_empty(*labels.shape, num_frames, len(part), self.num_points)
             for of_image, masks, at in zip(part_labels, targets.masks, part.unbind(1), strict=True):
-                own, others = of_image.tensor_split([len(masks) // num_frames])
-                others.zero_()
+                own, beyond = of_image.tensor_split([len(masks) // num_frames])
+                beyond.zero_()  # never read, but products with whatever was in memory may be slow
                 for floats, of_floats in in_floats(masks, own.flatten(0, 1)):
                     # (1, n, h, w) at (1, L' * P, 2) -> (1, n, L' * P), for (n, L', P)
                     of_floats.copy_(sample_points(floats[None], at.reshape(1, -1, 2)).view(of_floats.shape))
@@ -249,9 +249,8 @@ class Mask2FormerHungarianMatcher(nn.Module):
         for piece in some:
             # (B * T, p, C) -> (B, T * p, C)
             sampled = features.sample(points[:, piece].repeat_interleave(num_frames, 0)).unflatten(0, (batch_size, -1))
-            # B x (Q, C) x (T * p, C) -> (B, Q, T * p)
-            products = [linear(*of_image) for of_image in zip(embeddings, sampled.flatten(1, 2), strict=True)]
-            yield torch.stack(products), labels[..., piece].flatten(2)
+            # (B, Q, C) x (B, T * p, C) -> (B, Q, T * p)
+            yield batched_linear(embeddings, sampled.flatten(1, 2)), labels[..., piece].flatten(2)
 
 
 def pairwise_losses(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,14 @@ map everything is zero.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .chunking import pieces
+from .chunking import length_of_pieces, pieces
 
 
 _FLOATS_AT_ONCE = 1 << 21  # of masks that are sampled, 8 MB
@@ -32,27 +33,56 @@ a batch is split over processes (`SeededPoints`).
 """
 
 
-def draw_uniform_points(
-    purpose: str, layer: int, images: Sequence[int], num_points: int, device: torch.device
-) -> Tensor:
-    """Uniform points in [0, 1), which follow from the device's global random state: the default `DrawPoints`."""
-    if device.type != "cpu":
-        return torch.rand(len(images), num_points, 2, device=device)
-    seed = torch.randint(1 << 62, (2,), device="cpu").numpy()
-    return _uniform(len(images), num_points, np.random.Generator(np.random.SFC64(seed)))
+class PointsInParts:
+    """A `DrawPoints` on the CPU whose rows can be drawn a few at a time, the same ones."""
+
+    def generators(self, purpose: str, layer: int, images: Sequence[int]) -> Iterator[tuple[Any, int]]:
+        """What makes the random bits, and how many of the rows, in order; SFC64 is the fastest that NumPy has."""
+        raise NotImplementedError
+
+    def __call__(
+        self, purpose: str, layer: int, images: Sequence[int], num_points: int, device: torch.device
+    ) -> Tensor:
+        rows = torch.empty(len(images), num_points, 2, device="cpu", dtype=torch.float32)
+        start = 0
+        for part in self.in_parts(purpose, layer, images, num_points, max(1, len(images))):
+            rows[start : start + len(part)] = part
+            start += len(part)
+        return rows.to(device, non_blocking=True)
+
+    def in_parts(
+        self, purpose: str, layer: int, images: Sequence[int], num_points: int, at_once: int
+    ) -> Iterator[Tensor]:
+        """The rows of a draw in order, at most `at_once` in a tensor (n, num_points, 2)."""
+        for generator, count in self.generators(purpose, layer, images):
+            for start in range(0, count, at_once):
+                rows = min(at_once, count - start)
+                # 64 bits a point, so that rows drawn one after another are those drawn together. As `torch.rand` does,
+                # which takes three times as long: multiples of 2**-24 in [0, 1).
+                bits = torch.from_numpy(generator.random_raw(rows * num_points).view(np.int32))
+                numbers = bits.bitwise_and_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24)
+                yield numbers.view(rows, num_points, 2)
 
 
-def _uniform(rows: int, num_points: int, generator: np.random.Generator) -> Tensor:
-    """(rows, num_points, 2) multiples of 2**-24 in [0, 1), as `torch.rand` makes them, which takes three times as long.
+class UniformPoints(PointsInParts):
+    """Points that follow from the device's global random state."""
 
-    64 bits for each point: rows drawn one after another are those drawn together.
-    """
-    bits = generator.integers(0, 1 << 64, rows * num_points, dtype=np.uint64).view(np.int32)
-    numbers = torch.from_numpy(bits).bitwise_and_((1 << 24) - 1).to(torch.float32)
-    return numbers.mul_(2.0**-24).view(rows, num_points, 2)
+    def generators(self, purpose: str, layer: int, images: Sequence[int]) -> Iterator[tuple[Any, int]]:
+        yield np.random.SFC64(torch.randint(1 << 62, (2,), device="cpu").numpy()), len(images)
+
+    def __call__(
+        self, purpose: str, layer: int, images: Sequence[int], num_points: int, device: torch.device
+    ) -> Tensor:
+        if device.type != "cpu":
+            return torch.rand(len(images), num_points, 2, device=device, dtype=torch.float32)
+        return super().__call__(purpose, layer, images, num_points, device)
 
 
-class SeededPoints:
+draw_uniform_points = UniformPoints()
+"""The default `DrawPoints`."""
+
+
+class SeededPoints(PointsInParts):
     """A `DrawPoints` whose points depend on the seed and on an image's place in the global batch alone.
 
     Two processes with half a batch each then draw the same points as one process with the whole batch. Points are
@@ -69,22 +99,10 @@ class SeededPoints:
         self.seed = seed
         self.first_image = first_image
 
-    def __call__(
-        self, purpose: str, layer: int, images: Sequence[int], num_points: int, device: torch.device
-    ) -> Tensor:
-        rows = [torch.empty(0, num_points, 2), *self.in_parts(purpose, layer, images, num_points, len(images))]
-        return torch.cat(rows).to(device, non_blocking=True)
-
-    def in_parts(
-        self, purpose: str, layer: int, images: Sequence[int], num_points: int, at_once: int
-    ) -> Iterator[Tensor]:
-        """The rows of a draw in order, at most `at_once` in a tensor (n, num_points, 2)."""
+    def generators(self, purpose: str, layer: int, images: Sequence[int]) -> Iterator[tuple[Any, int]]:
         for image in sorted(set(images)):
             key = (self.seed, self.purposes.index(purpose), layer, self.first_image + image)
-            generator = np.random.Generator(np.random.SFC64(hash(key) % 2**63))
-            count = images.count(image)
-            for start in range(0, count, at_once):
-                yield _uniform(min(at_once, count - start), num_points, generator)
+            yield np.random.SFC64(hash(key) % 2**63), images.count(image)
 
 
 def draw_in_parts(
@@ -92,22 +110,21 @@ def draw_in_parts(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The points that `draw` gives, and which rows of `images` they are for.
 
-    On the CPU those of this module are drawn a few rows at a time, to be used while they are in the cache. Another
-    `draw` is asked once, for all rows.
+    On the CPU a few rows at a time where `draw` can do that, to be used while they are in the cache.
+
+    Raises:
+        ValueError: `draw` gives more or fewer rows.
     """
-    at_once = next(pieces(len(images), 2 * num_points), slice(1)).stop  # the first piece is as large as any
-    parts: Iterator[Tensor]
-    if device.type == "cpu" and draw is draw_uniform_points:
-        firsts = range(0, len(images), at_once)
-        parts = (draw(purpose, layer, images[first : first + at_once], num_points, device) for first in firsts)
-    elif device.type == "cpu" and type(draw) is SeededPoints:
-        parts = draw.in_parts(purpose, layer, images, num_points, at_once)
-    else:
-        parts = iter([draw(purpose, layer, images, num_points, device)])
-    start = 0
-    for points in parts:
-        yield slice(start, start + len(points)), points
-        start += len(points)
+    if device.type == "cpu" and isinstance(draw, PointsInParts):
+        start = 0
+        for points in draw.in_parts(purpose, layer, images, num_points, length_of_pieces(2 * num_points)):
+            yield slice(start, start + len(points)), points
+            start += len(points)
+        return
+    points = draw(purpose, layer, images, num_points, device)
+    if len(points) != len(images):
+        raise ValueError(f"`draw_points` gave {len(points)} rows of {purpose!r} points for {len(images)} masks.")
+    yield slice(None), points
 
 
 def sample_points(features: Tensor, points: Tensor) -> Tensor:
@@ -226,16 +243,16 @@ def uncertain_points(logits: Tensor, candidates: Tensor, num_points: int) -> Ten
         kept = certainty.topk(num_points, dim=1, largest=False, sorted=False).indices
         return candidates.take_along_dim(kept[..., None], dim=1)
     kept = torch.from_numpy(smallest_of_rows(certainty.numpy(), num_points))
-    first = torch.arange(len(kept))[:, None] * candidates.shape[1]
+    first = torch.arange(len(kept), device=kept.device)[:, None] * candidates.shape[1]
     return candidates.flatten(0, 1).index_select(0, (first + kept).flatten()).view(*kept.shape, 2)
 
 
 def smallest_of_rows(values: np.ndarray, count: int) -> np.ndarray:
     """Where the smallest of each row are, in no particular order: (N, R) floating -> (N, count) int64.
 
-    A sample of a row says between which two values the last of them will be, almost surely. Only what is there has to
-    be told apart, a twentieth of a long row. NumPy's `argpartition` of all of it takes 4.5 ns a number on Intel's
-    processors with AVX-512, 10 to 14 on AMD's. Ties are broken anyhow. What is not a number counts as large.
+    A sample of a row says between which two values the last of them will be, of long rows in 997 of 1,000. Only what is
+    between has to be told apart, a twentieth: 2 ns a number in all, where `argpartition` takes 4.5 on Intel's
+    processors with AVX-512 and 10 to 14 on AMD's. Ties are broken anyhow. What is not a number counts as large.
     """
     chosen = np.empty((len(values), count), dtype=np.int64)
     for row, of_row in zip(values, chosen, strict=True):
@@ -245,10 +262,9 @@ def smallest_of_rows(values: np.ndarray, count: int) -> np.ndarray:
 
 def _smallest(row: np.ndarray, count: int) -> np.ndarray:
     """As `smallest_of_rows`, (R,) -> (count,)."""
-    if count == len(row) or count == 0:
-        return np.arange(count)
-    sample = row[:: max(1, len(row) // _SAMPLED)]
+    sample = row[:: max(1, len(row) // _SAMPLED)]  # of all parts of the row, which may be sorted
     share = count / len(row)
+    # Three standard deviations of how many in the sample are among the smallest.
     middle, spread = len(sample) * share, 3 * (len(sample) * share * (1 - share)) ** 0.5
     bounds = [int(middle - spread), int(middle + spread) + 1]
     if bounds[0] >= 0 and bounds[1] < len(sample):
@@ -261,4 +277,5 @@ def _smallest(row: np.ndarray, count: int) -> np.ndarray:
                 between = between[np.argpartition(row[between], missing - 1)]
             if missing <= len(between):
                 return np.concatenate([below, between[:missing]])
+    # The row is short, nearly all or none of it is wanted, or the sample is not like the rest.
     return np.argpartition(row, count - 1)[:count]

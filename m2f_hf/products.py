@@ -57,6 +57,13 @@ def linear(
     return result.relu_() if relu else result
 
 
+def batched_linear(states: Tensor, weights: Tensor) -> Tensor:
+    """`states @ weights.mT`, (B, n, in) and (B, out, in) -> (B, n, out), one by one where oneDNN multiplies."""
+    if len(states) and _goes_by_onednn(states[0], weights[0], None):
+        return torch.stack([linear(*pair) for pair in zip(states, weights, strict=True)])
+    return states @ weights.mT
+
+
 def _goes_by_onednn(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the operator serves, which has no gradients and checks neither shapes nor layouts.
 

@@ -35,7 +35,7 @@ GOLDENS = [
 ]
 
 
-def make_criterion(num_labels=NUM_LABELS, num_points=40, no_object_weight=0.1):
+def make_criterion(num_labels=NUM_LABELS, num_points=40, no_object_weight=0.1, importance_sample_ratio=0.75):
     config = SimpleNamespace(
         num_labels=num_labels,
         no_object_weight=no_object_weight,
@@ -44,7 +44,7 @@ def make_criterion(num_labels=NUM_LABELS, num_points=40, no_object_weight=0.1):
         dice_weight=5.0,
         train_num_points=num_points,
         oversample_ratio=3.0,
-        importance_sample_ratio=0.75,
+        importance_sample_ratio=importance_sample_ratio,
     )
     return Mask2FormerLoss(config, WEIGHTS)
 
@@ -345,12 +345,16 @@ def test_wrong_targets_are_refused():
 @pytest.mark.parametrize("at_once", [1, 10**6], ids=["one output", "all outputs"])
 @pytest.mark.parametrize("counts", [[2, 1], [0, 3], [0, 0]], ids=str)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2)], ids=["BCHW", "BHWC", "BCWH"])
-def test_losses_of_matched_masks_have_the_gradient_of_the_masks(order, counts, at_once, monkeypatch):
-    """Whatever the order in which the features lie in memory."""
+@pytest.mark.parametrize("num_frames", [1, 2])
+def test_losses_of_matched_masks_have_the_gradient_of_the_masks(num_frames, order, counts, at_once, monkeypatch):
+    """Whatever the order in which the features lie in memory. A query of a clip has a mask in each frame."""
     monkeypatch.setattr(criterion_module, "_LOGITS_AT_ONCE", at_once)
     back = [order.index(axis) for axis in range(4)]
-    features = torch.randn(2, 4, 5, 6).permute(order).contiguous().permute(back).requires_grad_()
+    features = torch.randn(2 * num_frames, 4, 5, 6).permute(order).contiguous().permute(back).requires_grad_()
     embeddings = torch.randn(3, sum(counts), 4, requires_grad=True)
+    images = [image for image, count in enumerate(counts) for _ in range(count)]
+    frames = torch.tensor([image * num_frames + frame for image in images for frame in range(num_frames)]).long()
+    counts = [count * num_frames for count in counts]
     points, labels = torch.rand(3, sum(counts), 7, 2), torch.rand(3, sum(counts), 7)
     seen, labelled = [], []
 
@@ -363,8 +367,7 @@ def test_losses_of_matched_masks_have_the_gradient_of_the_masks(order, counts, a
         return labels
 
     losses = MatchedMaskLosses.apply(features, embeddings, counts, points.shape[2], choose, label)
-    images = torch.tensor([image for image, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
-    masks = torch.einsum("lmc,mchw->lmhw", embeddings, features[images])
+    masks = torch.einsum("lmc,mchw->lmhw", embeddings.repeat_interleave(num_frames, 1), features[frames])
     logits = torch.stack(
         [sample_points(of_layer[:, None], at)[:, 0] for of_layer, at in zip(masks, points, strict=True)]
     )
@@ -416,6 +419,24 @@ def test_gradients_are_in_float32_where_the_backward_pass_is_in_autocast():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("ratio", "purposes"), [(0.0, ["random"]), (1.0, ["candidates"])])
+def test_points_may_all_be_random_or_all_be_uncertain(ratio, purposes):
+    batch = make_batch((2, 1))
+    criterion = make_criterion(importance_sample_ratio=ratio)
+    draw, asked = SeededPoints(0), []
+
+    def record(purpose, *request):
+        asked.append(purpose)
+        return draw(purpose, *request)
+
+    criterion.draw_points = record
+    losses = criterion(*batch)
+    assert sorted({*asked} - {"matching"}) == purposes
+    assert_same(losses, compute(batch, importance_sample_ratio=ratio))
+    sum(losses.values()).backward()
+    assert all(tensor.grad.isfinite().all() for tensor in batch[:3])
+
+
 # Cost: memory and synchronisation
 
 
@@ -430,6 +451,18 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.numel = max(self.numel, leaf.numel())
         return result
+
+
+def test_masks_are_written_down_for_a_few_outputs_at_a_time(monkeypatch):
+    monkeypatch.setattr(criterion_module, "_LOGITS_AT_ONCE", 1)
+    features, embeddings = torch.randn(1, 2, 32, 32, requires_grad=True), torch.randn(9, 3, 2, requires_grad=True)
+    points = torch.rand(9, 3, 5, 2)
+    with LargestTensor() as largest:
+        losses = MatchedMaskLosses.apply(
+            features, embeddings, [3], 5, lambda _, layer, out: out.copy_(points[layer]), lambda _: points[..., 0]
+        )
+        sum(losses).sum().backward()
+    assert largest.numel == 3 * 32 * 32
 
 
 def test_mask_logits_of_unmatched_queries_are_never_written_down():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.models.mask2former import modeling_mask2former as stock
 
 from m2f_hf import matcher as matcher_module
+from m2f_hf import point_sampling
 from m2f_hf.matcher import (
     Mask2FormerHungarianMatcher,
     assign,
@@ -17,6 +18,7 @@ from m2f_hf.matcher import (
     pairwise_losses,
     sum_of_softplus,
 )
+from m2f_hf.point_sampling import sample_points
 
 
 NUM_LABELS = 5
@@ -111,6 +113,50 @@ def test_pairwise_costs_are_the_losses_of_each_pair(num_points, at_once):
     probabilities = pair_logits.sigmoid()
     numerator, denominator = (probabilities * pair_labels).sum(-1), (probabilities + pair_labels).sum(-1)
     torch.testing.assert_close(dice, 1 - (2 * numerator + 1) / (denominator + 1))
+
+
+@pytest.mark.parametrize("at_once", [1, 10**9], ids=["an output at a time", "all outputs"])
+@pytest.mark.parametrize("counts", [(2, 1), (0, 3)], ids=str)
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_costs_are_those_of_whole_masks_at_the_points(num_frames, counts, at_once, monkeypatch):
+    """Of clips: the points of all frames together."""
+    monkeypatch.setattr(matcher_module, "_LABELS_AT_ONCE", at_once)
+    monkeypatch.setattr(point_sampling, "_FLOATS_AT_ONCE", 1)
+    layers, images, queries, channels, size = 3, 2, 6, 8, (5, 7)
+    classes = torch.randn(layers, images, queries, NUM_LABELS + 1)
+    embeddings = torch.randn(layers, images, queries, channels)
+    features = torch.randn(images * num_frames, channels, *size)
+    labels = [torch.randint(0, NUM_LABELS, (count,)) for count in counts]
+    clip = [num_frames] if num_frames > 1 else []
+    masks = [torch.rand(count, *clip, 16, 20) > 0.5 for count in counts]
+    points = torch.rand(layers, images, 30, 2)
+    found = Mask2FormerHungarianMatcher(2.0, 5.0, 3.0, 30).compute_costs(
+        classes,
+        embeddings,
+        features,
+        pack_targets(masks, labels, images, features.device, clip),
+        lambda purpose, layer, images, num_points, device: points[layer],
+    )
+    assert found.shape == (layers, images, queries, max(counts))
+    for layer in range(layers):
+        for image, count in enumerate(counts):
+            frames = features[image * num_frames : (image + 1) * num_frames]
+            at = points[layer, image].expand(num_frames, -1, -1)
+            # (Q, C) x (T, C, H, W) at (T, P) -> (T, Q, P) -> (Q, T * P)
+            logits = sample_points(torch.einsum("qc,tchw->tqhw", embeddings[layer, image], frames), at)
+            targets = masks[image].float().view(count, num_frames, 16, 20).transpose(0, 1)
+            expected = pairwise_losses(
+                [
+                    (
+                        logits.transpose(0, 1).flatten(1)[None],
+                        sample_points(targets, at).transpose(0, 1).flatten(1)[None],
+                    )
+                ]
+            )
+            of_classes = classes[layer, image].softmax(-1)[:, labels[image]]
+            torch.testing.assert_close(
+                found[layer, image, :, :count], 5 * expected[0][0] + 3 * expected[1][0] - 2 * of_classes
+            )
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 3), (2, 4)])

@@ -136,9 +136,12 @@ def test_uncertain_points_are_those_with_logits_nearest_to_zero():
     torch.testing.assert_close((selected[..., 0] - 0.5).abs().sort(dim=1).values, distances[:, :20])
 
 
-@pytest.mark.parametrize("kind", ["random", "with ties", "all the same", "sorted", "with a period", "not numbers"])
 @pytest.mark.parametrize(
-    ("length", "count"), [(40_000, 10_000), (5_000, 4_990), (5_000, 2), (60, 20), (7, 7), (7, 0), (1, 1)]
+    "kind", ["random", "with ties", "all the same", "sorted", "small where sampled", "large there", "not numbers"]
+)
+@pytest.mark.parametrize(
+    ("length", "count"),
+    [(40_000, 10_000), (5_000, 4_990), (5_000, 2), (7, 7), (7, 0), (1, 1), (1, 0), *((60, n) for n in range(61))],
 )
 def test_the_smallest_of_a_row_are_those_that_sorting_finds(kind, length, count):
     """Also where the sample says nothing of the rest."""
@@ -149,8 +152,8 @@ def test_the_smallest_of_a_row_are_those_that_sorting_finds(kind, length, count)
         values[:] = 1.0
     elif kind == "sorted":
         values.sort(axis=1)
-    elif kind == "with a period":  # what is sampled is smaller than all the rest
-        values[:, :: max(1, length // point_sampling._SAMPLED)] -= 100
+    elif kind != "random" and kind != "not numbers":
+        values[:, :: max(1, length // point_sampling._SAMPLED)] += 100 if kind == "large there" else -100
     elif kind == "not numbers":
         values[:, ::3] = np.nan
     kept = smallest_of_rows(values, count)
@@ -160,30 +163,50 @@ def test_the_smallest_of_a_row_are_those_that_sorting_finds(kind, length, count)
     np.testing.assert_array_equal(found, np.sort(values, axis=1)[:, :count])
 
 
-def test_little_of_a_row_is_told_apart(monkeypatch):
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["random", "sorted"])
+def test_little_of_a_row_is_told_apart(is_sorted, monkeypatch):
     """The rest is only compared with two numbers."""
     moved = []
     whole = np.argpartition
     monkeypatch.setattr(np, "argpartition", lambda values, count: moved.append(len(values)) or whole(values, count))
-    smallest_of_rows(np.random.default_rng(0).normal(size=(5, 40_000)).astype(np.float32), 10_000)
+    values = np.random.default_rng(0).normal(size=(5, 40_000)).astype(np.float32)
+    smallest_of_rows(np.sort(values, axis=1) if is_sorted else values, 10_000)
     assert len(moved) == 5 and max(moved) < 40_000 / 10
 
 
-@pytest.mark.parametrize("at_once", [1, 25, 10**6], ids=["one by one", "in twos", "all at once"])
-def test_points_are_drawn_in_parts(at_once, monkeypatch):
-    """Seeded ones are the same in parts; others follow the global seed."""
+@pytest.mark.parametrize("at_once", [1, 45, 10**6], ids=["one by one", "in fours", "all at once"])
+@pytest.mark.parametrize("draw", [draw_uniform_points, SeededPoints(7)], ids=["uniform", "seeded"])
+def test_points_drawn_in_parts_are_those_of_one_draw(draw, at_once, monkeypatch):
+    """So that they don't depend on the number of threads, which decides on the parts."""
     monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", at_once)
-    request = ("candidates", 2, [0, 0, 0, 1, 3, 3], 5, CPU)
-    drawn = {}
-    for name, draw in (("seeded", SeededPoints(7)), ("uniform", draw_uniform_points), ("again", draw_uniform_points)):
-        torch.manual_seed(0)
-        parts = list(draw_in_parts(draw, *request))
-        assert [row for part, _ in parts for row in range(6)[part]] == list(range(6))
-        drawn[name] = torch.cat([points for _, points in parts])
-        assert drawn[name].shape == (6, 5, 2) and len(drawn[name].unique()) > 50
-        assert list(draw_in_parts(draw, "random", 0, [], 5, CPU)) == []
-    assert torch.equal(drawn["uniform"], drawn["again"])
-    assert torch.equal(drawn["seeded"], SeededPoints(7)(*request))
+    monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
+    request = ("candidates", 2, [0, 0, 0, 0, 0, 1, 3, 3], 5, CPU)
+    torch.manual_seed(0)
+    parts = list(draw_in_parts(draw, *request))
+    assert [row for part, _ in parts for row in range(8)[part]] == list(range(8))
+    torch.manual_seed(0)
+    whole = draw(*request)
+    assert torch.equal(torch.cat([points for _, points in parts]), whole)
+    assert whole.shape == (8, 5, 2) and len(whole.unique()) > 70
+    assert list(draw_in_parts(draw, "random", 0, [], 5, CPU)) == []
+    assert draw("random", 0, [], 5, CPU).shape == (0, 5, 2)
+
+
+@pytest.mark.parametrize("draw", [draw_uniform_points, SeededPoints(7)], ids=["uniform", "seeded"])
+def test_points_are_float32_on_the_cpu_whatever_the_defaults_are(draw):
+    torch.manual_seed(0)
+    expected = draw("random", 0, [0, 0], 5, CPU)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        points = draw("random", 0, [0, 0], 5, CPU)
+        chosen = uncertain_points(torch.zeros(2, 1, 4, 4, device="cpu", dtype=torch.float32), points, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(points, expected)
+    assert chosen.shape == (2, 3, 2) and chosen.device == CPU
 
 
 def test_other_points_are_asked_for_once():
@@ -197,7 +220,12 @@ def test_other_points_are_asked_for_once():
 
     ((part, drawn),) = draw_in_parts(draw, "candidates", 1, [0] * 1000, 30, CPU)
     assert asked == [("candidates", 1, [0] * 1000, 30, CPU)]
-    assert drawn is points and part == slice(0, 1000)
+    assert drawn is points and part == slice(None)
+
+
+def test_points_for_other_rows_than_asked_are_refused():
+    with pytest.raises(ValueError, match="gave 1 rows of 'random' points for 3 masks"):
+        list(draw_in_parts(lambda *_: torch.rand(1, 30, 2), "random", 1, [0] * 3, 30, CPU))
 
 
 def test_uniform_points_follow_the_global_seed_and_fill_the_unit_square():
