@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2f_hf import chunking, products
-from m2f_hf.products import linear
+from m2f_hf.products import batched_linear, linear
 
 
 class Sharded(torch.Tensor):
@@ -186,3 +186,16 @@ def test_where_something_is_different_pytorch_decides(by_onednn, where, name, va
     monkeypatch.setattr(where, name, value)
     products._onednn_linear.cache_clear()
     assert not goes_by_onednn(*make_inputs())
+
+
+@pytest.mark.parametrize("rows", [0, 5, 40])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["inference", "with gradients"])
+def test_products_of_a_batch_are_those_of_each(by_onednn, is_recorded, batch, rows):
+    states, weights = torch.randn(batch, rows, 24), torch.randn(batch, 18, 24, requires_grad=is_recorded)
+    with torch.set_grad_enabled(is_recorded), Operators() as operators:
+        found = batched_linear(states, weights)
+    is_worth_it = by_onednn and not is_recorded and rows > 0
+    assert operators.names.count("_linear_pointwise") == (batch if is_worth_it else 0)
+    torch.testing.assert_close(found, torch.einsum("bni,boi->bno", states, weights))
+    assert found.requires_grad == is_recorded
