@@ -113,7 +113,7 @@ def draw_in_parts(
     On the CPU a few rows at a time where `draw` can do that, to be used while they are in the cache.
 
     Raises:
-        ValueError: `draw` gives more or fewer rows.
+        ValueError: `draw` gives more or fewer than it is asked for.
     """
     if device.type == "cpu" and isinstance(draw, PointsInParts):
         start = 0
@@ -122,8 +122,11 @@ def draw_in_parts(
             start += len(points)
         return
     points = draw(purpose, layer, images, num_points, device)
-    if len(points) != len(images):
-        raise ValueError(f"`draw_points` gave {len(points)} rows of {purpose!r} points for {len(images)} masks.")
+    if points.shape != (len(images), num_points, 2):
+        raise ValueError(
+            f"`draw_points` gave {purpose!r} points of the shape {tuple(points.shape)}, expected "
+            f"({len(images)}, {num_points}, 2): for each mask as many as it is asked for."
+        )
     yield slice(None), points
 
 

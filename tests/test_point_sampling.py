@@ -223,9 +223,10 @@ def test_other_points_are_asked_for_once():
     assert drawn is points and part == slice(None)
 
 
-def test_points_for_other_rows_than_asked_are_refused():
-    with pytest.raises(ValueError, match="gave 1 rows of 'random' points for 3 masks"):
-        list(draw_in_parts(lambda *_: torch.rand(1, 30, 2), "random", 1, [0] * 3, 30, CPU))
+@pytest.mark.parametrize("shape", [(1, 30, 2), (3, 1, 2), (4, 30, 2)], ids=str)
+def test_other_points_than_asked_for_are_refused(shape):
+    with pytest.raises(ValueError, match=r"'random' points of the shape .*, expected \(3, 30, 2\)"):
+        list(draw_in_parts(lambda *_: torch.rand(shape), "random", 1, [0] * 3, 30, CPU))
 
 
 def test_uniform_points_follow_the_global_seed_and_fill_the_unit_square():
