@@ -7,6 +7,7 @@ a model, named in `auto_map`, so that `trust_remote_code=True` is enough where t
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -31,7 +32,6 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import yaml_dump
 from transformers import PreTrainedConfig
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
 from .image_processing_mask2former import M2FImageProcessor
@@ -47,6 +47,7 @@ from .video_processing_mask2former import Mask2FormerVideoProcessor
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
 CARD = "README.md"
+CODE = "code"  # folder of the published Python files
 # What a settings file says of whose it is.
 _TYPE_KEYS = {CONFIG: "model_type", PROCESSOR: "image_processor_type"}
 
@@ -506,18 +507,53 @@ def _renewed_card(
 # --- the code ---
 
 
-def code_files(family: Family = IMAGES) -> list[Path]:
-    """The files of this package that run a model: those of the Auto classes and what they import."""
-    classes = {cls for by_name in family.auto_classes.values() for cls in by_name.values()}
-    files = {Path(str(sys.modules[cls.__module__].__file__)) for cls in classes}
-    return sorted(files | {Path(needed) for file in files for needed in get_relative_import_files(file)})
+def code_files(family: Family = IMAGES) -> dict[str, str]:
+    """Return the code that runs a model without this package: path in the repository -> text.
+
+    `transformers` copies the file of a class and what it reaches by `from .x import y` within one folder. So the
+    modules of the Auto classes and all that they import from this package are written into the folder `code/`, each
+    under its path joined by `_`: `kernels/pieces.py` becomes `code/kernels_pieces.py`, and `from ..kernels.pieces
+    import` becomes `from .kernels_pieces import`.
+
+    Raises:
+        ImportError: a module imports a package instead of names of a module, which could not be followed.
+    """
+    files: dict[str, str] = {}
+    modules = [cls.__module__ for by_name in family.auto_classes.values() for cls in by_name.values()]
+    while modules:
+        module = modules.pop()
+        name = f"{CODE}/{_flat_name(module)}.py"
+        if name not in files:
+            text = Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
+            files[name], imported = _flatten_imports(text, module)
+            modules += imported
+    return dict(sorted(files.items()))
+
+
+def _flat_name(module: str) -> str:
+    """`m2f_hf.kernels.pieces` -> `kernels_pieces`."""
+    return "_".join(module.split(".")[1:])
+
+
+def _flatten_imports(text: str, module: str) -> tuple[str, list[str]]:
+    """A module's text with its relative imports as they are in `code/`, and the modules that they name."""
+    imported: list[str] = []
+
+    def flatten(statement: re.Match[str]) -> str:
+        absolute = importlib.util.resolve_name(statement["source"], module.rpartition(".")[0])
+        if hasattr(sys.modules.get(absolute), "__path__") or "." not in absolute:
+            raise ImportError(f"{module} imports from the package {absolute}: name the module, to have it published")
+        imported.append(absolute)
+        return f"{statement['start']}.{_flat_name(absolute)} import"
+
+    return re.sub(r"^(?P<start>\s*from )(?P<source>\.[.\w]*) import", flatten, text, flags=re.MULTILINE), imported
 
 
 def with_auto_map(file: Path, family: Family = IMAGES) -> str:
     """The text of a `config.json` or `preprocessor_config.json` that says where its classes are."""
     settings = _read_settings(file)
     settings["auto_map"] = {
-        auto_class: f"{cls.__module__.rpartition('.')[-1]}.{cls.__name__}"
+        auto_class: f"{CODE}/{_flat_name(cls.__module__)}.{cls.__name__}"
         for auto_class, cls in family.auto_classes[file.name].items()
     }
     return json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -662,7 +698,7 @@ def _upload_saved_files(
     files: dict[str, Path | str] = {
         file.name: with_auto_map(file, family) if file.name in family.auto_classes else file for file in saved
     }
-    files |= {file.name: file for file in code_files(family)}
+    files |= code_files(family)
     if not create_pr:
         _make_branch(api, repo_id, revision)
     published = _published_card(api, repo_id, revision)
@@ -814,7 +850,7 @@ class HubFolder:
             )
 
     def _contents(self) -> tuple[dict[str, Path | str], list[str]]:
-        code = {file.name: file for file in code_files(self.family)}
+        code = code_files(self.family)
         files: dict[str, Path | str] = {}
         left_out = []
         results = (self.folder / _RESULTS).glob("*.yaml")
@@ -823,7 +859,7 @@ class HubFolder:
             known = path.suffix.lower() in _PUBLISHED or path.name in ("LICENSE", "NOTICE")
             if path.is_file() and known and not path.name.startswith("."):
                 files[name] = with_auto_map(path, self.family) if name in _TYPE_KEYS else path
-            elif name not in code and name != _RESULTS:
+            elif f"{CODE}/{name}" not in code and name not in (CODE, _RESULTS):
                 left_out.append(name + "/" * path.is_dir())
         return files | code, left_out
 

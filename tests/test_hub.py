@@ -191,11 +191,12 @@ def test_a_folder_is_sent_without_pickles_code_of_others_and_hidden_files(folder
         (folder / name).write_text(text)
     contents = HubFolder(folder)
     saved = {"config.json", "preprocessor_config.json", "model.safetensors", ".eval_results/owner-shapes.yaml"}
-    assert contents.files.keys() == saved | {file.name for file in code_files()}
+    assert contents.files.keys() == saved | code_files().keys()
     assert sorted(contents.left_out) == [".env", "notes.py", "optimizer.pt", "runs/", "training_args.bin"]
-    assert contents.files["modeling_mask2former.py"] in code_files()  # the package's, not the folder's
+    # The package's, not the folder's.
+    assert contents.files["code/modeling_mask2former.py"] == code_files()["code/modeling_mask2former.py"]
     assert json.loads(contents.files["config.json"])["auto_map"]["AutoModelForImageSegmentation"] == (
-        "modeling_mask2former.Mask2FormerForUniversalSegmentation"
+        "code/modeling_mask2former.Mask2FormerForUniversalSegmentation"
     )
     assert "auto_map" not in json.loads((folder / "config.json").read_text())  # the folder stays as it was
 
@@ -366,12 +367,12 @@ def test_push_sends_everything_in_one_commit_and_says_what(pushed):
     assert repository.messages == ["initial commit", "First"]
     assert not repository.private
     files = repository.files()
-    for name in ("config.json", "preprocessor_config.json", "model.safetensors", "README.md", "matcher.py"):
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors", "README.md", "code/matcher.py"):
         assert name in files
         assert name == "README.md" or f"  {name}\n" in out
     assert files["model.safetensors"] == (BUNDLED_MODEL / "model.safetensors").read_bytes()
     assert json.loads(files["preprocessor_config.json"])["auto_map"] == {
-        "AutoImageProcessor": "image_processing_mask2former.M2FImageProcessor"
+        "AutoImageProcessor": "code/image_processing_mask2former.M2FImageProcessor"
     }
     assert "To owner/shapes:" in out and "/owner/shapes is at " in out
 
@@ -477,7 +478,7 @@ model = Mask2FormerForUniversalSegmentation.from_pretrained("shapes")
 model.save_pretrained("kept", push_to_hub=True, repo_id="owner/saved")
 """, OWNER)  # fmt: skip
     files = hub.repositories["owner/saved"].files()
-    assert "modeling_mask2former.py" in files
+    assert "code/modeling_mask2former.py" in files
     assert is_untouched(ModelCard(files["README.md"].decode()))
     assert not list((client.folder / "kept").glob("*.py"))
     assert "auto_map" not in json.loads((client.folder / "kept" / "config.json").read_text())
@@ -493,16 +494,16 @@ def pushed_tracks(hub, client):
 
 def test_a_video_model_is_pushed_with_the_code_of_clips(pushed_tracks):
     files = pushed_tracks
-    assert files.keys() >= {file.name for file in code_files(VIDEOS)}
+    assert files.keys() >= code_files(VIDEOS).keys()
     config, processor = (json.loads(files[name]) for name in ("config.json", "preprocessor_config.json"))
     assert (config["model_type"], processor["image_processor_type"]) == ("m2f_video", "Mask2FormerVideoProcessor")
-    module = "modeling_mask2former_video"
+    module = "code/modeling_mask2former_video"
     assert config["auto_map"] == {
-        "AutoConfig": "configuration_mask2former.Mask2FormerVideoConfig",
+        "AutoConfig": "code/configuration_mask2former.Mask2FormerVideoConfig",
         "AutoModel": f"{module}.Mask2FormerVideoModel",
         "AutoModelForUniversalSegmentation": f"{module}.Mask2FormerForVideoSegmentation",
     }
-    of_clips = "video_processing_mask2former.Mask2FormerVideoProcessor"
+    of_clips = "code/video_processing_mask2former.Mask2FormerVideoProcessor"
     assert processor["auto_map"] == {"AutoImageProcessor": of_clips, "AutoVideoProcessor": of_clips}
     assert is_untouched(ModelCard(files["README.md"].decode()))
 
@@ -603,7 +604,7 @@ def test_another_models_repository_gets_no_card_from_here(hub, client):
     hub.store("owner/other", {"config.json": '{"model_type": "bert"}'})
     client('M2FImageProcessor.from_pretrained("shapes").push_to_hub("owner/other")', OWNER)
     files = hub.repositories["owner/other"].files()
-    assert "image_processing_mask2former.py" in files
+    assert "code/image_processing_mask2former.py" in files
     assert "Mask2Former" not in files["README.md"].decode()
 
 
@@ -888,7 +889,7 @@ answer = None
 """, OWNER)  # fmt: skip
     files = hub.repositories["owner/clips"].files()
     assert json.loads(files["config.json"])["model_type"] == "m2f_video"
-    assert {"modeling_mask2former_video.py", "preprocessor_config.json", "example.jpg"} <= set(files)
+    assert {"code/modeling_mask2former_video.py", "preprocessor_config.json", "example.jpg"} <= set(files)
     card = files["README.md"].decode()
     assert "Mask2FormerForVideoSegmentation" in card and "| num_frames | 2 |" in card
 

@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_imports
 from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
 from m2f_hf.cli import BUNDLED_MODEL, BUNDLED_SCENES
 from m2f_hf.data import MovingShapesDataset
-from m2f_hf.hub import IMAGES, VIDEOS, HubFolder, code_files, model_card
+from m2f_hf.hub import IMAGES, VIDEOS, HubFolder, _flatten_imports, code_files, model_card
 
 
 TASKS = ("panoptic", "instance", "semantic")
@@ -180,21 +180,42 @@ answer = [loss.item(), loss_of(again).item(), sorted(os.listdir("saved"))]
 """)
     assert np.isfinite(before)
     assert after == pytest.approx(before)
-    assert {file.name for file in code_files()} >= {name for name in files if name.endswith(".py")} != set()
+    written = {f"code/{name}" for name in files if name.endswith(".py")}
+    assert code_files().keys() >= written != set()
 
 
 @pytest.mark.parametrize("family", [IMAGES, VIDEOS], ids=["images", "videos"])
-def test_the_code_is_whole_and_no_more(family):
-    files = {file.stem: file for file in code_files(family)}
+def test_the_code_is_whole_and_no_more(family, tmp_path):
+    files = {Path(name).stem: text for name, text in code_files(family).items()}
+    assert all(name == f"code/{Path(name).stem}.py" for name in code_files(family))
     assert {"modeling_mask2former", "configuration_mask2former", "image_processing_mask2former"} <= files.keys()
     of_clips = {"modeling_mask2former_video", "video_processing_mask2former"}
     assert files.keys() & of_clips == (of_clips if family is VIDEOS else set())
     assert not {"hub", "cli", "auto", "pipeline", "visualization"} & files.keys()
     imported = set()
-    for file in files.values():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    for name, text in files.items():
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level]
+        # `transformers` follows `from .x import y` alone.
+        assert all(node.level == 1 and node.module and "." not in node.module for node in nodes), name
+        imported |= {node.module for node in nodes}
         # What `transformers` looks for before it runs a file; more would have to be installed.
         installed = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
-        assert set(get_imports(file)) <= installed | sys.stdlib_module_names
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert set(get_imports(tmp_path / name)) <= installed | sys.stdlib_module_names
     assert imported <= files.keys()
+
+
+def test_paths_are_joined_into_names():
+    text = "from ..kernels.pieces import pieces\nfrom .layers import (\n    A,\n)\n    from ...elsewhere import b\n"
+    flattened, imported = _flatten_imports(text, "m2f_hf.model.parts.decoder")
+    assert imported == ["m2f_hf.model.kernels.pieces", "m2f_hf.model.parts.layers", "m2f_hf.elsewhere"]
+    assert flattened == (
+        "from .model_kernels_pieces import pieces\nfrom .model_parts_layers import (\n    A,\n)\n"
+        "    from .elsewhere import b\n"
+    )
+
+
+@pytest.mark.parametrize("statement", ["from . import data", "from .data import open_dataset"])
+def test_a_package_cannot_be_published_by_its_name(statement):
+    with pytest.raises(ImportError, match="name the module"):
+        _flatten_imports(f"{statement}\n", "m2f_hf.modeling_mask2former")
