@@ -48,7 +48,7 @@ def _convert(options: argparse.Namespace) -> str:
     from converter import convert, convert_released, overlay_path
     from detectron2_config import is_video, read_config
 
-    from m2f_hf.cli import CommandError, ImageError
+    from m2f_hf.cli.main import CommandError, ImageError
 
     try:
         sample_name, sample = "", None
@@ -77,8 +77,8 @@ def _photo(options: argparse.Namespace) -> tuple[str, Any]:
         ValueError: it is no image, or a clip was given.
         FileNotFoundError: there is none.
     """
-    from m2f_hf.cli import BUNDLED_SCENES
-    from m2f_hf.images import open_image
+    from m2f_hf.cli.main import BUNDLED_SCENES
+    from m2f_hf.processing.images import open_image
 
     if options.clip:
         raise ValueError("This checkpoint is of an image model: give --photo, not --clip.")
@@ -94,7 +94,7 @@ def _clip(options: argparse.Namespace) -> tuple[str, Any]:
         FileNotFoundError, ImportError: there is no such clip, or a video file and no PyAV.
     """
     from m2f_hf.data import MovingShapesDataset
-    from m2f_hf.video_processing_mask2former import read_frames
+    from m2f_hf.processing.video_processor import read_frames
 
     if options.photo:
         raise ValueError("This checkpoint is of a video model: give --clip (a folder of frames), not --photo.")

@@ -25,11 +25,11 @@ from safetensors import safe_open
 from transformers import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerVideoProcessor
-from m2f_hf.cli import Segmenter, describe
-from m2f_hf.hub import VIDEOS, label_names, load_whole, model_card
-from m2f_hf.image_processing_mask2former import M2FImageProcessor
+from m2f_hf.cli.main import Segmenter, describe
+from m2f_hf.draw.segments import contact_sheet, draw_segments
+from m2f_hf.hub.push import VIDEOS, label_names, load_whole, model_card
 from m2f_hf.metrics.pictures import to_map
-from m2f_hf.visualization import contact_sheet, draw_segments
+from m2f_hf.processing.image_processor import M2FImageProcessor
 
 
 Sample = Image.Image | Sequence[Image.Image]

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedConfig, ResNetConfig, SwinConfig
 
 from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerVideoConfig, Mask2FormerVideoProcessor
-from m2f_hf.label_sets import TASKS, Label, LabelSet, label_set
+from m2f_hf.known.label_sets import TASKS, Label, LabelSet, label_set
 
 
 # What detectron2 and the original assume for an option that a config leaves out.

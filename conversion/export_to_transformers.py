@@ -28,7 +28,7 @@ from transformers import Mask2FormerForUniversalSegmentation as StockModel
 from transformers import PreTrainedConfig
 
 from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
-from m2f_hf.checkpoint_lookup import find_config
+from m2f_hf.known.lookup import find_config
 
 
 CHECK_SIZE = (96, 128)  # of the random image both models see

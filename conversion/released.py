@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from m2f_hf import M2FImageProcessor, Mask2FormerConfig
-    from m2f_hf.label_sets import LabelSet
+    from m2f_hf.known.label_sets import LabelSet
 
 
 DOWNLOADS = "https://dl.fbaipublicfiles.com/maskformer"
@@ -173,7 +173,7 @@ class Released:
 
     @property
     def labels(self) -> LabelSet:
-        from m2f_hf.label_sets import label_set
+        from m2f_hf.known.label_sets import label_set
 
         return label_set(self.dataset if self.is_video else f"{self.dataset}-{self.task}")
 
@@ -219,7 +219,7 @@ class Released:
     @property
     def _size(self) -> tuple[int, int]:
         if not self.is_video:
-            from m2f_hf.stock_checkpoints import released_test_size
+            from m2f_hf.known.stock_checkpoints import released_test_size
 
             return released_test_size(self.dataset, self.task, self.backbone)
         return (480, 1333) if self._has_swin and self.name != "ytvis2021-instance-swin-large" else (360, 1333)
@@ -228,7 +228,7 @@ class Released:
         """Its settings in the original's terms: what `read_config` gives for the YAML it was trained with."""
         from detectron2_config import DEFAULTS
 
-        from m2f_hf.stock_checkpoints import released_threshold
+        from m2f_hf.known.stock_checkpoints import released_threshold
 
         sync_norm = self.dataset == "cityscapes" or self.name == "ade20k-semantic-r101"
         video = "Video" if self.is_video else ""
@@ -271,7 +271,7 @@ class Released:
 
     def card(self) -> dict[str, Any]:
         """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""
-        from m2f_hf.hub import Figure
+        from m2f_hf.hub.push import Figure
 
         epochs = self.schedule.endswith("ep")
         backbone, benchmark = BACKBONES[self.backbone].title, self.benchmark

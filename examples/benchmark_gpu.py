@@ -35,7 +35,7 @@ from benchmark_setup import OURS, SIZES, THEIRS, Setup, save_checkpoint
 from benchmark_tables import check_cells, markdown_table, write_file
 
 import m2f_hf
-from m2f_hf import triton_deformable_attention as kernels
+from m2f_hf.kernels import triton_deformable_attention as kernels
 
 
 LEAST_SECONDS = 15  # in which a part can start and measure something

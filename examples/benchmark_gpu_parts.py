@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from m2f_hf import triton_deformable_attention as kernels
-from m2f_hf.multi_scale_deformable_attention import (
+from m2f_hf.kernels import triton_deformable_attention as kernels
+from m2f_hf.kernels.deformable_attention import (
     form_for,
     grid_sample_deformable_attention,
     multi_scale_deformable_attention,

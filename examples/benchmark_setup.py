@@ -14,7 +14,7 @@ from transformers.models.mask2former import modeling_mask2former as stock
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 import m2f_hf
-from m2f_hf.multi_scale_deformable_attention import multi_scale_deformable_attention
+from m2f_hf.kernels.deformable_attention import multi_scale_deformable_attention
 
 
 WEIGHT_STD = 0.05

@@ -37,10 +37,18 @@ from transformers.utils import logging
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import CATEGORIES, ShapesDataset
 from m2f_hf.data.loading import evaluation_loader
-from m2f_hf.data.shapes import TEST_SEED
+from m2f_hf.data.synthetic.shapes import TEST_SEED
 from m2f_hf.metrics import Evaluation, evaluate_model
-from m2f_hf.optimization import get_parameter_groups, get_schedule
-from m2f_hf.training import Log, StopSignal, find_checkpoint, load_checkpoint, read_log, save_checkpoint, tidy
+from m2f_hf.training.checkpoints import (
+    Log,
+    StopSignal,
+    find_checkpoint,
+    load_checkpoint,
+    read_log,
+    save_checkpoint,
+    tidy,
+)
+from m2f_hf.training.optimization import get_parameter_groups, get_schedule
 
 
 IMPLEMENTATIONS: dict[str, Any] = {

@@ -33,10 +33,10 @@ from m2f_hf import (
     Mask2FormerVideoProcessor,
 )
 from m2f_hf.data import MovingShapesDataset, occlusion_clip, tube_masks
-from m2f_hf.data.shapes import TEST_SEED, VALIDATION_SEED
+from m2f_hf.data.synthetic.shapes import TEST_SEED, VALIDATION_SEED
+from m2f_hf.draw.segments import contact_sheet, draw_segments
 from m2f_hf.metrics import VideoAP
 from m2f_hf.metrics.video_ap import tubes
-from m2f_hf.visualization import contact_sheet, draw_segments
 
 
 MAX_TRACKS = 10

@@ -25,10 +25,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from m2f_hf.cli import BUNDLED_MODEL
+from m2f_hf.cli.main import BUNDLED_MODEL
 from m2f_hf.data import ShapesDataset, write_coco_panoptic
-from m2f_hf.data.shapes import MORE_SHAPES, TEST_SEED
-from m2f_hf.training import read_log
+from m2f_hf.data.synthetic.shapes import MORE_SHAPES, TEST_SEED
+from m2f_hf.training.checkpoints import read_log
 
 
 QUALITIES = {"pq_all": "PQ", "pq_things": "PQ things (new classes)", "pq_stuff": "PQ stuff (known classes)"}

@@ -50,25 +50,18 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from m2f_hf.cli import Segmenter
+from m2f_hf.cli.main import Segmenter
 from m2f_hf.data.augmentation import TrainingTransform, inspect_augmentation
 from m2f_hf.data.clips import ClipTransform, inspect_clips
 from m2f_hf.data.hub_datasets import StreamingDataset
 from m2f_hf.data.loading import StepSampler, TrainingStream, evaluation_loader, to_model_inputs, training_loader
-from m2f_hf.data.recipes import Recipe, SizeSchedule
-from m2f_hf.hub import CARD, Figure, HubFolder, model_card
+from m2f_hf.draw.segments import draw_segments
+from m2f_hf.hub.push import CARD, Figure, HubFolder, model_card
+from m2f_hf.known.recipes import Recipe, SizeSchedule
+from m2f_hf.loss.points import SeededPoints
 from m2f_hf.metrics import MAIN_FIGURE, Evaluation, evaluate_model
 from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison, draw_frames
-from m2f_hf.optimization import (
-    ExponentialMovingAverage,
-    LossShare,
-    get_loss_shares,
-    get_parameter_groups,
-    get_schedule,
-    scale_losses,
-)
-from m2f_hf.point_sampling import SeededPoints
-from m2f_hf.training import (
+from m2f_hf.training.checkpoints import (
     Log,
     StopSignal,
     WriteFailure,
@@ -82,7 +75,14 @@ from m2f_hf.training import (
     telling_of_failure,
     tidy,
 )
-from m2f_hf.visualization import draw_segments
+from m2f_hf.training.optimization import (
+    ExponentialMovingAverage,
+    LossShare,
+    get_loss_shares,
+    get_parameter_groups,
+    get_schedule,
+    scale_losses,
+)
 
 
 THRESHOLDS = {"threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "overlap_mask_area_threshold": (0.5, 0.65, 0.8)}

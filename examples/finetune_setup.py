@@ -25,12 +25,12 @@ from m2f_hf import (
 from m2f_hf.data import CATEGORIES, VIDEO_RECIPES, MovingShapesDataset, ShapesDataset, open_dataset
 from m2f_hf.data.clips import FRAME_RANGE, NUM_FRAMES
 from m2f_hf.data.hub_datasets import StreamingDataset
-from m2f_hf.data.recipes import RECIPES, Recipe, SizeSchedule, default_recipe
-from m2f_hf.data.shapes import TEST_SEED, VALIDATION_SEED
-from m2f_hf.label_sets import LABEL_SETS, find_label_set
+from m2f_hf.data.synthetic.shapes import TEST_SEED, VALIDATION_SEED
+from m2f_hf.known.label_sets import LABEL_SETS, find_label_set
+from m2f_hf.known.recipes import RECIPES, Recipe, SizeSchedule, default_recipe
 from m2f_hf.metrics import MEASURES
-from m2f_hf.optimization import choose_num_steps, scale_learning_rate
-from m2f_hf.training import has_batch_norm, set_classes
+from m2f_hf.training.checkpoints import has_batch_norm, set_classes
+from m2f_hf.training.optimization import choose_num_steps, scale_learning_rate
 
 
 KNOWN_RECIPE_IMAGES = 2000

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import ResNetBackbone, ResNetConfig
 
-from m2f_hf.data.shapes import SHAPES, ShapesDataset
+from m2f_hf.data.synthetic.shapes import SHAPES, ShapesDataset
 
 
 WINDOW = 96

@@ -16,10 +16,10 @@ from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import open_dataset
 from m2f_hf.data.augmentation import TrainingTransform
 from m2f_hf.data.loading import CollateSamples, TrainingStream, evaluation_loader, to_model_inputs
-from m2f_hf.data.recipes import default_recipe
+from m2f_hf.known.recipes import default_recipe
 from m2f_hf.metrics import Evaluation, evaluate_model
-from m2f_hf.optimization import choose_num_steps, get_parameter_groups, scale_learning_rate
-from m2f_hf.training import set_classes
+from m2f_hf.training.checkpoints import set_classes
+from m2f_hf.training.optimization import choose_num_steps, get_parameter_groups, scale_learning_rate
 
 
 def main(arguments: list[str] | None = None) -> dict:

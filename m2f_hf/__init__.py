@@ -5,17 +5,13 @@ pipeline.
 """
 
 from .auto import register
-from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
-from .frames import DamagedFrame, stream_frames
-from .image_processing_mask2former import M2FImageProcessor, Mask2FormerImageProcessor
-from .modeling_mask2former import (
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerModel,
-    Mask2FormerPreTrainedModel,
-)
-from .modeling_mask2former_video import Mask2FormerForVideoSegmentation, Mask2FormerVideoModel
-from .tracking import ClipTracker
-from .video_processing_mask2former import Mask2FormerVideoProcessor
+from .inference.tracking import ClipTracker
+from .model.configuration import Mask2FormerConfig, Mask2FormerVideoConfig
+from .model.modeling import Mask2FormerForUniversalSegmentation, Mask2FormerModel, Mask2FormerPreTrainedModel
+from .model.modeling_video import Mask2FormerForVideoSegmentation, Mask2FormerVideoModel
+from .processing.frames import DamagedFrame, stream_frames
+from .processing.image_processor import M2FImageProcessor, Mask2FormerImageProcessor
+from .processing.video_processor import Mask2FormerVideoProcessor
 
 
 __version__ = "0.1.0"

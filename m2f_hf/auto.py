@@ -14,13 +14,13 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_mask2former import Mask2FormerConfig, Mask2FormerVideoConfig
-from .hub import register_push_to_hub
-from .image_processing_mask2former import M2FImageProcessor
-from .modeling_mask2former import Mask2FormerForUniversalSegmentation, Mask2FormerModel
-from .modeling_mask2former_video import Mask2FormerForVideoSegmentation, Mask2FormerVideoModel
-from .pipeline import M2FImageSegmentationPipeline
-from .video_processing_mask2former import Mask2FormerVideoProcessor
+from .hub.push import register_push_to_hub
+from .inference.pipeline import M2FImageSegmentationPipeline
+from .model.configuration import Mask2FormerConfig, Mask2FormerVideoConfig
+from .model.modeling import Mask2FormerForUniversalSegmentation, Mask2FormerModel
+from .model.modeling_video import Mask2FormerForVideoSegmentation, Mask2FormerVideoModel
+from .processing.image_processor import M2FImageProcessor
+from .processing.video_processor import Mask2FormerVideoProcessor
 
 
 def register() -> None:

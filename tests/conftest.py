@@ -58,7 +58,7 @@ def transformers_warns():
 @pytest.fixture(params=[True, False], ids=["by oneDNN", "by PyTorch's choice"])
 def by_onednn(request, monkeypatch):
     """Whether oneDNN multiplies what it can, however few rows there are and whatever the processor is."""
-    from m2f_hf import products
+    from m2f_hf.kernels import products
 
     monkeypatch.setattr(products, "_mkl_leaves_instructions_unused", lambda: request.param)
     monkeypatch.setattr(products, "_LEAST_ROWS", 1)

@@ -1,17 +1,17 @@
 """Datasets for training: generated shapes, and people's own files read where they lie."""
 
+from ..known.recipes import RECIPES, VIDEO_RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
+from ..processing.rle import decode_segmentation, segment_masks
 from .augmentation import TrainingTransform, inspect_augmentation
 from .base import SegmentationDataset
 from .clips import ClipTransform, CollateClips, inspect_clips, sample_frames
 from .coco import CocoInstanceDataset, CocoPanopticDataset
 from .coco_panoptic import write_coco_panoptic
-from .masks import decode_segmentation, segment_masks
-from .moving_shapes import MovingShapesDataset, occlusion_clip
 from .opening import DataSplits, open_dataset
 from .problems import DatasetError
-from .recipes import RECIPES, VIDEO_RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
 from .report import DatasetReport, check_dataset
-from .shapes import CATEGORIES, ShapesDataset
+from .synthetic.moving_shapes import MovingShapesDataset, occlusion_clip
+from .synthetic.shapes import CATEGORIES, ShapesDataset
 from .video import Frames, VideoDataset, tube_masks
 from .youtube_vis import VideoReport, YouTubeVISDataset, open_youtube_vis, write_youtube_vis
 

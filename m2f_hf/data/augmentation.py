@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_utils import SizeDict
 
-from ..images import get_resized_size
-from ..mask_labels import resize_labels
-from ..visualization import contact_sheet, draw_segments
-from .masks import as_polygons, decode_segmentation, drawable_polygons
-from .recipes import Recipe, Size
+from ..draw.segments import contact_sheet, draw_segments
+from ..known.recipes import Recipe, Size
+from ..processing.images import get_resized_size
+from ..processing.labels import resize_labels
+from ..processing.rle import as_polygons, decode_segmentation, drawable_polygons
 
 
 PADDING = 128
@@ -295,7 +295,7 @@ class TrainingTransform:
     """Items of a dataset to random training samples, by a recipe.
 
     Args:
-        recipe: How. Recipes of the original are in `m2f_hf.data.recipes`.
+        recipe: How. Recipes of the original are in `m2f_hf.known.recipes`.
     """
 
     def __init__(self, recipe: Recipe) -> None:

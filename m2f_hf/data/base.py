@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from .masks import decode_segmentation
+from ..processing.rle import decode_segmentation
 from .problems import FileProblem
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..label_sets import LABEL_SETS, LabelSet, find_label_set, label_set
+from ..known.label_sets import LABEL_SETS, LabelSet, find_label_set, label_set
 from .problems import named
 
 

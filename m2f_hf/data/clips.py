@@ -9,7 +9,8 @@ import torch
 from numpy.random import Generator
 from PIL import Image, ImageOps
 
-from ..video_processing_mask2former import Mask2FormerVideoProcessor
+from ..known.recipes import Recipe
+from ..processing.video_processor import Mask2FormerVideoProcessor
 from .augmentation import (
     Placement,
     cut_image,
@@ -22,7 +23,6 @@ from .augmentation import (
     place_mask,
     sheet_of,
 )
-from .recipes import Recipe
 
 
 NUM_FRAMES, FRAME_RANGE = 2, 20
@@ -83,7 +83,7 @@ class ClipTransform:
     once for all frames of a clip.
 
     Args:
-        recipe: How. Those of the original are in `m2f_hf.data.recipes.VIDEO_RECIPES`; those for images do, too.
+        recipe: How. Those of the original are in `m2f_hf.known.recipes.VIDEO_RECIPES`; those for images do, too.
         num_frames: Frames of a clip.
         frame_range: How far from the first one drawn the others may be.
 

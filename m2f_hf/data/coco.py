@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..segment_ids import rgb_to_id
+from ..processing.rle import as_polygons, check_rle, drawable_polygons
+from ..processing.segment_ids import rgb_to_id
 from .base import ImageFile, SegmentationDataset, read_map
 from .categories import make_categories
-from .masks import as_polygons, check_rle, drawable_polygons
 from .packed import PackedList
 from .problems import Problems, named
 

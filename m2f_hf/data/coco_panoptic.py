@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..segment_ids import id_to_rgb
+from ..processing.segment_ids import id_to_rgb
 
 
 def write_coco_panoptic(

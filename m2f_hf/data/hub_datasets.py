@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..post_processing import encode_rle
-from ..segment_ids import rgb_to_id
+from ..processing.post_processing import encode_rle
+from ..processing.rle import as_polygons, check_rle, drawable_polygons
+from ..processing.segment_ids import rgb_to_id
 from .base import ImageFile, SegmentationDataset, read_image, read_map, semantic_segments
 from .label_maps import LabelCoding, decode_labels
-from .masks import as_polygons, check_rle, drawable_polygons
 from .problems import FileProblem
 
 

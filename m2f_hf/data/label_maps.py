@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..label_sets import LabelSet, label_set
-from ..segment_ids import rgb_to_id
+from ..known.label_sets import LabelSet, label_set
+from ..processing.segment_ids import rgb_to_id
 from .base import ImageFile, SegmentationDataset, read_map, semantic_segments
 from .categories import from_label_set, make_categories
 from .packed import PackedList

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..video_processing_mask2former import Mask2FormerVideoProcessor
+from ..known.recipes import SizeSchedule
+from ..processing.video_processor import Mask2FormerVideoProcessor
 from .augmentation import pack_masks, unpack_masks
 from .clips import CollateClips
 from .hub_datasets import StreamingDataset
-from .recipes import SizeSchedule
 
 
 SHUFFLE_BUFFER = 1000

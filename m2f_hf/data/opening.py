@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..label_sets import LABEL_SETS, TASKS, LabelSet, dataset_in_name, label_set
+from ..known.label_sets import LABEL_SETS, TASKS, LabelSet, dataset_in_name, label_set
 from .base import SegmentationDataset, read_map
 from .categories import Labels, find_name_file, from_label_set, make_categories, match_by_name, read_labels
 from .coco import CocoInstanceDataset, CocoPanopticDataset

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .masks import decode_segmentation
+from ..processing.rle import decode_segmentation
 
 
 class Frames(Sequence[Image.Image]):

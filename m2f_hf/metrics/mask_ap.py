@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.masks import decode_segmentation
-from ..post_processing import encode_rle
+from ..processing.post_processing import encode_rle
+from ..processing.rle import decode_segmentation
 from .base import Metric, names_of
 
 

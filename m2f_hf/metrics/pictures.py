@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from ..data.augmentation import sheet_of
-from ..data.masks import decode_segmentation
 from ..data.video import frame_mask
-from ..visualization import draw_segments, semantic_to_segments
+from ..draw.segments import draw_segments, semantic_to_segments
+from ..processing.rle import decode_segmentation
 from .evaluation import Evaluation, Prediction, detections, image_size, to_array, with_masks
 from .mask_ap import is_thing
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.masks import run_lengths
 from ..data.video import tube_masks
+from ..processing.rle import run_lengths
 from .mask_ap import MaskAP, area_ranges, to_rle
 
 

@@ -1,0 +1,1 @@
+"""Generated scenes and clips, whose annotations are known exactly."""

@@ -1,0 +1,1 @@
+"""Pictures of segments, and of predictions next to targets."""

@@ -1,0 +1,1 @@
+"""Publishing: model cards, the code that travels with a checkpoint, uploads."""

@@ -1,0 +1,98 @@
+"""The `image-segmentation` pipeline, for which a checkpoint's own task, stuff classes and thresholds hold."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import ImageSegmentationPipeline
+
+from ..model.configuration import Mask2FormerVideoConfig
+from ..processing.image_processor import M2FImageProcessor
+
+
+PADDED_INPUTS = ("pixel_values", "pixel_mask")
+
+
+def _pad_together(images: list[Any]) -> torch.Tensor:
+    """(..., h, w) each, or lists of these, of any sizes, to (B, ..., H, W) with zeros at the bottom and right."""
+    images = [image for item in images for image in (item if isinstance(item, list) else [item])]
+    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+    return torch.stack([F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images])
+
+
+class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
+    """`transformers`' pipeline, unchanged for every model but ours.
+
+    The stock one always passes the thresholds 0.9, 0.5 and 0.5 and segments panoptically whenever it can. For our
+    models only what the caller gave is passed on; the rest is the checkpoint's. With `batch_size`, images of different
+    sizes are padded together.
+
+    Results are those of the stock pipeline, a list of `{"score", "label", "mask"}` for each image: the mask a Pillow
+    image of mode "L" (0 or 255) of the image's size, the score None in semantic segmentation. Masks of instances may
+    overlap; the list is then sorted by score.
+
+    Raises:
+        ValueError: a video model, which takes clips.
+    """
+
+    # A published checkpoint names its image processor's code; looked at as a video processor's, it would not be known
+    # here, and `transformers` would ask at the terminal whether to fetch and run it.
+    _load_video_processor: Any = False
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model.config, Mask2FormerVideoConfig):
+            raise ValueError(
+                f"{model.config.name_or_path or 'this model'} is a video model, and this pipeline takes images: give "
+                "clips to `Mask2FormerForVideoSegmentation` and `Mask2FormerVideoProcessor`, or name an image model"
+            )
+        super().__init__(model, *args, **kwargs)
+
+    def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The model's inputs of one image; for our models as lists, which make a batch whatever the images' sizes."""
+        inputs = super().preprocess(image, *args, **kwargs)
+        if isinstance(self.image_processor, M2FImageProcessor):
+            inputs.update({name: list(inputs[name]) for name in PADDED_INPUTS})
+        return inputs
+
+    def _forward(self, model_inputs: Any) -> Any:  # type: ignore[override]
+        if isinstance(self.image_processor, M2FImageProcessor):
+            model_inputs.update({name: _pad_together(model_inputs[name]) for name in PADDED_INPUTS})
+        return super()._forward(model_inputs)
+
+    def postprocess(self, model_outputs: Any, subtask: Any = None, **thresholds: Any) -> Any:  # type: ignore[override]
+        """Segments of one image.
+
+        Args:
+            model_outputs: the model's, with `target_size`.
+            subtask: "panoptic", "instance" or "semantic"; for our models None is the checkpoint's task.
+            thresholds: `threshold`, `mask_threshold`, `overlap_mask_area_threshold`, as far as given by the caller.
+
+        Raises:
+            ValueError: a subtask that does not exist.
+        """
+        processor = self.image_processor
+        if not isinstance(processor, M2FImageProcessor):
+            return super().postprocess(model_outputs, subtask=subtask, **thresholds)
+        task = processor.task if subtask is None else subtask
+        target_sizes = model_outputs["target_size"]
+        if task == "semantic":
+            classes = processor.post_process(model_outputs, task, target_sizes=target_sizes)[0].cpu().numpy()
+            return [self._annotation(None, label, classes == label) for label in np.unique(classes).tolist()]
+
+        binary_maps = {"return_binary_maps": True} if task == "instance" else {}
+        result = processor.post_process(model_outputs, task, target_sizes=target_sizes, **binary_maps, **thresholds)[0]
+        segmentation = result["segmentation"].cpu().numpy()
+        return [
+            self._annotation(
+                segment["score"],
+                segment["label_id"],
+                segmentation[index] if binary_maps else segmentation == segment["id"],
+            )
+            for index, segment in enumerate(result["segments_info"])
+        ]
+
+    def _annotation(self, score: float | None, label_id: int, mask: np.ndarray) -> dict[str, Any]:
+        labels: dict[int, str] = self.model.config.id2label  # type: ignore[assignment]
+        return {"score": score, "label": labels[label_id], "mask": Image.fromarray(mask.astype(np.uint8) * 255)}

@@ -1,0 +1,1 @@
+"""What is learned: matching of queries to targets, and the losses of the matched masks at sampled points."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: checkpoints to resume from, optimizer groups and schedules."""

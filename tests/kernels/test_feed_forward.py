@@ -1,0 +1,156 @@
+"""The feed-forward network that learns in pieces: against PyTorch's own layers and their gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from m2f_hf.kernels import feed_forward
+from m2f_hf.kernels import pieces as chunking
+
+
+WIDTHS = (6, 20)
+
+
+def make_layers():
+    torch.manual_seed(0)
+    return nn.Linear(*WIDTHS), nn.Linear(*WIDTHS[::-1])
+
+
+def run(layers, states, function):
+    states = states.clone().requires_grad_()
+    output = function(states, *layers)
+    return output, *torch.autograd.grad(output.square().sum(), [states, *nn.ModuleList(layers).parameters()])
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
+@pytest.mark.parametrize("numbers", [1, 7 * WIDTHS[1], 1 << 20])  # one row a piece, seven, all
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_gradients_are_those_of_the_layers(activation, numbers, kept, by_onednn, monkeypatch):
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+    monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
+    monkeypatch.setattr(feed_forward, "_NUMBERS_KEPT", kept)
+    layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0])
+    expected = run(layers, states, lambda rows, fc1, fc2: fc2(getattr(nn.functional, activation)(fc1(rows))))
+    actual = run(layers, states, lambda *inputs: feed_forward.feed_forward(*inputs, activation))
+    assert actual[0].grad_fn.name().startswith("FeedForward")
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_kept_states_are_used_however_the_backward_pass_would_cut(activation, monkeypatch):
+    """The size of pieces depends on the number of threads, which another pass may not have."""
+    layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0])
+    expected = run(layers, states, lambda rows, fc1, fc2: fc2(getattr(nn.functional, activation)(fc1(rows))))
+    monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 7 * WIDTHS[1])
+
+    linear, computed = feed_forward.linear, []
+
+    def counting(rows, weight, bias=None, **kwargs):
+        # Without a bias it is a product of the backward pass.
+        computed.extend([len(rows)] if len(weight) == WIDTHS[1] and bias is not None else [])
+        return linear(rows, weight, bias, **kwargs)
+
+    def in_other_pieces(*inputs):
+        output = feed_forward.feed_forward(*inputs, activation)
+        monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 5 * WIDTHS[1])
+        monkeypatch.setattr(feed_forward, "linear", counting)
+        return output
+
+    for one, other in zip(expected, run(layers, states, in_other_pieces), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+    assert computed == []
+
+
+@pytest.mark.parametrize("hooked", [0, 1])
+@torch.no_grad()
+def test_at_inference_a_layer_that_is_hooked_is_called(hooked):
+    layers, states, seen = make_layers(), torch.randn(40, WIDTHS[0]), []
+    layers[hooked].register_forward_hook(lambda *_: seen.append(hooked))
+    feed_forward.feed_forward(states, *layers, "relu")
+    assert seen == [hooked]
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    feed_forward.feed_forward(states, *layers, "relu")
+    handle.remove()
+    assert set(layers) < set(seen)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_autocast_around_the_backward_pass_alone_changes_nothing(activation):
+    layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0], requires_grad=True)
+    gradients = []
+    for is_cast in (False, True):
+        loss = feed_forward.feed_forward(states, *layers, activation).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            gradients.append(torch.autograd.grad(loss, [states, *nn.ModuleList(layers).parameters()]))
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize(("kept", "widest"), [(0, WIDTHS[0]), (1 << 20, WIDTHS[1])])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_what_outlives_the_forward_pass(activation, kept, widest, monkeypatch):
+    monkeypatch.setattr(feed_forward, "_NUMBERS_KEPT", kept)
+    layers, kept_shapes = make_layers(), []
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            kept_shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        feed_forward.feed_forward(torch.randn(2, 9, WIDTHS[0], requires_grad=True), *layers, activation)
+    assert sum(shape[-1] == WIDTHS[1] for shape in kept_shapes) == (widest == WIDTHS[1])
+    assert max(shape[-1] for shape in kept_shapes) == widest
+
+
+def test_layers_that_do_more_than_a_product_are_called():
+    layers, states = make_layers(), torch.randn(3, WIDTHS[0], requires_grad=True)
+
+    class Doubled(nn.Linear):
+        def forward(self, rows):
+            return 2 * super().forward(rows)
+
+    def patched(layer):
+        layer.forward = lambda rows, forward=layer.forward: 2 * forward(rows)
+
+    changes = [
+        lambda layer: setattr(layer, "__class__", Doubled),
+        lambda layer: layer.register_forward_hook(lambda _, inputs, output: 2 * output),
+        lambda layer: layer.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],)),
+        patched,
+    ]
+    plain = feed_forward.feed_forward(states, *layers, "relu")
+    for change in changes:
+        for changed in range(2):
+            ours = copy.deepcopy(nn.ModuleList(layers))
+            change(ours[changed])
+            output = feed_forward.feed_forward(states, *ours, "relu")
+            torch.testing.assert_close(output, ours[1](ours[0](states).relu()))
+            assert not torch.allclose(output, plain)
+
+
+def test_half_precision_and_autocast_take_the_layers_themselves():
+    layers, states = make_layers(), torch.randn(3, WIDTHS[0], requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = feed_forward.feed_forward(states, *layers, "gelu")
+    assert output.dtype == torch.bfloat16 and not output.grad_fn.name().startswith("FeedForward")
+    layers = nn.ModuleList(layers).to(torch.bfloat16)
+    output = feed_forward.feed_forward(states.bfloat16(), *layers, "gelu")
+    assert output.dtype == torch.bfloat16 and not output.grad_fn.name().startswith("FeedForward")
+
+
+def test_several_threads_have_larger_pieces():
+    """Each piece ends in a barrier, where threads wait for whoever shares the machine."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        of_one = len(list(chunking.pieces(1 << 16, width=1 << 10)))
+        torch.set_num_threads(2)
+        of_two = len(list(chunking.pieces(1 << 16, width=1 << 10)))
+    finally:
+        torch.set_num_threads(threads)
+    assert of_one == 64
+    assert of_two == 8
