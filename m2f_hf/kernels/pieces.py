@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .fast_path import is_recorded
+
 
 _NUMBERS_PER_PIECE = 1 << 20  # 4 MB in float32: of the widest tensor of a layer, in a core's share of the cache
 
@@ -46,11 +48,6 @@ def learns_in_pieces(hidden_states: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not is_recorded()
     )
-
-
-def is_recorded() -> bool:
-    """Whether a compiler or an export looks on."""
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def pieces(length: int, width: int) -> Iterator[slice]:
