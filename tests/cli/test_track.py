@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
-from test_video import write_video
+from tiny import write_video
 
 from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor, stream_frames
 from m2f_hf.cli.main import BUNDLED_MODEL, BUNDLED_VIDEO_MODEL, main

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_video import TINY, clips, pictures, run, tiny_model
+from tiny import clips, pictures, tiny_config, tiny_video_model
 
 from m2f_hf import (
     ClipTracker,
@@ -18,7 +18,11 @@ from m2f_hf import (
     stream_frames,
 )
 from m2f_hf.inference.tracking import TrackMemory, WindowTracks, to_id_map
-from m2f_hf.model.configuration import Mask2FormerConfig
+
+
+def run(model, pixel_values, **kwargs):
+    with torch.no_grad():
+        return model(pixel_values, **kwargs)
 
 
 # --- joining, constructed ---
@@ -108,7 +112,7 @@ def test_stuff_is_one_track_for_each_class_however_it_moves():
 
 def tracker(model=None, **settings):
     settings = {"threshold": 0.0, "max_detections": 4, **settings}
-    return ClipTracker(model or tiny_model(), Mask2FormerVideoProcessor(do_resize=False), **settings)
+    return ClipTracker(model or tiny_video_model(), Mask2FormerVideoProcessor(do_resize=False), **settings)
 
 
 def at_once(model, frames, **settings):
@@ -120,7 +124,7 @@ def at_once(model, frames, **settings):
 
 
 def test_halves_of_the_forward_pass_are_the_whole():
-    model, pixel_values = tiny_model(), clips(2)
+    model, pixel_values = tiny_video_model(), clips(2)
     with torch.no_grad():
         outputs = model.decode_frames(model.encode_frames(pixel_values))
     expected = run(model, pixel_values)
@@ -130,7 +134,7 @@ def test_halves_of_the_forward_pass_are_the_whole():
 
 @pytest.mark.parametrize("window", [5, 9])
 def test_a_window_that_covers_the_clip_gives_what_one_pass_gives(window):
-    model, frames = tiny_model(), pictures(5)
+    model, frames = tiny_video_model(), pictures(5)
     expected = at_once(model, frames)
     results = list(tracker(model, window=window)(frames))
     assert [result["frame"] for result in results] == [0, 1, 2, 3, 4]
@@ -156,7 +160,7 @@ def test_a_window_that_covers_the_clip_gives_what_one_pass_gives(window):
 @pytest.mark.parametrize(("window", "overlap"), [(1, 0), (3, 0), (4, 2), (4, 3), (5, 1)])
 def test_each_window_is_the_pass_over_its_frames(window, overlap):
     """Frames that windows share are encoded once, and the last window has its full length."""
-    model, frames = tiny_model(), pictures(10)
+    model, frames = tiny_video_model(), pictures(10)
     encoded = []
     encode = model.encode_frames
     model.encode_frames = lambda pixel_values_videos, pixel_mask=None: (
@@ -180,7 +184,7 @@ def test_each_window_is_the_pass_over_its_frames(window, overlap):
 
 @pytest.mark.parametrize("stuff", [None, [0, 3]])
 def test_panoptic_tracks_of_a_covered_clip_are_those_of_one_pass(stuff):
-    model, frames = tiny_model(num_queries=20), pictures(5)
+    model, frames = tiny_video_model(num_queries=20), pictures(5)
     processor = Mask2FormerVideoProcessor(
         do_resize=False, task="panoptic", threshold=0.1, overlap_mask_area_threshold=0.1, label_ids_to_fuse=stuff
     )
@@ -203,7 +207,7 @@ def test_panoptic_tracks_of_a_covered_clip_are_those_of_one_pass(stuff):
 
 
 def test_stuff_keeps_its_id_where_nothing_else_would_tell():
-    model = seeing_bright(tiny_model())
+    model = seeing_bright(tiny_video_model())
     processor = Mask2FormerVideoProcessor(do_resize=False, task="panoptic", label_ids_to_fuse=[3])
     results = list(ClipTracker(model, processor, window=2, overlap=0, min_similarity=1.0)(moving_square(8)))
     stuff = {info["id"] for result in results for info in result["segments_info"] if not info["isthing"]}
@@ -245,7 +249,7 @@ def seeing_bright(model):
 
 
 def test_an_object_keeps_its_id_from_window_to_window():
-    model = seeing_bright(tiny_model())
+    model = seeing_bright(tiny_video_model())
     results = list(tracker(model, window=6, overlap=2, threshold=0.5)(moving_square(30)))
     maps = np.stack([to_id_map(result) for result in results])
     assert maps.shape == (30, 64, 96)
@@ -257,7 +261,7 @@ def test_an_object_keeps_its_id_from_window_to_window():
 
 @pytest.mark.parametrize("number", [50, 500])
 def test_no_more_frames_and_maps_are_held_than_a_windows(number):
-    model = tiny_model()
+    model = tiny_video_model()
     frames_alive, maps_alive, most = weakref.WeakSet(), [], {"frames": 0, "maps": 0}
 
     class Frame(np.ndarray):
@@ -302,9 +306,9 @@ def test_results_come_before_the_clip_is_read_to_its_end():
 
 def test_clips_of_any_size_and_settings_by_the_processor():
     processor = Mask2FormerVideoProcessor(instance_threshold=0.3, mask_threshold=0.4)
-    assert ClipTracker(tiny_model(), processor).settings["threshold"] == 0.3
-    assert ClipTracker(tiny_model(), Mask2FormerVideoProcessor()).settings["threshold"] == 0.5
-    (result,) = ClipTracker(tiny_model(), processor, threshold=0.0)([Image.new("RGB", (61, 33))])
+    assert ClipTracker(tiny_video_model(), processor).settings["threshold"] == 0.3
+    assert ClipTracker(tiny_video_model(), Mask2FormerVideoProcessor()).settings["threshold"] == 0.5
+    (result,) = ClipTracker(tiny_video_model(), processor, threshold=0.0)([Image.new("RGB", (61, 33))])
     assert result["segmentation"].shape[1:] == (33, 61)
 
 
@@ -314,14 +318,14 @@ def test_what_cannot_be_tracked_is_refused_early():
     with pytest.raises(ValueError, match="window must be at least 1"):
         tracker(window=0)
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
-        tracker(tiny_model().train())
+        tracker(tiny_video_model().train())
     with pytest.raises(ValueError, match="numbers from 0 to 1"):
         tracker(min_similarity=2)
-    image_model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY))
+    image_model = Mask2FormerForUniversalSegmentation(tiny_config())
     with pytest.raises(TypeError, match=r"Mask2FormerForVideoSegmentation\.from_pretrained"):
         tracker(image_model)
     with pytest.raises(TypeError, match=r"M2FImageProcessor is no video processor: .*from_pretrained"):
-        ClipTracker(tiny_model(), M2FImageProcessor())
+        ClipTracker(tiny_video_model(), M2FImageProcessor())
     with pytest.raises(TypeError, match="float"):
         tracker(window=2.5)
     with pytest.raises(ValueError, match="threshold 50 is not a probability"):
@@ -367,7 +371,7 @@ def test_a_damaged_frame_keeps_its_number_and_the_others_their_results(tmp_path)
         frame.save(tmp_path / f"{index}.png")
     for index in (0, 3, 5):
         (tmp_path / f"{index}.png").write_bytes((tmp_path / f"{index}.png").read_bytes()[:60])
-    model = tiny_model()
+    model = tiny_video_model()
     with pytest.warns(UserWarning) as warned:
         results = list(tracker(model, window=2, overlap=1)(stream_frames(tmp_path)))
     assert [f"frame {index}" in str(warning.message) for index, warning in zip((0, 3, 5), warned, strict=True)] == [

@@ -1,12 +1,12 @@
 """The operator: against the original's recording and `transformers`' function, form against form, and at its edges."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from attention_inputs import SHAPES, by_definition, call, load_copy, make_inputs
+from operations import Operations
 from transformers.models.mask2former import modeling_mask2former as stock
 
 import m2f_hf.kernels.deformable_attention as operator
@@ -14,61 +14,13 @@ from m2f_hf.kernels import pieces as chunking
 from m2f_hf.kernels.deformable_attention import grid_sample_deformable_attention, multi_scale_deformable_attention
 
 
-SHAPES = [(7, 5), (1, 4), (3, 1), (1, 1)]
 GATHER = torch.ops.m2f_hf.gather_deformable_attention
-
-
-def make_inputs(width, batch=2, queries=9, heads=2, points=3, shapes=SHAPES, dtype=torch.float32, seed=0):
-    """Values, locations from well outside of one side to well outside of the other, and weights that sum to one."""
-    generator = torch.Generator().manual_seed(seed)
-    positions = sum(height * rows for height, rows in shapes)
-    levels = len(shapes)
-    value = torch.randn(batch, positions, heads, width, generator=generator)
-    locations = torch.rand(batch, queries, heads, levels, points, 2, generator=generator) * 1.8 - 0.4
-    weights = torch.rand(batch, queries, heads, levels * points, generator=generator).softmax(-1)
-    inputs = value, locations, weights.unflatten(-1, (levels, points))
-    return [tensor.to(dtype).requires_grad_() for tensor in inputs]
-
-
-def call(function, inputs, shapes=SHAPES):
-    value, locations, weights = inputs
-    return function(value, shapes, locations, weights)
 
 
 def with_gradients(function, inputs, shapes=SHAPES):
     output = call(function, inputs, shapes)
     direction = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     return output, *torch.autograd.grad(output, inputs, direction)
-
-
-def by_definition(value, shapes, locations, weights):
-    """Equation 3 of Deformable DETR and bilinear interpolation, one sample after another."""
-    batch, queries, heads, levels, points, _ = locations.shape
-    output = torch.zeros(batch, queries, heads, value.shape[-1], dtype=value.dtype)
-    starts = np.cumsum([0, *(height * width for height, width in shapes)])
-    for index in np.ndindex(batch, queries, heads, levels, points):
-        image, query, head, level, _ = index
-        height, width = shapes[level]
-        x, y = (locations[index] * torch.tensor([width, height]) - 0.5).tolist()
-        for row in (int(np.floor(y)), int(np.floor(y)) + 1):
-            for column in (int(np.floor(x)), int(np.floor(x)) + 1):
-                if 0 <= row < height and 0 <= column < width:
-                    share = (1 - abs(y - row)) * (1 - abs(x - column))
-                    position = starts[level] + row * width + column
-                    output[image, query, head] += share * weights[index] * value[image, position, head]
-    return output.flatten(2)
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations that ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket)
-        return func(*args, **(kwargs or {}))
 
 
 # Oracles
@@ -316,14 +268,6 @@ def test_exported_it_is_plain_operators():
 
 
 # Copies of the file, as they travel with checkpoints
-
-
-def load_copy(path, name="m2f_hf.kernels.copy_that_came_with_a_checkpoint"):
-    """The file as another module, which finds the files beside it where the package has them."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_copy_of_other_code_leaves_the_package_its_own_operator(tmp_path):

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_deformable_attention import Operations, call, load_copy, make_inputs
+from attention_inputs import call, load_copy, make_inputs
+from operations import Operations
 
 import m2f_hf.kernels.deformable_attention as operator
 import m2f_hf.kernels.triton_deformable_attention as kernels

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from test_deformable_attention import Operations, by_definition, call, load_copy, make_inputs
-from test_modeling import images, labels, tiny_model
+from attention_inputs import by_definition, call, load_copy, make_inputs
+from operations import Operations
+from tiny import images, labels, tiny_model
 
 import m2f_hf.kernels.deformable_attention as operator
 import m2f_hf.kernels.triton_deformable_attention as kernels

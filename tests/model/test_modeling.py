@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from listening import WarningsOfTransformers
+from operations import NoHostWaits, refuse_uploads
 from safetensors.torch import load_file, save_file
+from tiny import BACKBONES, FIELDS, SIZE, STAGES, images, labels, shake, tiny_config, tiny_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import Mask2FormerConfig as StockConfig
 from transformers import Mask2FormerForUniversalSegmentation as StockModel
@@ -22,74 +23,6 @@ from m2f_hf.model import modeling as modeling
 from m2f_hf.model import transformer_decoder as decoding
 from m2f_hf.model.layers import Mask2FormerSinePositionEmbedding
 from m2f_hf.model.padding import continue_edges, hidden_padding, image_sizes_from_mask, masked_group_norm
-
-
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
-BACKBONES = {
-    "swin": {
-        "model_type": "swin",
-        "embed_dim": 8,
-        "depths": [1, 1, 2, 1],
-        "num_heads": [1, 1, 2, 2],
-        "window_size": 3,
-        "drop_path_rate": 0.0,
-        "out_features": STAGES,
-    },
-    "resnet": {
-        "model_type": "resnet",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 12, 16, 20],
-        "depths": [1, 1, 1, 1],
-        "layer_type": "basic",
-        "out_features": STAGES,
-    },
-}
-TINY = {
-    "feature_size": 32,
-    "mask_feature_size": 20,
-    "hidden_dim": 32,
-    "num_attention_heads": 2,
-    "encoder_layers": 2,
-    "encoder_feedforward_dim": 24,
-    "decoder_layers": 4,
-    "dim_feedforward": 40,
-    "num_queries": 6,
-    "train_num_points": 20,
-    "num_labels": 3,
-}
-SIZE = (64, 96)
-
-
-def tiny_config(backbone="resnet", **fields):
-    return Mask2FormerConfig(backbone_config=dict(BACKBONES[backbone]), **(TINY | fields))
-
-
-def shake(model, seed=0):
-    """Move every parameter and statistic off its initial value, so that none can be ignored unnoticed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not name.endswith("empty_weight"):
-                noise = torch.randn(tensor.shape, generator=generator) * 0.1
-                tensor.add_(noise.abs() if name.endswith("running_var") else noise)
-    return model
-
-
-def tiny_model(backbone="resnet", seed=0, **fields):
-    torch.manual_seed(seed)
-    return shake(Mask2FormerForUniversalSegmentation(tiny_config(backbone, **fields)), seed).eval()
-
-
-def images(batch=2, size=SIZE, seed=0):
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def labels(counts=(2, 1), size=SIZE, num_labels=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "mask_labels": [torch.rand(count, *size, generator=generator) > 0.5 for count in counts],
-        "class_labels": [torch.randint(0, num_labels, (count,), generator=generator) for count in counts],
-    }
 
 
 def assert_same_tensors(ours, theirs, **tolerances):
@@ -130,7 +63,7 @@ def stock(request, tmp_path_factory):
     """A stock model, the folder it was saved in, ours read from there, and what the loading said."""
     backbone, fields = STOCK_CASES[request.param]
     torch.manual_seed(0)
-    theirs = StockModel(StockConfig(backbone_config=dict(BACKBONES[backbone]), **(TINY | fields)))
+    theirs = StockModel(StockConfig(backbone_config=dict(BACKBONES[backbone]), **(FIELDS | fields)))
     if fields and not isinstance(theirs.model.transformer_module.input_projections, nn.ModuleList):
         pytest.skip("this release of transformers keeps its input projections in a plain list and does not save them")
     theirs = shake(theirs).eval()
@@ -151,7 +84,7 @@ def test_outputs_are_those_of_transformers(stock):
     arguments = {"output_hidden_states": True, "output_auxiliary_logits": True}
     with torch.no_grad():
         ours, theirs = stock.ours(images(), **arguments), stock.theirs(images(), **arguments)
-    assert len(ours.auxiliary_logits) == TINY["decoder_layers"] - 1
+    assert len(ours.auxiliary_logits) == FIELDS["decoder_layers"] - 1
     assert theirs.class_queries_logits.std() > 0.1
     assert theirs.masks_queries_logits.std() > 0.1
     for name in (
@@ -184,7 +117,7 @@ def test_the_loss_is_that_of_transformers_at_the_same_points(stock, monkeypatch)
             mask_labels=[mask.float() for mask in targets["mask_labels"]],
             class_labels=targets["class_labels"],
         ).loss
-    layers, per_layer = TINY["decoder_layers"], len(targets["mask_labels"]) + 2
+    layers, per_layer = FIELDS["decoder_layers"], len(targets["mask_labels"]) + 2
     assert len(draws) == layers * per_layer
 
     def replay(purpose, layer, images, num_points, device):
@@ -457,7 +390,7 @@ def test_a_misspelt_argument_is_refused_by_name(model):
 
 def test_feature_maps_at_other_strides_are_refused():
     backbone = BACKBONES["resnet"] | {"out_features": ["stem", *STAGES[:3]]}
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, **TINY)).eval()
+    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, **FIELDS)).eval()
     with pytest.raises(ValueError, match=r"not strides \[4, 8, 16, 32\] of \(64, 96\).*`out_features`"):
         model(images())
 
@@ -486,7 +419,7 @@ def test_sdpa_and_eager_attention_agree(folder):
                 )
                 outputs[name] = model(images(), pixel_mask=pixel_mask, output_auxiliary_logits=True)
         assert_same_tensors(outputs["sdpa"], outputs["eager"], atol=1e-5, rtol=1e-5)
-    assert calls == ["sdpa"] * 2 * 2 * (TINY["decoder_layers"] - 1)  # self- and cross-attention, twice
+    assert calls == ["sdpa"] * 2 * 2 * (FIELDS["decoder_layers"] - 1)  # self- and cross-attention, twice
 
 
 def test_attention_weights_sum_to_one_and_are_zero_where_blocked(model):
@@ -896,43 +829,6 @@ def test_a_checkpoint_without_swin_s_last_norm_loads_without_a_word(tmp_path):
 # The host
 
 
-class NothingWaits(TorchDispatchMode):
-    """Fails on operations that make a host wait for its device: reading values, sizes that depend on them, uploads."""
-
-    aten = torch.ops.aten
-    waiting = (
-        aten._local_scalar_dense,
-        aten.nonzero,
-        aten.masked_select,
-        aten._unique2,
-        aten.is_nonzero,
-        aten.equal,
-        aten.repeat_interleave,
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        packet = func.overloadpacket
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-        assert packet not in self.waiting or not tensors, f"{func} waits"
-        by_mask = packet in (self.aten.index, self.aten.index_put, self.aten.index_put_)
-        assert not by_mask or all(tensor.dtype != torch.bool for tensor in tensors[1:]), f"{func} waits"
-        result = func(*args, **kwargs)
-        if packet in (self.aten._to_copy, self.aten.copy_):
-            assert {tensor.device for tensor in tensors} == {result.device}, f"{func} moves data"
-        return result
-
-
-def refuse_uploads(monkeypatch):
-    """Constants written in Python reach a device by a copy that waits."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a tensor made of Python numbers would be uploaded")
-
-    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
-        monkeypatch.setattr(owner, name, refuse)
-
-
 @pytest.mark.parametrize("fields", [{}, {"pixel_decoder": "fpn"}], ids=["msdeform", "fpn"])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_without_labels_the_host_never_waits(fields, with_mask, monkeypatch):
@@ -940,7 +836,7 @@ def test_without_labels_the_host_never_waits(fields, with_mask, monkeypatch):
     refuse_uploads(monkeypatch)
     pixel_values = torch.empty(2, 3, *SIZE, device="meta")
     pixel_mask = torch.empty(2, *SIZE, dtype=torch.int64, device="meta") if with_mask else None
-    with torch.no_grad(), NothingWaits():
+    with torch.no_grad(), NoHostWaits():
         outputs = model(pixel_values, pixel_mask=pixel_mask, output_auxiliary_logits=True, output_attentions=True)
     assert outputs.masks_queries_logits.shape == (2, 6, 16, 24)
     assert {tensor.device.type for tensor in tree_flatten(outputs.to_tuple())[0]} == {"meta"}
@@ -951,7 +847,7 @@ def test_with_real_numbers_nothing_is_read_either(model, monkeypatch):
     mask[0, :, 40:] = 0
     # On the CPU, where nothing waits, the mask is looked at first: whether there is anything to hide.
     monkeypatch.setattr(modeling, "may_hide_padding", lambda *args: True)
-    with torch.no_grad(), NothingWaits():
+    with torch.no_grad(), NoHostWaits():
         model(images(), pixel_mask=mask)
 
 
@@ -976,7 +872,7 @@ def test_the_watch_on_the_host_notices_what_it_should():
         lambda: numbers.nonzero(),
         lambda: numbers.to("meta"),
     ):
-        with NothingWaits(), pytest.raises(AssertionError, match=r"waits|moves data"):
+        with NoHostWaits(), pytest.raises(AssertionError, match=r"waits|moves data"):
             waiting()
 
 

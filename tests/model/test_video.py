@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from operations import NoHostWaits, refuse_uploads
 from PIL import Image
-from test_modeling import NothingWaits, refuse_uploads
+from tiny import SIZE, VIDEO_FIELDS, clips, pictures, tiny_config, tiny_video_model, write_video
 from torch.utils._pytree import tree_flatten
 
 from m2f_hf import (
@@ -32,45 +33,6 @@ from m2f_hf.processing.post_processing import (
 )
 
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
-TINY = {
-    "backbone_config": {
-        "model_type": "resnet",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 12, 16, 20],
-        "depths": [1, 1, 1, 1],
-        "layer_type": "basic",
-        "out_features": STAGES,
-    },
-    "feature_size": 32,
-    "mask_feature_size": 32,
-    "hidden_dim": 32,
-    "encoder_feedforward_dim": 32,
-    "dim_feedforward": 32,
-    "num_attention_heads": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 4,
-    "num_queries": 6,
-    "num_labels": 5,
-    "train_num_points": 64,
-}
-SIZE = (64, 96)
-
-
-def tiny_model(**kwargs):
-    torch.manual_seed(0)
-    model = Mask2FormerForVideoSegmentation(Mask2FormerVideoConfig(**{**TINY, **kwargs})).eval()
-    with torch.no_grad():  # masks that differ, and change from frame to frame
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
-    return model
-
-
-def clips(batch=1, frames=3, size=SIZE, seed=1):
-    return torch.randn(batch, frames, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
 def run(model, pixel_values, **kwargs):
     with torch.no_grad():
         return model(pixel_values, **kwargs)
@@ -86,14 +48,14 @@ def assert_same(outputs, expected, atol=1e-4):
 
 @pytest.mark.parametrize("frames", [1, 4])
 def test_a_query_has_one_class_and_a_mask_in_every_frame(frames):
-    outputs = run(tiny_model(), clips(2, frames))
+    outputs = run(tiny_video_model(), clips(2, frames))
     assert outputs.class_queries_logits.shape == (2, 6, 6)
     assert outputs.masks_queries_logits.shape == (2, 6, frames, SIZE[0] // 4, SIZE[1] // 4)
     assert outputs.image_sizes.tolist() == [list(SIZE)] * 2
 
 
 def test_clips_of_a_batch_do_not_see_each_other():
-    model, pixel_values = tiny_model(), clips(2)
+    model, pixel_values = tiny_video_model(), clips(2)
     outputs = run(model, pixel_values)
     for clip in range(2):
         alone = run(model, pixel_values[clip : clip + 1])
@@ -102,7 +64,7 @@ def test_clips_of_a_batch_do_not_see_each_other():
 
 @pytest.mark.parametrize("frames_per_batch", [1, 2, None])
 def test_frames_read_a_few_at_a_time_are_frames_read_together(frames_per_batch):
-    model = tiny_model(frames_per_batch=frames_per_batch)
+    model = tiny_video_model(frames_per_batch=frames_per_batch)
     with torch.enable_grad():
         together = model(clips(2), output_hidden_states=True)
     outputs = run(model, clips(2), output_hidden_states=True)
@@ -114,7 +76,7 @@ def test_frames_read_a_few_at_a_time_are_frames_read_together(frames_per_batch):
 
 def test_padding_of_a_clip_does_not_move_its_result():
     """Frames of 40 rows are padded to 64 either way; what the batch adds beyond that is hidden."""
-    model = tiny_model()
+    model = tiny_video_model()
     frames = clips(1, 3, (40, 96))
     own = torch.nn.functional.pad(frames, (0, 0, 0, 24))
     more = torch.nn.functional.pad(frames, (0, 0, 0, 56))
@@ -130,7 +92,7 @@ def test_padding_of_a_clip_does_not_move_its_result():
 
 def test_a_clip_backwards_gives_masks_backwards_but_for_the_encoding_of_time(monkeypatch):
     """Time enters through the position encoding alone: without it a clip is a set of frames, in no order."""
-    model, pixel_values = tiny_model(), clips(1, 4)
+    model, pixel_values = tiny_video_model(), clips(1, 4)
     forwards, backwards = run(model, pixel_values), run(model, pixel_values.flip(1))
     differs = (backwards.masks_queries_logits.flip(2) - forwards.masks_queries_logits).abs().max()
     assert differs > 1e-3
@@ -168,7 +130,7 @@ def test_frames_encoding_is_the_originals_formula():
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    model = tiny_model(label_frame="last")
+    model = tiny_video_model(label_frame="last")
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "m2f_video"
     loaded, report = Mask2FormerForVideoSegmentation.from_pretrained(tmp_path, output_loading_info=True)
@@ -182,7 +144,7 @@ def test_the_auto_classes_know_clips(tmp_path):
     from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the others ask for torchvision
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
-    tiny_model().save_pretrained(tmp_path)
+    tiny_video_model().save_pretrained(tmp_path)
     Mask2FormerVideoProcessor(max_detections=7).save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is Mask2FormerVideoConfig
     assert AutoModel.from_pretrained(tmp_path).main_input_name == "pixel_values_videos"
@@ -196,17 +158,17 @@ def test_the_auto_classes_know_clips(tmp_path):
 def test_the_image_pipeline_says_that_it_takes_no_clips(tmp_path):
     from transformers import pipeline
 
-    tiny_model().save_pretrained(tmp_path)
+    tiny_video_model().save_pretrained(tmp_path)
     Mask2FormerVideoProcessor().save_pretrained(tmp_path)
     says = "is a video model, and this pipeline takes images: give clips to `Mask2FormerForVideoSegmentation`"
     with pytest.raises(ValueError, match=f"{tmp_path} {says}"):
         pipeline("image-segmentation", model=str(tmp_path))
     with pytest.raises(ValueError, match=f"^this model {says}"):
-        pipeline("image-segmentation", model=tiny_model(), image_processor=M2FImageProcessor())
+        pipeline("image-segmentation", model=tiny_video_model(), image_processor=M2FImageProcessor())
 
 
 def test_a_video_checkpoint_is_read_as_an_image_model_with_a_warning(tmp_path, caplog):
-    video_model = tiny_model(label_frame="last", frames_per_batch=2)
+    video_model = tiny_video_model(label_frame="last", frames_per_batch=2)
     video_model.save_pretrained(tmp_path)
     model, report = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     (said,) = [record.getMessage() for record in caplog.records]
@@ -220,7 +182,7 @@ def test_a_video_checkpoint_is_read_as_an_image_model_with_a_warning(tmp_path, c
 
 def test_an_image_checkpoint_is_a_start(tmp_path):
     torch.manual_seed(0)
-    image_model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY)).eval()
+    image_model = Mask2FormerForUniversalSegmentation(tiny_config(**VIDEO_FIELDS)).eval()
     image_model.save_pretrained(tmp_path)
     model, report = Mask2FormerForVideoSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -239,11 +201,11 @@ def test_an_image_checkpoint_is_a_start(tmp_path):
 
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_without_labels_the_host_never_waits(with_mask, monkeypatch):
-    model = tiny_model().to("meta")
+    model = tiny_video_model().to("meta")
     refuse_uploads(monkeypatch)
     pixel_values = torch.empty(2, 3, 3, *SIZE, device="meta")
     pixel_mask = torch.empty(2, *SIZE, dtype=torch.int64, device="meta") if with_mask else None
-    with NothingWaits():
+    with NoHostWaits():
         outputs = run(model, pixel_values, pixel_mask=pixel_mask, output_hidden_states=True)
     assert outputs.masks_queries_logits.shape == (2, 6, 3, 16, 24)
     assert {tensor.device.type for tensor in tree_flatten(outputs.to_tuple())[0]} == {"meta"}
@@ -251,7 +213,7 @@ def test_without_labels_the_host_never_waits(with_mask, monkeypatch):
 
 def test_a_graph_of_clips_is_whole():
     """Compiled without a break and exported, with padding that is hidden: frames are read together there."""
-    model, mask = tiny_model(), torch.ones(2, *SIZE, dtype=torch.int64)
+    model, mask = tiny_video_model(), torch.ones(2, *SIZE, dtype=torch.int64)
     mask[1, :, 64:] = 0
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -264,12 +226,12 @@ def test_a_graph_of_clips_is_whole():
 def test_an_image_models_configuration_is_refused():
     for model_class in (Mask2FormerForVideoSegmentation, Mask2FormerVideoModel):
         with pytest.raises(TypeError, match="make a Mask2FormerVideoConfig of the same settings"):
-            model_class(Mask2FormerConfig(**TINY))
+            model_class(tiny_config(**VIDEO_FIELDS))
 
 
 def test_what_are_no_encoded_frames_is_refused():
-    model = tiny_model()
-    of_images = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY)).model.encode(clips()[0])
+    model = tiny_video_model()
+    of_images = Mask2FormerForUniversalSegmentation(tiny_config(**VIDEO_FIELDS)).model.encode(clips()[0])
     for encoded in (None, clips(), of_images):
         with pytest.raises(ValueError, match=r"pass what `encode_frames` gave, with maps \(B, T, C, h, w\)"):
             model.decode_frames(encoded)
@@ -277,15 +239,15 @@ def test_what_are_no_encoded_frames_is_refused():
 
 def test_shapes_that_are_no_clips_are_refused():
     with pytest.raises(ValueError, match=r"expected \(batch, frames, channels, height, width\).*\[None\]"):
-        run(tiny_model(), clips()[0])
+        run(tiny_video_model(), clips()[0])
     with pytest.raises(ValueError, match="at least one clip and one frame"):
-        run(tiny_model(), clips(1, 3)[:, :0])
+        run(tiny_video_model(), clips(1, 3)[:, :0])
     with pytest.raises(ValueError, match="at least one clip and one frame"):
-        run(tiny_model(), clips(1, 3)[:0])
+        run(tiny_video_model(), clips(1, 3)[:0])
     with pytest.raises(StrictDataclassError, match="label_frame"):
-        tiny_model(label_frame="first")
+        tiny_video_model(label_frame="first")
     with pytest.raises(StrictDataclassError, match="frames_per_batch"):
-        tiny_model(frames_per_batch=0)
+        tiny_video_model(frames_per_batch=0)
 
 
 # --- losses ---
@@ -305,17 +267,19 @@ def losses(model, pixel_values, labels):
 
 
 def test_an_instance_gone_in_the_last_frame_is_learned_or_is_no_object():
-    by_rule = {rule: losses(tiny_model(label_frame=rule).train(), clips(), targets()) for rule in ("any", "last")}
+    by_rule = {rule: losses(tiny_video_model(label_frame=rule).train(), clips(), targets()) for rule in ("any", "last")}
     terms = {rule: outputs.loss_dict["loss_cross_entropy"] for rule, outputs in by_rule.items()}
     assert not torch.isclose(terms["any"], terms["last"])
     everywhere = targets()
     everywhere["mask_labels"][0][1, -1, 20:50, 50:90] = True
-    same = {rule: losses(tiny_model(label_frame=rule).train(), clips(), everywhere).loss for rule in ("any", "last")}
+    same = {
+        rule: losses(tiny_video_model(label_frame=rule).train(), clips(), everywhere).loss for rule in ("any", "last")
+    }
     assert torch.equal(same["any"], same["last"])
 
 
 def test_targets_in_another_order_cost_the_same_and_every_parameter_learns():
-    model = tiny_model().train()
+    model = tiny_video_model().train()
     loss = losses(model, clips(), targets()).loss
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -324,7 +288,7 @@ def test_targets_in_another_order_cost_the_same_and_every_parameter_learns():
 
 
 def test_a_clip_of_one_frame_costs_what_the_image_does():
-    video, image = tiny_model().train(), Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY)).train()
+    video, image = tiny_video_model().train(), Mask2FormerForUniversalSegmentation(tiny_config(**VIDEO_FIELDS)).train()
     image.load_state_dict(video.state_dict())
     embedder = video.model.transformer_module.position_embedder
     of_plane = embedder.forward  # an image has no time, so the clip is to have none either
@@ -338,7 +302,7 @@ def test_a_clip_of_one_frame_costs_what_the_image_does():
 
 def test_masks_of_another_number_of_frames_are_refused():
     with pytest.raises(ValueError, match=r"Clip 0: `mask_labels` must be \(N, 3, H, W\)"):
-        tiny_model()(clips(), **targets(2))
+        tiny_video_model()(clips(), **targets(2))
 
 
 # --- tracks ---
@@ -471,7 +435,7 @@ def test_panoptic_tracks_follow_their_definition(use_mask_quality):
 
 def test_panoptic_tracks_by_the_processors_settings_and_none_at_all():
     processor = Mask2FormerVideoProcessor(task="panoptic", label_ids_to_fuse=[0], threshold=0.3)
-    outputs = run(tiny_model(), clips(2))
+    outputs = run(tiny_video_model(), clips(2))
     by_default = processor.post_process_video_panoptic_segmentation(outputs, target_sizes=[(64, 96), (32, 48)])
     assert [result["segmentation"].shape for result in by_default] == [(3, 64, 96), (3, 32, 48)]
     said = Mask2FormerVideoProcessor().post_process_video_panoptic_segmentation(
@@ -483,11 +447,6 @@ def test_panoptic_tracks_by_the_processors_settings_and_none_at_all():
 
 
 # --- frames ---
-
-
-def pictures(number=3, size=(40, 60)):
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)) for _ in range(number)]
 
 
 def test_frames_come_in_many_forms(tmp_path):
@@ -627,8 +586,8 @@ def test_labels_that_are_not_the_clips_are_told():
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 def test_outputs_of_the_other_kind_of_model_are_told(task):
     with torch.no_grad():
-        of_clips = tiny_model()(clips())
-        of_images = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**TINY))(clips()[0])
+        of_clips = tiny_video_model()(clips())
+        of_images = Mask2FormerForUniversalSegmentation(tiny_config(**VIDEO_FIELDS))(clips()[0])
     says = r"are a video model's: use `Mask2FormerVideoProcessor\.post_process_video_instance_segmentation`"
     with pytest.raises(ValueError, match=says):
         M2FImageProcessor(task=task).post_process(of_clips)
@@ -661,7 +620,7 @@ def test_outputs_of_the_other_kind_of_model_are_told(task):
     ],
 )
 def test_settings_that_cannot_be_are_told(settings, message):
-    outputs, (name,) = run(tiny_model(), clips()), settings
+    outputs, (name,) = run(tiny_video_model(), clips()), settings
     for task, other in (("instance", "overlap_mask_area_threshold"), ("panoptic", "max_detections")):
         if name != other:
             with pytest.raises(ValueError, match=message):
@@ -709,20 +668,6 @@ def test_a_video_file_without_pyav(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r"needs PyAV: pip install 'm2f_hf\[video\]'.*folder of its frames"):
         Mask2FormerVideoProcessor()(path)
-
-
-def write_video(path, pictures, codec="mpeg4", **metadata):
-    av = pytest.importorskip("av", reason="needs PyAV")
-    with av.open(str(path), "w") as container:
-        container.metadata.update(metadata)
-        stream = container.add_stream(codec, rate=5)
-        stream.height, stream.width, stream.pix_fmt = (
-            *np.asarray(pictures[0]).shape[:2],
-            stream.codec.video_formats[0].name,
-        )
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
-        container.mux(stream.encode())
 
 
 def test_a_video_file_is_read(tmp_path):
