@@ -3,33 +3,29 @@
 Objects are small below 32 x 32 pixels, and large from 96 x 96 on.
 
 Each image's detections are matched to its objects when it is added, and only the outcome is kept: a score and, per size
-range and IoU threshold, two bits for each detection. Matching and averaging are pycocotools' own code, or that of
-faster-coco-eval where it is installed.
+range and IoU threshold, two bits for each detection. Matching and averaging are those of pycocotools' `COCOeval`.
 """
 
-import importlib.util
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+import contextlib
+import io
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..processing.post_processing import encode_rle
-from ..processing.rle import decode_segmentation
+from ..processing.rle import decode_segmentation, run_lengths
 from .base import Metric, names_of
 
 
-ENGINES = ("faster_coco_eval", "pycocotools")
 SIZES = {"small": 1, "medium": 2, "large": 3}
 """Positions among the four ranges of areas, the first being all."""
 MOST = (1, 10, 100)
-"""Numbers of detections for a class of an image."""
-NUM_IOUS = 10
-"""0.5, 0.55, …, 0.95."""
-RECALLS = np.linspace(0.0, 1.0, 101)
+"""Numbers of detections that count for a class of an image."""
 
 
 class Outcome(NamedTuple):
-    """What became of one class's detections in one image, D of them by falling score, and of its G objects.
+    """Matches of one class's D detections in one image, by falling score, and of its G objects.
 
     For each size range and IoU threshold: `is_matched` and `is_ignored` (A, T, D) bool; `is_object_ignored` (A, G)
     bool, in some order; `scores` (D,).
@@ -58,29 +54,31 @@ class MaskAP(Metric):
 
     Args:
         categories: the classes in COCO's form; those with a false `isthing` are left out.
-        engine: "pycocotools" or "faster_coco_eval"; None: the latter where it is installed. Their figures are equal.
 
     Raises:
-        ImportError: if neither engine is installed.
-        ValueError: if two categories have one id, or an engine does not exist.
+        ImportError: if pycocotools is not installed.
+        ValueError: if two categories have one id.
     """
 
     area_ranges = area_ranges(32, 96)
     _unit = "image"
 
-    def __init__(self, categories: Sequence[Mapping[str, Any]], engine: str | None = None) -> None:
+    def __init__(self, categories: Sequence[Mapping[str, Any]]) -> None:
         names = names_of(categories)
         things = {int(category["id"]) for category in categories if is_thing(category)}
         self.names = {category: name for category, name in names.items() if category in things}
         self.others = names.keys() - things
-        self.engine = _find_engine(engine)
         self.images: dict[Hashable, dict[int, Outcome]] = {}
-        """Image -> class -> what became of its detections."""
+        """Image -> class -> matches of its detections."""
+        try:
+            import pycocotools.cocoeval  # noqa: F401
+        except ImportError as error:
+            raise ImportError("Mask AP needs pycocotools: pip install pycocotools") from error
 
     def update(
         self,
         image_id: Hashable,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         predictions: Iterable[Mapping[str, Any]],
         targets: Iterable[Mapping[str, Any]],
     ) -> None:
@@ -98,48 +96,32 @@ class MaskAP(Metric):
         Raises:
             ValueError: an image that was added before, a mask of another size, an unknown class, a score that is NaN.
         """
-        self._add(image_id, size, predictions, targets)
-
-    def _add(
-        self,
-        key: Hashable,
-        size: tuple[int, ...],
-        predictions: Iterable[Mapping[str, Any]],
-        targets: Iterable[Mapping[str, Any]],
-    ) -> None:
-        if key in self.images:
+        if image_id in self.images:
             raise ValueError(
-                f"{self._unit.capitalize()} {key!r} was added before: give every {self._unit} its own id, and every "
-                f"process its own {self._unit}s (a loader that repeats some to make shares even must not: "
+                f"{self._unit.capitalize()} {image_id!r} was added before: give every {self._unit} its own id, and "
+                f"every process its own {self._unit}s (a loader that repeats some to make shares even must not: "
                 "`even_batches=False`)."
             )
-        truths: dict[int, list[dict[str, Any]]] = {}
-        guesses: dict[int, list[dict[str, Any]]] = {}
-        for side, entries, by_class in (("target", targets, truths), ("prediction", predictions, guesses)):
-            for number, entry in enumerate(entries, start=1):
+        sides: dict[str, list[dict[str, Any]]] = {"target": [], "prediction": []}
+        for side, entries in (("target", targets), ("prediction", predictions)):
+            for number, entry in enumerate(entries, start=1):  # the id 0 means "not matched" to COCOeval
                 category = self._category_of(entry, side)
                 if category is None:
                     continue
                 rle, area = self._mask_of(entry, size, is_target=side == "target")
                 own = {"id": number, "image_id": 0, "category_id": category, "segmentation": rle, "area": area}
                 if side == "target":
-                    crowd = int(bool(entry.get("iscrowd", 0)))
-                    own |= {"iscrowd": crowd, "ignore": crowd}
+                    sides[side].append({**own, "iscrowd": int(bool(entry.get("iscrowd", 0)))})
                 else:
-                    own["score"] = _finite(entry["score"])
-                by_class.setdefault(category, []).append(own)
-        self.images[key] = _ENGINES[self.engine].match(truths, guesses, self.area_ranges)
-
-    @property
-    def _mask_api(self) -> Any:
-        return _ENGINES[self.engine].mask_api()
+                    sides[side].append({**own, "score": _finite(entry["score"])})
+        self.images[image_id] = _match(sides["target"], sides["prediction"], self.area_ranges)
 
     def _mask_of(
         self, entry: Mapping[str, Any], size: tuple[int, ...], is_target: bool
     ) -> tuple[Mapping[str, Any], float]:
-        """The compressed run-length encoding of an entry's mask, and the area by which it is small or large."""
+        """The run-length encoding of an entry's mask, and the area by which it is small or large."""
         rle = to_rle(entry["segmentation"], (size[0], size[1]))
-        pixels = int(self._mask_api.area(rle))
+        pixels = int(run_lengths(rle["counts"])[1::2].sum())
         return rle, entry.get("area", pixels) if is_target else pixels
 
     def merge(self, other: "MaskAP") -> None:
@@ -158,10 +140,15 @@ class MaskAP(Metric):
         None where there is no object to be found (pycocotools has -1). `per_class` is `{name: {"ap": …, "ap50": …,
         "ap75": …, "ap_small": …, "ap_medium": …, "ap_large": …}}`.
         """
-        precision, recall = self._curves()
+        # Of different types, ids have no order of their own.
+        image_ids: list[Any] = sorted(self.images, key=lambda image_id: (type(image_id).__name__, image_id))
+        outcomes = [[self.images[i][k] for i in image_ids if k in self.images[i]] for k in self.names]
+        curves = [_curves(of_class, self.area_ranges) for of_class in outcomes or [[]]]
+        # (T, R, K, A, M) and (T, K, A, M): IoU thresholds, recalls, classes, size ranges, numbers of detections.
+        precision, recall = (np.stack(parts, axis=-3) for parts in zip(*curves, strict=True))
         result: dict[str, Any] = _precisions(precision)
-        result |= {f"ar{most}": _mean(recall[:, :, 0, m]) for m, most in enumerate(MOST)}
-        result |= {f"ar_{size}": _mean(recall[:, :, i, 2]) for size, i in SIZES.items()}
+        result |= {f"ar{most}": _mean(recall[..., 0, m]) for m, most in enumerate(MOST)}
+        result |= {f"ar_{size}": _mean(recall[..., i, 2]) for size, i in SIZES.items()}
         result["per_class"] = {name: _precisions(precision[:, :, [k]]) for k, name in enumerate(self.names.values())}
         return result
 
@@ -173,25 +160,6 @@ class MaskAP(Metric):
         if category not in self.names:
             raise ValueError(f"Category {category} of a {side} is not among the given categories.")
         return category
-
-    def _curves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Precision (T, R, K, A, M) at each recall and recall (T, K, A, M); -1 where there is no object.
-
-        T thresholds of IoU, R recalls, K classes, A size ranges, M numbers of detections: as `COCOeval.accumulate`.
-        """
-        # Of different types, ids have no order of their own.
-        image_ids: list[Any] = sorted(self.images, key=lambda image_id: (type(image_id).__name__, image_id))
-        precision = np.full((NUM_IOUS, len(RECALLS), len(self.names), 1 + len(SIZES), len(MOST)), -1.0)
-        recall = np.full((NUM_IOUS, *precision.shape[2:]), -1.0)
-        for k, category in enumerate(self.names):
-            images = [self.images[image_id] for image_id in image_ids]
-            outcomes = [image[category] for image in images if category in image]
-            for size in range(precision.shape[3] if outcomes else 0):
-                num_objects = sum(int((~outcome.is_object_ignored[size]).sum()) for outcome in outcomes)
-                for m, most in enumerate(MOST if num_objects else ()):
-                    curves = _precision_at_recalls(outcomes, size, most, num_objects)
-                    precision[:, :, k, size, m], recall[:, k, size, m] = curves
-        return precision, recall
 
 
 def is_thing(category: Mapping[str, Any]) -> bool:
@@ -225,6 +193,67 @@ def _finite(score: Any) -> float:
     return float(score)
 
 
+# --- COCOeval ---
+
+
+def _evaluate(targets: list[Any], predictions: list[Any], images: Sequence[int], categories: Sequence[int], areas: Any):
+    """A `COCOeval` that has matched predictions to targets: `evalImgs` by class, range of areas and image."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    content = {
+        "images": [{"id": image, "height": 0, "width": 0} for image in images],  # run lengths state their own size
+        "categories": [{"id": category} for category in categories],
+    }
+    sides = []
+    for annotations in (targets, predictions):
+        coco = COCO()
+        coco.dataset = {**content, "annotations": annotations}
+        coco.createIndex()
+        sides.append(coco)
+    evaluator = COCOeval(*sides, "segm")  # its images and categories are all
+    evaluator.params.areaRng, evaluator.params.maxDets = areas, list(MOST)
+    evaluator.evaluate()
+    return evaluator
+
+
+def _match(targets: list[Any], predictions: list[Any], areas: list[list[float]]) -> dict[int, Outcome]:
+    """Match one image's predictions to its targets: class -> outcome. Both have ids from 1 and the image id 0."""
+    categories = sorted({entry["category_id"] for entry in (*targets, *predictions)})
+    if not categories:
+        return {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        entries = _evaluate(targets, predictions, [0], categories, areas).evalImgs
+    outcomes = {}
+    for k, category in enumerate(categories):
+        sizes = entries[k * len(areas) : (k + 1) * len(areas)]
+        outcomes[category] = Outcome(
+            np.stack([entry["dtMatches"] for entry in sizes]) > 0,
+            np.stack([entry["dtIgnore"] for entry in sizes]).astype(bool),
+            np.stack([entry["gtIgnore"] for entry in sizes]).astype(bool),
+            np.array(sizes[0]["dtScores"], dtype=np.float64),
+        )
+    return outcomes
+
+
+def _curves(outcomes: Sequence[Outcome], areas: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """One class's precision (T, R, A, M) at each recall and its recall (T, A, M); -1 where there is no object."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = _evaluate([], [], range(len(outcomes)), [0], areas)
+        evaluator.evalImgs = [
+            {
+                "dtMatches": outcome.is_matched[size],
+                "dtIgnore": outcome.is_ignored[size],
+                "gtIgnore": outcome.is_object_ignored[size],
+                "dtScores": outcome.scores,
+            }
+            for size in range(len(areas))
+            for outcome in outcomes
+        ]
+        evaluator.accumulate()
+    return evaluator.eval["precision"][:, :, 0], evaluator.eval["recall"][:, 0]
+
+
 def _mean(values: np.ndarray) -> float | None:
     known = values[values > -1]
     return float(known.mean()) if known.size else None
@@ -235,122 +264,3 @@ def _precisions(precision: np.ndarray) -> dict[str, float | None]:
     figures = {"ap": _mean(precision[..., 0, 2]), "ap50": _mean(precision[0, ..., 0, 2])}
     figures["ap75"] = _mean(precision[5, ..., 0, 2])
     return figures | {f"ap_{size}": _mean(precision[..., i, 2]) for size, i in SIZES.items()}
-
-
-def _precision_at_recalls(
-    outcomes: Sequence[Outcome], size: int, most: int, num_objects: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of one class and size range: precision (T, R), made to fall with recall, and the largest recall (T,)."""
-    order = np.argsort(-np.concatenate([outcome.scores[:most] for outcome in outcomes]), kind="mergesort")
-    is_matched, is_ignored = (
-        np.concatenate([getattr(outcome, name)[size, :, :most] for outcome in outcomes], axis=1)[:, order]  # (T, D)
-        for name in ("is_matched", "is_ignored")
-    )
-    result = np.zeros((NUM_IOUS, len(RECALLS)))
-    if not len(order):
-        return result, np.zeros(NUM_IOUS)
-    tp = np.cumsum(is_matched & ~is_ignored, axis=1).astype(np.float64)
-    fp = np.cumsum(~is_matched & ~is_ignored, axis=1).astype(np.float64)
-    recall = tp / num_objects
-    precision = tp / (fp + tp + np.spacing(1))  # the order of the sum, and the spacing, are pycocotools'
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    for t in range(NUM_IOUS):
-        place = np.searchsorted(recall[t], RECALLS, side="left")
-        reached = place < len(order)
-        result[t, reached] = precision[t, place[reached]]
-    return result, recall[:, -1]
-
-
-# --- engines: the detections of one image and class, matched to its objects ---
-
-
-class _Pycocotools:
-    """pycocotools' matching of one image, without the files it is made for."""
-
-    @staticmethod
-    def mask_api() -> Any:
-        from pycocotools import mask
-
-        return mask
-
-    @staticmethod
-    def match(
-        truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]], areas: list[list[float]]
-    ) -> dict[int, Outcome]:
-        from pycocotools.cocoeval import COCOeval
-
-        evaluator = COCOeval(iouType="segm")
-        evaluator.params.imgIds, evaluator.params.catIds = [0], sorted(truths.keys() | guesses.keys())
-        outcomes = {}
-        for category in evaluator.params.catIds:
-            evaluator._gts[0, category], evaluator._dts[0, category] = (
-                truths.get(category, []),
-                guesses.get(category, []),
-            )
-            evaluator.ious[0, category] = evaluator.computeIoU(0, category)
-            of_sizes = [evaluator.evaluateImg(0, category, area, MOST[-1]) for area in areas]
-            outcomes[category] = Outcome(
-                np.stack([entry["dtMatches"] for entry in of_sizes]) > 0,
-                np.stack([entry["dtIgnore"] for entry in of_sizes]).astype(bool),
-                np.stack([entry["gtIgnore"] for entry in of_sizes]).astype(bool),
-                np.array(of_sizes[0]["dtScores"], dtype=np.float64),
-            )
-        return outcomes
-
-
-class _FasterCocoEval:
-    """The same in faster-coco-eval's C++."""
-
-    @staticmethod
-    def mask_api() -> Any:
-        from faster_coco_eval import mask
-
-        return mask
-
-    @staticmethod
-    def match(
-        truths: Mapping[int, list[Any]], guesses: Mapping[int, list[Any]], areas: list[list[float]]
-    ) -> dict[int, Outcome]:
-        from faster_coco_eval import COCOeval_faster
-        from faster_coco_eval.core import faster_eval_api
-
-        evaluator = COCOeval_faster(iouType="segm")
-        params = evaluator.params
-        categories = sorted(truths.keys() | guesses.keys())
-        for dataset, by_class in ((evaluator.gt_dataset, truths), (evaluator.dt_dataset, guesses)):
-            for category, entries in by_class.items():
-                for entry in entries:
-                    dataset.append(0, category, {**entry, "rle": entry["segmentation"]})
-        ious = [[evaluator.computeIoU(0, category) for category in categories]]
-        datasets = evaluator.gt_dataset, evaluator.dt_dataset
-        found = faster_eval_api._C.COCOevalEvaluateImages(
-            areas, MOST[-1], params.iouThrs, ious, *datasets, [0], categories, True
-        )
-        # What an `ImageEvaluation` holds can be read as what it is pickled as: matches of detections (T * D) and of
-        # objects, scores (D), ignored objects (G), ignored detections (T * D), and more.
-        states = [entry.__getstate__() for entry in found]
-        num_sizes = 1 + len(SIZES)
-        outcomes = {}
-        for k, category in enumerate(categories):
-            of_sizes = states[k * num_sizes : (k + 1) * num_sizes]
-            shape = (num_sizes, NUM_IOUS, len(of_sizes[0][2]))
-            outcomes[category] = Outcome(
-                np.array([state[0] for state in of_sizes], dtype=np.int64).reshape(shape) > 0,
-                np.array([state[4] for state in of_sizes], dtype=bool).reshape(shape),
-                np.array([state[3] for state in of_sizes], dtype=bool),
-                np.array(of_sizes[0][2], dtype=np.float64),
-            )
-        return outcomes
-
-
-_ENGINES: dict[str, Any] = {"pycocotools": _Pycocotools, "faster_coco_eval": _FasterCocoEval}
-
-
-def _find_engine(name: str | None) -> str:
-    if name is not None and name not in _ENGINES:
-        raise ValueError(f"engine {name!r} does not exist; choose one of {', '.join(_ENGINES)}")
-    candidates: Collection[str] = ENGINES if name is None else (name,)
-    for candidate in candidates:
-        if candidate in _ENGINES and importlib.util.find_spec(candidate) is not None:
-            return candidate
-    raise ImportError(f"Mask AP needs {' or '.join(candidates)}: pip install pycocotools")

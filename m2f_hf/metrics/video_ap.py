@@ -23,20 +23,19 @@ class VideoAP(MaskAP):
 
     Args:
         categories: the classes in COCO's form; those with a false `isthing` are left out.
-        engine: "pycocotools" or "faster_coco_eval"; None: the latter where it is installed. Their figures are equal.
 
     Raises:
-        ImportError: if neither engine is installed.
-        ValueError: if two categories have one id, or an engine does not exist.
+        ImportError: if pycocotools is not installed.
+        ValueError: if two categories have one id.
     """
 
     area_ranges = area_ranges(128, 256)
     _unit = "video"
 
-    def update(  # type: ignore[override]
+    def update(
         self,
         video_id: Hashable,
-        size: tuple[int, int, int],
+        size: tuple[int, ...],
         predictions: Iterable[Mapping[str, Any]],
         targets: Iterable[Mapping[str, Any]],
     ) -> None:
@@ -54,7 +53,7 @@ class VideoAP(MaskAP):
             ValueError: a video that was added before, tubes of another length or size, an unknown class, a score that
                 is NaN.
         """
-        self._add(video_id, size, predictions, targets)
+        super().update(video_id, size, predictions, targets)
 
     def _mask_of(
         self, entry: Mapping[str, Any], size: tuple[int, ...], is_target: bool
@@ -64,10 +63,9 @@ class VideoAP(MaskAP):
         if is_target and entry.get("areas") is not None:
             areas = entry["areas"]
         seen = [area for area in areas if area]
-        height, width = size[1], size[0] * size[2]
-        wide = {"size": [height, width], "counts": _side_by_side(runs)}
-        rle = self._mask_api.frPyObjects(wide, height, width)
-        return rle, float(np.mean(seen)) if seen else 0.0
+        return {"size": [size[1], size[0] * size[2]], "counts": _side_by_side(runs)}, float(
+            np.mean(seen)
+        ) if seen else 0.0
 
 
 def _frames_of(segmentations: Any, num_frames: int) -> Sequence[Any]:

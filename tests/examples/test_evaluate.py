@@ -222,7 +222,7 @@ def test_panoptic_quality_and_mask_ap_as_evaluate_modules(load_measure, items, p
     evaluation.update(outputs, items)
     expected = evaluation.compute()
     quality = load_measure(module_path("panoptic_quality"), categories=CATEGORIES)
-    ap = load_measure(module_path("mask_ap"), categories=CATEGORIES, engine="pycocotools")
+    ap = load_measure(module_path("mask_ap"), categories=CATEGORIES)
     panoptic = processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)
     instances = processor.post_process_instance_segmentation(
         outputs, threshold=0.0, target_sizes=sizes, return_coco_annotation=True

@@ -13,6 +13,8 @@ from m2f_hf.metrics.video_ap import tubes
 from m2f_hf.processing.post_processing import encode_rle
 
 
+pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+
 CATEGORIES = [
     {"id": 0, "name": "cat", "isthing": 1},
     {"id": 1, "name": "sky", "isthing": 0},
@@ -22,12 +24,6 @@ CATEGORIES = [
 STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 STATS += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
 AREAS = [[0, 1e10], [0, 128**2], [128**2, 256**2], [256**2, 1e10]]
-
-
-@pytest.fixture(params=["pycocotools", "faster_coco_eval"])
-def engine(request) -> str:
-    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
-    return request.param
 
 
 def moving_disc(size: tuple[int, int, int], center, velocity, radius: float) -> np.ndarray:
@@ -94,8 +90,8 @@ def by_pycocotools(videos: dict[int, tuple]) -> np.ndarray:
     return evaluator.stats
 
 
-def evaluated(videos: dict[int, tuple], engine: str | None = None) -> VideoAP:
-    metric = VideoAP(CATEGORIES, engine)
+def evaluated(videos: dict[int, tuple]) -> VideoAP:
+    metric = VideoAP(CATEGORIES)
     for video_id, (size, predictions, targets) in videos.items():
         metric.update(video_id, size, predictions, targets)
     return metric
@@ -109,13 +105,12 @@ def videos() -> dict[int, tuple]:
 
 @pytest.fixture(scope="module")
 def stats(videos) -> np.ndarray:
-    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
     return by_pycocotools(videos)
 
 
-def test_equals_pycocotools_on_stacked_frames_to_the_last_digit(videos, stats, engine):
+def test_equals_pycocotools_on_stacked_frames_to_the_last_digit(videos, stats):
     assert np.all((stats > 0.02) & (stats < 0.98)), "every figure is put to the test"
-    result = evaluated(videos, engine).compute()
+    result = evaluated(videos).compute()
     assert [result[name] for name in STATS] == stats.tolist()
     assert result["per_class"]["unicorn"]["ap"] is None
 
@@ -126,14 +121,14 @@ def test_shares_of_processes_and_their_order_change_nothing(videos, stats):
     assert [result[name] for name in STATS] == stats.tolist()
 
 
-def test_a_tube_is_matched_as_a_whole(engine):
+def test_a_tube_is_matched_as_a_whole():
     """8 of 16 pixels are shared, 2 of 6 in one frame and 6 of 10 in the other: one half, where the mean is 0.47."""
     target = np.zeros((2, 4, 4), bool)
     target[0, 0] = target[1, :2] = True
     guess = np.zeros((2, 4, 4), bool)
     guess[0, 0, :2] = guess[0, 1, :2] = guess[1, :2, :3] = guess[1, 2, :2] = True
     for guesses, ap50 in ((guess, 1.0), (np.where([[[True]], [[False]]], target, guess), 1.0), (guess[::-1], 0.0)):
-        metric = VideoAP(CATEGORIES, engine)
+        metric = VideoAP(CATEGORIES)
         found = {"category_id": 0, "score": 0.5, "segmentations": guesses}
         metric.update("a", (2, 4, 4), [found], [{"category_id": 0, "segmentations": target}])
         assert metric.compute()["ap50"] == pytest.approx(ap50)
@@ -165,13 +160,13 @@ def test_forms_of_a_tube_are_one(videos):
         assert evaluated(changed).compute() == expected
 
 
-def test_sizes_go_by_the_mean_area_over_frames_in_which_it_is_seen(engine):
+def test_sizes_go_by_the_mean_area_over_frames_in_which_it_is_seen():
     """A disc seen large in one frame of four is large; the annotation's own areas go before those of its mask."""
     tube = np.zeros((4, 300, 300), bool)
     tube[2, :260, :260] = True
     small = {"areas": [None, 100.0, 200.0, 0]}
     for target, size in (({}, "large"), (small, "small"), ({"areas": None}, "large")):
-        metric = VideoAP(CATEGORIES, engine)
+        metric = VideoAP(CATEGORIES)
         own = {"category_id": 0, "segmentations": tube}
         metric.update(0, tube.shape, [{**own, "score": 1.0}], [{**own, **target}])
         result = metric.compute()
@@ -180,7 +175,7 @@ def test_sizes_go_by_the_mean_area_over_frames_in_which_it_is_seen(engine):
 
 
 def test_bad_input_is_named():
-    metric = VideoAP(CATEGORIES, "pycocotools")
+    metric = VideoAP(CATEGORIES)
     tube = np.ones((3, 4, 4), bool)
     good = {"category_id": 0, "score": 0.5, "segmentations": tube}
     metric.update(5, (3, 4, 4), [good], [good])

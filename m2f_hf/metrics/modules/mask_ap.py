@@ -8,7 +8,7 @@ from m2f_hf.metrics import evaluation, streaming
 
 
 class MaskAp(streaming.StreamingMetric):
-    """Settings: `categories`, in COCO's form; maybe `engine`."""
+    """Settings: `categories`, in COCO's form."""
 
     def _info(self):
         rle = {"size": [datasets.Value("int64")], "counts": datasets.Value("string")}
