@@ -77,7 +77,7 @@ def _photo(options: argparse.Namespace) -> tuple[str, Any]:
         ValueError: it is no image, or a clip was given.
         FileNotFoundError: there is none.
     """
-    from m2f_hf.cli.main import BUNDLED_SCENES
+    from m2f_hf import BUNDLED_SCENES
     from m2f_hf.processing.images import open_image
 
     if options.clip:

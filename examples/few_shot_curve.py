@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from m2f_hf.cli.main import BUNDLED_MODEL
+from m2f_hf import BUNDLED_MODEL
 from m2f_hf.data import ShapesDataset, write_coco_panoptic
 from m2f_hf.data.synthetic.shapes import MORE_SHAPES, TEST_SEED
 from m2f_hf.training.checkpoints import read_log

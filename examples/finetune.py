@@ -50,7 +50,7 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from m2f_hf.cli.main import Segmenter
+from m2f_hf import Segmenter
 from m2f_hf.data.augmentation import TrainingTransform, inspect_augmentation
 from m2f_hf.data.clips import ClipTransform, inspect_clips
 from m2f_hf.data.hub_datasets import StreamingDataset

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from m2f_hf import (
+    BUNDLED_MODEL,
+    BUNDLED_VIDEO_MODEL,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerForVideoSegmentation,
     Mask2FormerImageProcessor,
     Mask2FormerVideoProcessor,
 )
-from m2f_hf.cli.main import BUNDLED_MODEL, BUNDLED_VIDEO_MODEL
 from m2f_hf.data import CATEGORIES, MovingShapesDataset, ShapesDataset, occlusion_clip, tube_masks
 from m2f_hf.metrics import Evaluation, evaluate_model
 

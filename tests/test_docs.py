@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from m2f_hf.cli.main import BUNDLED_SCENES, main
+from m2f_hf import BUNDLED_SCENES
+from m2f_hf.cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,1 +1,11 @@
 """The `m2f` command: one module for each subcommand, a thin face of a room of the library."""
+
+from .._lazy import lazy_names
+from .main import main as main
+
+
+__getattr__ = lazy_names(
+    __name__,
+    {"..": ["Segmenter", "BUNDLED_MODEL", "BUNDLED_VIDEO_MODEL", "BUNDLED_SCENES"]},
+    is_deprecated=True,
+)

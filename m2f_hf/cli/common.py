@@ -20,12 +20,6 @@ from ..hub.push import IMAGES, Family, family_of
 from ..known.lookup import find_config
 
 
-ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED_MODEL = ASSETS / "shapes-panoptic"
-BUNDLED_VIDEO_MODEL = BUNDLED_MODEL.with_name("shapes-video")
-BUNDLED_SCENES = ASSETS / "scenes"
-
-
 class CommandError(Exception):
     """What was asked for cannot be started; the message says why and what to do, in one line."""
 

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..draw.segments import ClassColors, contact_sheet, draw_segments, semantic_to_segments
 from ..hub.push import VIDEOS, HubFolder, label_names, load_whole
+from ..known.bundled import BUNDLED_MODEL, BUNDLED_SCENES
 from ..known.lookup import NETWORK_ERRORS
 from ..model.configuration import Mask2FormerConfig, Mask2FormerVideoConfig
 from ..model.modeling import Mask2FormerForUniversalSegmentation
@@ -41,8 +42,6 @@ from ..processing.image_processor import TASKS, M2FImageProcessor
 from ..processing.rle import decode_rle
 from ..processing.segment_ids import id_to_rgb
 from .common import (
-    BUNDLED_MODEL,
-    BUNDLED_SCENES,
     CommandError,
     ImageError,
     add_model_options,
@@ -58,7 +57,6 @@ from .common import (
     make_output,
     probability,
 )
-from .common import BUNDLED_VIDEO_MODEL as BUNDLED_VIDEO_MODEL  # found beside the other
 from .track import add_track_parser
 
 

@@ -24,12 +24,12 @@ from tqdm.auto import tqdm
 from ..draw.segments import ClassColors, draw_segments
 from ..hub.push import IMAGES, VIDEOS, label_names, load_whole
 from ..inference.tracking import ClipTracker, to_id_map
+from ..known.bundled import BUNDLED_VIDEO_MODEL
 from ..known.label_sets import find_label_set
 from ..processing.frames import DamagedFrame, count_frames, frame_rate, stream_frames
 from ..processing.post_processing import encode_rle
 from ..processing.video_processor import Mask2FormerVideoProcessor
 from .common import (
-    BUNDLED_VIDEO_MODEL,
     CommandError,
     add_model_options,
     add_run_options,

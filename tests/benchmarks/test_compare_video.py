@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f_hf.cli.main import BUNDLED_MODEL, BUNDLED_VIDEO_MODEL
+from m2f_hf import BUNDLED_MODEL, BUNDLED_VIDEO_MODEL
 from m2f_hf.data import occlusion_clip, tube_masks
 
 

@@ -18,9 +18,11 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 
-from m2f_hf.cli.common import ASSETS, plural
-from m2f_hf.cli.main import BUNDLED_MODEL, BUNDLED_SCENES, CommandError, ImageError, describe, main, write_result
+from m2f_hf import BUNDLED_MODEL, BUNDLED_SCENES
+from m2f_hf.cli.common import plural
+from m2f_hf.cli.main import CommandError, ImageError, describe, main, write_result
 from m2f_hf.data.synthetic.shapes import CATEGORIES, ShapesDataset
+from m2f_hf.known.bundled import ASSETS
 from m2f_hf.model.configuration import Mask2FormerConfig
 from m2f_hf.model.modeling import Mask2FormerForUniversalSegmentation
 from m2f_hf.model.modeling_video import Mask2FormerForVideoSegmentation
@@ -695,7 +697,7 @@ def test_errors_of_the_command_are_no_tracebacks(monkeypatch, capsys):
     def fail(options):
         raise CommandError("what is wrong; what to do")
 
-    monkeypatch.setattr("m2f_hf.cli.main._info", fail)
+    monkeypatch.setattr(sys.modules["m2f_hf.cli.main"], "_info", fail)
     assert main(["info", "x"]) == 2
     assert capsys.readouterr().err == "m2f: what is wrong; what to do\n"
 

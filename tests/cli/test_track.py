@@ -11,8 +11,14 @@ import pytest
 from PIL import Image, ImageSequence
 from tiny import write_video
 
-from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor, stream_frames
-from m2f_hf.cli.main import BUNDLED_MODEL, BUNDLED_VIDEO_MODEL, main
+from m2f_hf import (
+    BUNDLED_MODEL,
+    BUNDLED_VIDEO_MODEL,
+    Mask2FormerForVideoSegmentation,
+    Mask2FormerVideoProcessor,
+    stream_frames,
+)
+from m2f_hf.cli import main
 from m2f_hf.cli.track import _Gif, _Movie, category_ids
 from m2f_hf.data import MovingShapesDataset
 from m2f_hf.inference.tracking import ClipTracker, to_id_map

@@ -21,8 +21,7 @@ from PIL import Image
 from transformers import pipeline
 from transformers.core_model_loading import revert_weight_conversion
 
-from m2f_hf import Mask2FormerForUniversalSegmentation
-from m2f_hf.cli.main import BUNDLED_SCENES
+from m2f_hf import BUNDLED_SCENES, Mask2FormerForUniversalSegmentation
 from m2f_hf.hub.push import is_untouched
 from m2f_hf.known import stock_checkpoints
 

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from two_processes import run_two
 
-from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
-from m2f_hf.cli.main import BUNDLED_MODEL
+from m2f_hf import BUNDLED_MODEL, M2FImageProcessor, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset, segment_masks, write_coco_panoptic
 from m2f_hf.metrics import Evaluation, MaskAP, MeanIoU, PanopticQuality, PixelScores, merged, module_path
 from m2f_hf.metrics.evaluation import semantic_map, with_masks

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments, pipeline
 
-from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
-from m2f_hf.cli.main import BUNDLED_MODEL
+from m2f_hf import BUNDLED_MODEL, M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import CATEGORIES, ShapesDataset, write_coco_panoptic
 from m2f_hf.data.augmentation import TrainingTransform
 from m2f_hf.data.loading import CollateSamples, TrainingStream, to_model_inputs

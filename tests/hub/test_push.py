@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m2f_hf import (
+    BUNDLED_MODEL,
+    BUNDLED_SCENES,
     M2FImageProcessor,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -22,7 +24,6 @@ from m2f_hf import (
     Mask2FormerVideoConfig,
     Mask2FormerVideoProcessor,
 )
-from m2f_hf.cli.main import BUNDLED_MODEL, BUNDLED_SCENES
 from m2f_hf.data import MovingShapesDataset
 from m2f_hf.hub.push import VIDEOS, Figure, HubFolder, code_files, is_untouched, model_card, result_files
 
@@ -312,7 +313,8 @@ import contextlib, io, json, os, shutil
 import m2f_hf
 from pathlib import Path
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
-from m2f_hf.cli.main import BUNDLED_MODEL, main
+from m2f_hf import BUNDLED_MODEL
+from m2f_hf.cli import main
 from m2f_hf.hub.push import HubFolder
 
 def run(*arguments):

@@ -13,8 +13,7 @@ from PIL import Image
 from transformers import pipeline
 from transformers.dynamic_module_utils import get_imports
 
-from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
-from m2f_hf.cli.main import BUNDLED_MODEL, BUNDLED_SCENES
+from m2f_hf import BUNDLED_MODEL, BUNDLED_SCENES, Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
 from m2f_hf.data import MovingShapesDataset
 from m2f_hf.hub.push import IMAGES, VIDEOS, HubFolder, _flatten_imports, code_files, model_card
 

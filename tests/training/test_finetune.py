@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 from transformers import pipeline
 from two_processes import run_two
 
-from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
-from m2f_hf.cli.main import BUNDLED_MODEL
-from m2f_hf.cli.main import main as m2f
+from m2f_hf import BUNDLED_MODEL, M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from m2f_hf.cli import main as m2f
 from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset, write_coco_panoptic
 from m2f_hf.data.augmentation import TrainingTransform
 from m2f_hf.data.loading import CollateSamples, StepSampler, TrainingStream, to_model_inputs, training_loader
