@@ -16,7 +16,7 @@ from typing import Any
 
 from download import default_cache_dir
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image, ImageOps
+from PIL import Image
 from released import find_released, listing
 
 
@@ -48,8 +48,6 @@ def _convert(options: argparse.Namespace) -> str:
     from converter import convert, convert_released, overlay_path
     from detectron2_config import is_video, read_config
 
-    from m2f_hf.cli.main import CommandError, ImageError
-
     try:
         sample_name, sample = "", None
         if options.verify:
@@ -59,7 +57,7 @@ def _convert(options: argparse.Namespace) -> str:
             report = convert_released(row, options.output, options.checkpoint, options.cache_dir, sample)
         else:
             report = convert(options.checkpoint, options.config_file, options.output, options.labels, sample)
-    except (StrictDataclassError, CommandError, ImageError) as error:
+    except StrictDataclassError as error:
         raise ValueError(error) from error
     lines = [f"{options.output}: {report}"]
     if sample:
@@ -78,12 +76,12 @@ def _photo(options: argparse.Namespace) -> tuple[str, Any]:
         FileNotFoundError: there is none.
     """
     from m2f_hf import BUNDLED_SCENES
-    from m2f_hf.processing.images import open_image
+    from m2f_hf.processing.images import read_rgb
 
     if options.clip:
         raise ValueError("This checkpoint is of an image model: give --photo, not --clip.")
     file = options.photo or BUNDLED_SCENES / "scene-1.png"
-    return file.name, ImageOps.exif_transpose(open_image(file)).convert("RGB")
+    return file.name, read_rgb(file)
 
 
 def _clip(options: argparse.Namespace) -> tuple[str, Any]:

@@ -25,9 +25,10 @@ from safetensors import safe_open
 from transformers import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerVideoProcessor
-from m2f_hf.cli.main import Segmenter, describe
 from m2f_hf.draw.segments import contact_sheet, draw_segments
+from m2f_hf.draw.words import describe
 from m2f_hf.hub.push import VIDEOS, label_names, load_whole, model_card
+from m2f_hf.inference.segmenter import Segmenter
 from m2f_hf.metrics.pictures import to_map
 from m2f_hf.processing.image_processor import M2FImageProcessor
 
@@ -216,18 +217,16 @@ def verify(folder: Path, sample: Sample, overlay: Path) -> str:
         What was found, in words.
 
     Raises:
-        CommandError, ImageError: The folder doesn't fill the model, or the photo is of an impossible size.
-        ValueError: The logits are not finite, or a video model's folder or clip is at fault.
+        OSError, ValueError: The folder doesn't fill the model, the photo or clip is of an impossible size, or the
+            logits are not finite.
     """
     if not isinstance(sample, Image.Image):
         return _verify_with_clip(folder, sample, overlay)
-    photo = sample
-    segmenter = Segmenter.load(str(folder), task=None, threshold=None, device="cpu", dtype="float32")
+    segmenter = Segmenter.from_pretrained(folder, device="cpu")
     segmenter.model.register_forward_hook(_check_finite)
-    segmentation, segments_info = segmenter(photo)
-    colors = dict(enumerate(segmenter.model.config.label_colors or []))
-    draw_segments(photo, segmentation, segments_info, colors=colors).save(overlay)
-    return describe(segments_info)
+    result = segmenter(sample)
+    result.draw().save(overlay)
+    return str(result)
 
 
 def _verify_with_clip(folder: Path, frames: Sequence[Image.Image], overlay: Path) -> str:

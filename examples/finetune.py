@@ -55,7 +55,6 @@ from m2f_hf.data.augmentation import TrainingTransform, inspect_augmentation
 from m2f_hf.data.clips import ClipTransform, inspect_clips
 from m2f_hf.data.hub_datasets import StreamingDataset
 from m2f_hf.data.loading import StepSampler, TrainingStream, evaluation_loader, to_model_inputs, training_loader
-from m2f_hf.draw.segments import draw_segments
 from m2f_hf.hub.push import CARD, Figure, HubFolder, model_card
 from m2f_hf.known.recipes import Recipe, SizeSchedule
 from m2f_hf.loss.points import SeededPoints
@@ -528,11 +527,8 @@ def measured(output: Path, data: Data, step: int) -> list[Figure]:
 
 def draw_example(best: Path, data: Data) -> None:
     """A validation image with what the model in `best` finds in it."""
-    segmenter = Segmenter.load(str(best), task=None, threshold=None, device=None, dtype="float32")
-    config, picture = segmenter.model.config, data.validation[0]["image"]
-    segmentation, segments_info = segmenter(picture)
-    scale = max(1, 480 // picture.width)
-    overlay = draw_segments(picture, segmentation, segments_info, colors=config.label_colors, scale=scale)
+    picture = data.validation[0]["image"]
+    overlay = Segmenter.from_pretrained(best)(picture).draw(scale=max(1, 480 // picture.width))
     overlay.save(best / "example.jpg", quality=90)
 
 

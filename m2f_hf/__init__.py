@@ -36,7 +36,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .auto import register
-    from .cli.main import Segmenter
+    from .inference.segmenter import Segmenter
     from .inference.tracking import ClipTracker
     from .known.bundled import BUNDLED_MODEL, BUNDLED_SCENES, BUNDLED_VIDEO_MODEL
     from .model.configuration import Mask2FormerConfig, Mask2FormerVideoConfig
@@ -50,7 +50,7 @@ else:
         __name__,
         {
             ".auto": ["register"],
-            ".cli.main": ["Segmenter"],
+            ".inference.segmenter": ["Segmenter"],
             ".inference.tracking": ["ClipTracker"],
             ".known.bundled": ["BUNDLED_MODEL", "BUNDLED_VIDEO_MODEL", "BUNDLED_SCENES"],
             ".model.configuration": ["Mask2FormerConfig", "Mask2FormerVideoConfig"],

@@ -1,23 +1,16 @@
-"""What the commands share: errors in one line, checks before anything is started, words for what was found."""
+"""What the commands share: errors in one line, options, checks before anything is started."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..hub.push import IMAGES, Family, family_of
-from ..known.lookup import find_config
+from ..inference.loading import explain_load_errors, first_line
 
 
 class CommandError(Exception):
@@ -26,39 +19,6 @@ class CommandError(Exception):
 
 class ImageError(Exception):
     """One picture cannot be segmented or its results not written; the message says why, in one line."""
-
-
-# --- words ---
-
-
-def describe(segments_info: Sequence[Mapping[str, Any]]) -> str:
-    """What was found: `3 circles and 1 star on striped ground`; for a semantic result, shares of the labelled area."""
-    if not segments_info:
-        return "nothing found"
-    if segments_info[0]["score"] is None:
-        total = sum(info["area"] for info in segments_info)
-        by_area = sorted(segments_info, key=lambda info: -info["area"])
-        return ", ".join(f"{info['label']} {info['area'] / total:.0%}" for info in by_area)
-    # Where a checkpoint does not tell things from stuff, every segment is counted.
-    counts = Counter(info["label"] for info in segments_info if info["isthing"] is not False)
-    things = [f"{number} {label if number == 1 else plural(label)}" for label, number in counts.most_common()]
-    stuff = [info["label"] for info in segments_info if info["isthing"] is False]
-    return " on ".join(_join(words) for words in (things, stuff) if words)
-
-
-def plural(label: str) -> str:
-    """English plural of a class name, by the common rules."""
-    irregular = {"person": "people", "sheep": "sheep", "mouse": "mice", "knife": "knives"}
-    head, space, last = label.rpartition(" ")
-    if last in irregular:
-        return head + space + irregular[last]
-    if label.endswith(("ss", "us", "x", "ch", "sh")):
-        return label + "es"
-    return label + "s" if label[-1:].isalpha() and not label.endswith("s") else label
-
-
-def _join(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 # --- options that commands share ---
@@ -117,68 +77,21 @@ def _writing(folder: Path) -> Iterator[None]:
         raise CommandError(f"--output {folder} cannot be written ({error.strerror}); name another folder") from error
 
 
-def choose_device(device: str | None) -> str:
-    """The device asked for, or else a GPU where there is one.
-
-    Raises:
-        CommandError: it cannot be used here.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+@contextmanager
+def command_errors() -> Iterator[None]:
+    """Turn the library's errors, OSError and ValueError, into a CommandError."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise CommandError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
-    return device
-
-
-def check_model(model: str, revision: str | None) -> Family:
-    """Whose model it is, of images or of clips; says in one line what `from_pretrained` would say late and at length.
-
-    Raises:
-        CommandError: there is no such model, or it is another kind of model.
-    """
-    if revision is not None and Path(model).is_dir():
-        raise CommandError(f"{model} is a folder, and --revision is of a model on the Hub: leave it out")
-    try:
-        config_file = find_config(model, revision=revision)
-    except OSError as error:
-        raise CommandError(str(error)) from error
-    try:
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
-        model_type = settings.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise CommandError(f"the config.json of {model} is no JSON object ({first_line(error)})") from error
-    family = IMAGES if model_type == "mask2former" else family_of(settings)
-    if family is None:
-        raise CommandError(f"{model} has model_type {model_type!r}; m2f reads 'm2f', 'm2f_video' and 'mask2former'")
-    return family
+        yield
+    except (OSError, ValueError) as error:
+        raise CommandError(first_line(error)) from error
 
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Turn the many errors of damaged or incomplete checkpoints into one line."""
+    """Turn the many errors of damaged or incomplete checkpoints into a CommandError."""
     logging.disable_progress_bar()
-    try:
+    with command_errors(), explain_load_errors(model):
         yield
-    except (
-        *(OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError),
-        *(AttributeError, KeyError, TypeError),  # JSON of another form
-    ) as error:
-        reason = _reason(error)
-        # Some name it already, or a file in it.
-        raise CommandError(reason if reason.startswith(model) else f"{model} cannot be loaded: {reason}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """What is wrong, in one line; a configuration's error names the field in the first line and the fault below."""
-    if isinstance(error, StrictDataclassError):
-        return " ".join(str(error).split())
-    return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def probability(text: str) -> float:

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -28,18 +27,20 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
 )
 from PIL import Image
-from scipy.ndimage import find_objects
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .. import __version__
-from ..draw.segments import ClassColors, contact_sheet, draw_segments, semantic_to_segments
-from ..hub.push import VIDEOS, HubFolder, label_names, load_whole
+from ..draw.segments import contact_sheet
+from ..hub.push import HubFolder, label_names
+from ..inference.loading import checkpoint_family, first_line
+from ..inference.segmenter import SegmentedImage, Segmenter
 from ..known.bundled import BUNDLED_MODEL, BUNDLED_SCENES
 from ..known.lookup import NETWORK_ERRORS
 from ..model.configuration import Mask2FormerConfig, Mask2FormerVideoConfig
 from ..model.modeling import Mask2FormerForUniversalSegmentation
 from ..processing.image_processor import TASKS, M2FImageProcessor
-from ..processing.rle import decode_rle
+from ..processing.images import read_rgb
 from ..processing.segment_ids import id_to_rgb
 from .common import (
     CommandError,
@@ -48,11 +49,8 @@ from .common import (
     add_output,
     add_revision,
     add_run_options,
-    check_model,
     check_output,
-    choose_device,
-    describe,
-    first_line,
+    command_errors,
     loading,
     make_output,
     probability,
@@ -70,9 +68,6 @@ _LABEL_FRAMES = {"any": "an instance keeps its class where it is absent", "last"
 # The scenes are small, and their labels are to be read.
 _DEMO_SCALE = 3
 _READER_GONE = 141  # 128 + SIGPIPE, as shells say it
-
-Sizes = list[tuple[int, int]]
-Segments = tuple[np.ndarray, list[dict[str, Any]]]
 
 
 # --- entry ---
@@ -167,26 +162,25 @@ def _segment(options: argparse.Namespace) -> int:
             "--model facebook/mask2former-swin-tiny-coco-panoptic",
             file=sys.stderr,
         )
-    segmenter = Segmenter.load(
-        options.model, options.task, options.threshold, options.device, options.dtype, options.revision
-    )
+    logging.disable_progress_bar()
+    with command_errors():
+        segmenter = Segmenter.from_pretrained(
+            options.model, options.task, options.threshold, options.device, options.dtype, options.revision
+        )
     revision = {"revision": options.revision} if options.revision else {}
     num_failed = 0
     jobs = list(zip(paths, _output_stems(paths, options.output), strict=True))
     for path, stem in tqdm(jobs, unit="image", disable=len(jobs) == 1):
         try:
-            image = _open_image(path, segmenter.processor)
-            segmentation, segments_info = segmenter(image)
-            make_output(options.output)  # not before there is something to lie in it
+            result = _segment_file(segmenter, path)
+            make_output(options.output)  # only once there is a file to put into it
             record = {"image": str(path), "model": options.model, **revision, "task": segmenter.task}
-            overlay = write_result(
-                options.output, stem, image, segmentation, segments_info, record, segmenter.model.config.label_colors
-            )
+            overlay = write_result(options.output, stem, result, record)
         except ImageError as error:
             num_failed += 1
             tqdm.write(f"m2f: {path}: {error}", file=sys.stderr)
         else:
-            tqdm.write(f"{path}: {describe(segments_info)} -> {overlay}")
+            tqdm.write(f"{path}: {result} -> {overlay}")
     if num_failed and len(jobs) > 1:
         print(f"m2f: {num_failed} of {len(jobs)} images failed, see above", file=sys.stderr)
     return 1 if num_failed else 0
@@ -230,149 +224,33 @@ def _output_stems(paths: Sequence[Path], folder: Path) -> list[str]:
     return stems
 
 
-class Segmenter:
-    """A model with its processor: an RGB picture in, an id map and its `segments_info` out."""
-
-    def __init__(
-        self,
-        model: Mask2FormerForUniversalSegmentation,
-        processor: M2FImageProcessor,
-        task: str | None = None,
-        threshold: float | None = None,
-    ) -> None:
-        self.model, self.processor = model, processor
-        self.id2label = label_names(model.config)
-        self.task = task or processor.task
-        self.threshold = threshold
-
-    @classmethod
-    def load(
-        cls,
-        model: str,
-        task: str | None,
-        threshold: float | None,
-        device: str | None,
-        dtype: str,
-        revision: str | None = None,
-    ) -> Segmenter:
-        """From a Hub id, there from a branch or commit (`revision`; None: main), or a folder.
-
-        Raises:
-            CommandError: where the device, the model or its files cannot be used.
-        """
-        device = choose_device(device)
-        if check_model(model, revision) is VIDEOS:
-            raise CommandError(
-                f"{model} is a video model, which follows objects through clips: run it with `m2f track`, load it with "
-                "Mask2FormerForVideoSegmentation (docs/video.md), or give --model an image model"
-            )
-        with loading(model):
-            processor = M2FImageProcessor.from_pretrained(model, revision=revision or "main")
-            if (task or processor.task) == "semantic" and threshold is not None:
-                raise CommandError("--threshold has no meaning for semantic segmentation: leave it out")
-            network: Any = load_whole(model, dtype=getattr(torch, dtype), revision=revision or "main")[0]
-        return cls(network.to(device).eval(), processor, task, threshold)
-
-    def __call__(self, image: Image.Image) -> Segments:
-        """
-        Segment one picture.
-
-        Returns:
-            (height, width) int32 ids, 0 is void, and for each segment a dictionary with `id`, `label_id`, `label`,
-            `isthing` (None where the checkpoint does not tell), `score` (0-1, None for semantic), `area` in pixels,
-            `bbox` as [x, y, width, height]; for instances, which may overlap, also `segmentation` (COCO RLE of the
-            whole mask).
-
-        Raises:
-            ImageError: where the processor refuses the picture.
-        """
-        try:
-            inputs: Any = self.processor(images=image, return_tensors="pt")
-        except ValueError as error:
-            raise ImageError(first_line(error)) from error
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)  # the mask, of integers, keeps its type
-        with torch.inference_mode():
-            outputs = self.model(**inputs)
-            segmentation, segments_info = getattr(self, f"_{self.task}")(outputs, [(image.height, image.width)])
-        for info in segments_info:
-            info["label"] = self.id2label[info["label_id"]]
-        return segmentation, [{key: info[key] for key in INFO_KEYS if key in info} for info in segments_info]
-
-    def _panoptic(self, outputs: Any, sizes: Sizes) -> Segments:
-        post_process = self.processor.post_process_panoptic_segmentation
-        result = post_process(outputs, threshold=self.threshold, target_sizes=sizes)[0]
-        return result["segmentation"].cpu().numpy(), result["segments_info"]
-
-    def _instance(self, outputs: Any, sizes: Sizes) -> Segments:
-        post_process = self.processor.post_process_instance_segmentation
-        result = post_process(outputs, threshold=self.threshold, target_sizes=sizes, return_coco_annotation=True)[0]
-        # Ids count from 0; files have 0 for void, as COCO's.
-        infos = [
-            {**info, "id": info["id"] + 1, "segmentation": encoding}
-            for info, encoding in zip(result["segments_info"], result["segmentation"], strict=True)
-        ]
-        segmentation = np.zeros(sizes[0], dtype=np.int32)
-        for info in reversed(infos):  # the better over the worse
-            segmentation[decode_rle(info["segmentation"], *sizes[0])] = info["id"]
-        return segmentation, infos
-
-    def _semantic(self, outputs: Any, sizes: Sizes) -> Segments:
-        semantic_map = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0].cpu().numpy()
-        segmentation, infos = semantic_to_segments(semantic_map, self.id2label)
-        stuff_ids = self.processor.label_ids_to_fuse
-        areas, boxes = np.bincount(segmentation.ravel()), find_objects(segmentation)  # of id 0, 1, …; of id 1, 2, …
-        for info in infos:
-            rows, columns = boxes[info["id"] - 1]
-            info["isthing"] = None if stuff_ids is None else info["label_id"] not in stuff_ids
-            info["score"] = None
-            info["area"] = int(areas[info["id"]])
-            info["bbox"] = [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
-        return segmentation, infos
-
-
-def _open_image(path: Path, processor: M2FImageProcessor) -> Image.Image:
-    """The picture upright, as 8-bit RGB, whatever it is stored as."""
+def _segment_file(segmenter: Segmenter, path: Path) -> SegmentedImage:
     try:
-        pixels = processor.process_image(path)  # (3, H, W)
+        return segmenter(path)
     except (FileNotFoundError, ValueError) as error:
         if path.is_file() and (mimetypes.guess_type(path)[0] or "").startswith("video/"):
             raise ImageError("is a video: `m2f track` follows the objects in it") from error
         raise ImageError(first_line(error).removeprefix(f"{path} ")) from error
-    if pixels.dtype != np.uint8:
-        raise ImageError("its pixels are fractions, whose range is unknown; save it with 8 or 16 bits")
-    return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
-def write_result(
-    folder: Path,
-    stem: str,
-    image: Image.Image,
-    segmentation: np.ndarray,
-    segments_info: Sequence[Mapping[str, Any]],
-    record: Mapping[str, Any],
-    colors: ClassColors | None = None,
-    scale: int = 1,
-) -> Path:
+def write_result(folder: Path, stem: str, result: SegmentedImage, record: Mapping[str, Any], scale: int = 1) -> Path:
     """
     Write `<stem>.overlay.png`, `<stem>.segments.png` and, when those are in place, `<stem>.json`; return the first.
 
     Args:
-        image: RGB picture.
-        segmentation: (height, width) ids of `segments_info`, 0 is void.
         record: what the JSON says of the picture before its `segments_info`.
-        colors: of the classes, by label id; default: the built-in palette.
         scale: enlargement of the overlay.
 
     Raises:
         ImageError: where the files cannot be written; none is left half-written.
     """
     overlay, segments, description = (folder / f"{stem}{suffix}" for suffix in OUTPUT_SUFFIXES)
-    record = {**record, "height": image.height, "width": image.width, "file_name": segments.name}
-    text = _to_json(record, segments_info)
+    height, width = result.segmentation.shape
+    text = _to_json({**record, "height": height, "width": width, "file_name": segments.name}, result.segments)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".m2f-") as work:
-            draw_segments(image, segmentation, segments_info, colors=colors, scale=scale).save(Path(work, overlay.name))
-            Image.fromarray(id_to_rgb(segmentation)).save(Path(work, segments.name))
+            result.draw(scale).save(Path(work, overlay.name))
+            Image.fromarray(id_to_rgb(result.segmentation)).save(Path(work, segments.name))
             # Names of files may hold bytes that are no text; so written, json.loads gives them back.
             Path(work, description.name).write_text(text, encoding="utf-8", errors="backslashreplace")
             for target in (overlay, segments, description):
@@ -396,27 +274,28 @@ def _to_json(record: Mapping[str, Any], segments_info: Sequence[Mapping[str, Any
 def _demo(options: argparse.Namespace) -> int:
     scenes = sorted(BUNDLED_SCENES.glob("*.png"))
     check_output(options.output)
-    segmenter = Segmenter.load(str(BUNDLED_MODEL), task=None, threshold=None, device="cpu", dtype="float32")
+    logging.disable_progress_bar()
+    segmenter = Segmenter.from_pretrained(BUNDLED_MODEL, device="cpu")
+    segmenters = [Segmenter(segmenter.model, segmenter.processor, task) for task in TASKS]
     make_output(options.output)
 
     print(f"{len(scenes)} generated scenes that the bundled model has never seen, each for {len(TASKS)} tasks:")
     rows = []
     for scene in scenes:
-        image = _open_image(scene, segmenter.processor)
         print(f"\n{scene.stem}")
+        image = read_rgb(scene)
         row = [image.resize((image.width * _DEMO_SCALE, image.height * _DEMO_SCALE), Image.Resampling.BICUBIC)]
-        for segmenter.task in TASKS:
-            segmentation, segments_info = segmenter(image)
+        for segmenter in segmenters:
+            result = segmenter(image)
             record = {"image": scene.name, "model": BUNDLED_MODEL.name, "task": segmenter.task}
-            stem = f"{scene.stem}.{segmenter.task}"
             try:
                 overlay = write_result(
-                    options.output, stem, image, segmentation, segments_info, record, scale=_DEMO_SCALE
+                    options.output, f"{scene.stem}.{segmenter.task}", result, record, scale=_DEMO_SCALE
                 )
             except ImageError as error:
                 raise CommandError(str(error)) from error
             row.append(Image.open(overlay))
-            print(f"  {segmenter.task:<9} {describe(segments_info)}")
+            print(f"  {segmenter.task:<9} {result}")
         rows.append(row)
     sheet = options.output / "demo.png"
     picture = contact_sheet(rows, [scene.stem for scene in scenes], ["scene", *TASKS])
@@ -434,7 +313,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    family = check_model(options.model, options.revision)
+    with command_errors():
+        family = checkpoint_family(options.model, options.revision)
     with loading(options.model):
         config = family.config.from_pretrained(options.model, revision=options.revision or "main")
         processor = family.processor.from_pretrained(options.model, revision=options.revision or "main")

@@ -22,7 +22,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..draw.segments import ClassColors, draw_segments
+from ..draw.words import describe
 from ..hub.push import IMAGES, VIDEOS, label_names, load_whole
+from ..inference.loading import checkpoint_family, choose_device, first_line
 from ..inference.tracking import ClipTracker, to_id_map
 from ..known.bundled import BUNDLED_VIDEO_MODEL
 from ..known.label_sets import find_label_set
@@ -33,11 +35,8 @@ from .common import (
     CommandError,
     add_model_options,
     add_run_options,
-    check_model,
     check_output,
-    choose_device,
-    describe,
-    first_line,
+    command_errors,
     loading,
     make_output,
     probability,
@@ -159,8 +158,9 @@ def _work_folder(output: Path) -> Iterator[Path]:
 
 
 def _load(options: argparse.Namespace) -> ClipTracker:
-    device = choose_device(options.device)
-    family = check_model(options.model, options.revision)
+    with command_errors():
+        device = choose_device(options.device)
+        family = checkpoint_family(options.model, options.revision)
     if options.model == str(BUNDLED_VIDEO_MODEL):
         print(
             "m2f: no --model given: the bundled one knows generated shapes only (docs/video.md names others)",

@@ -1,5 +1,6 @@
 """The `image-segmentation` pipeline, for which a checkpoint's own task, stuff classes and thresholds hold."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers import ImageSegmentationPipeline
 
 from ..model.configuration import Mask2FormerVideoConfig
 from ..processing.image_processor import M2FImageProcessor
+from ..processing.images import ADDRESSES, read_image
 
 
 PADDED_INPUTS = ("pixel_values", "pixel_mask")
@@ -49,11 +51,24 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
             )
         super().__init__(model, *args, **kwargs)
 
-    def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def preprocess(  # type: ignore[override]
+        self, image: Any, subtask: Any = None, timeout: float | None = None
+    ) -> Any:
         """The model's inputs of one image; for our models as lists, which make a batch whatever the images' sizes."""
-        inputs = super().preprocess(image, *args, **kwargs)
-        if isinstance(self.image_processor, M2FImageProcessor):
-            inputs.update({name: list(inputs[name]) for name in PADDED_INPUTS})
+        if not isinstance(self.image_processor, M2FImageProcessor):
+            return super().preprocess(image, subtask=subtask, timeout=timeout)
+        if (
+            isinstance(image, str)
+            and "." not in image
+            and not image.startswith(ADDRESSES)
+            and not os.path.exists(image)
+        ):
+            image = f"data:image/png;base64,{image}"  # which the stock pipeline takes by itself
+        pixels = read_image(image, timeout=timeout)  # (3, H, W)
+        inputs: Any = self.image_processor(pixels, input_data_format="channels_first", return_tensors="pt")
+        inputs = inputs.to(self.dtype)
+        inputs.update({name: list(inputs[name]) for name in PADDED_INPUTS})
+        inputs["target_size"] = [pixels.shape[1:]]
         return inputs
 
     def _forward(self, model_inputs: Any) -> Any:  # type: ignore[override]

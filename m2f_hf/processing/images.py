@@ -1,35 +1,51 @@
-"""Images of any kind to arrays of pixels, their sizes, resizing and padding; built on Pillow and NumPy."""
+"""Read images of any kind, the only place that does, and resize and pad them; built on Pillow and NumPy."""
 
+import ssl
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict, load_image
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
+
+try:
+    from certifi import where as find_certificates
+except ImportError:
+    find_certificates = None  # type: ignore[assignment]
 
 Size = tuple[int, int]
+
+ADDRESSES = ("http://", "https://", "data:image/")
+# Of an image by its address: seconds without an answer, and bytes at most.
+TIMEOUT = 30.0
+MAX_DOWNLOAD = 2**28
 
 
 # --- reading ---
 
 
-def read_image(image: Any, data_format: str | ChannelDimension | None = None) -> np.ndarray:
-    """An image of any kind to (3, H, W) RGB: uint8, or float32 in the range it came in.
+def read_image(
+    image: Any, data_format: str | ChannelDimension | None = None, timeout: float | None = None
+) -> np.ndarray:
+    """Read an image of any kind as (3, H, W) RGB: uint8, or float32 in the range it came in.
 
     Args:
-        image: path (str or Path), http(s) address, Pillow image of any mode, or array or tensor (H, W), (H, W, C) or
-            (C, H, W) with 1, 3 or 4 channels.
+        image: path (str or Path), http(s) or data: address, Pillow image of any mode, or array or tensor (H, W),
+            (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Files and Pillow images are turned upright (EXIF).
         data_format: "channels_first" or "channels_last"; by default the shape tells, and where it fits both, arrays
             are (H, W, C) and tensors (C, H, W).
+        timeout: seconds to wait for an address; None: 30.
 
     Raises:
         FileNotFoundError: a path without a file.
         ValueError: what is not an image; each says what to do.
     """
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
-        image = _fetch_image(image)
+    if isinstance(image, str) and image.startswith(ADDRESSES):
+        image = _fetch_image(image, TIMEOUT if timeout is None else timeout)
     elif isinstance(image, str | Path):
         image = open_image(image)
     is_torch = isinstance(image, torch.Tensor)
@@ -48,6 +64,25 @@ def read_image(image: Any, data_format: str | ChannelDimension | None = None) ->
     return _to_known_range(_to_channels_first(array, is_torch, data_format))
 
 
+def read_rgb(image: Any) -> Image.Image:
+    """Read an image of any kind, as `read_image` does, as an upright 8-bit RGB Pillow image.
+
+    Raises:
+        FileNotFoundError: a path without a file.
+        ValueError: what is not an image, fractions outside of 0 to 255.
+    """
+    return to_pillow(read_image(image))
+
+
+def to_pillow(image: np.ndarray) -> Image.Image:
+    """Turn (3, H, W) of `read_image` into an 8-bit RGB Pillow image.
+
+    Raises:
+        ValueError: fractions outside of 0 to 255.
+    """
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(_to_8_bit(image), 0, -1)))
+
+
 def list_of_images(images: Any) -> list[Any]:
     """One image, a list of images or a (B, ...) array of four dimensions, to a list of images.
 
@@ -63,7 +98,7 @@ def list_of_images(images: Any) -> list[Any]:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Opens and decodes an image file; pixels as stored.
+    """Open and decode an image file; its pixels stay as stored.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -72,9 +107,7 @@ def open_image(path: str | Path) -> Image.Image:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no image file {path}")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        return _decode(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path} cannot be read as an image ({error}): the file is damaged, incomplete or of a format that Pillow "
@@ -82,13 +115,28 @@ def open_image(path: str | Path) -> Image.Image:
         ) from error
 
 
-def _fetch_image(address: str) -> Image.Image:
+def _fetch_image(address: str, timeout: float) -> Image.Image:
     try:
-        return load_image(address)
+        context = ssl.create_default_context()
+        if find_certificates is not None:  # some Pythons come without certificates
+            context.load_verify_locations(find_certificates())
+        # Some servers refuse Python's own name.
+        request = Request(address, headers={"User-Agent": "m2f_hf"})
+        with urlopen(request, timeout=timeout, context=context) as response:
+            content = response.read(MAX_DOWNLOAD + 1)
+        if len(content) > MAX_DOWNLOAD:
+            raise ValueError(f"it is larger than {MAX_DOWNLOAD >> 20} MiB")
+        return _decode(BytesIO(content))
     except Exception as error:  # of the network, of its client, of Pillow
         raise ValueError(
-            f"no image could be had from {address[:100]} ({error}): download it and pass its path"
+            f"no image could be fetched from {address[:100]} ({error}): download it and pass its path"
         ) from error
+
+
+def _decode(file: Any) -> Image.Image:
+    with Image.open(file) as image:
+        image.load()
+        return image
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
@@ -195,15 +243,19 @@ def get_resized_size(image_size: Size, size: SizeDict) -> Size:
 
 
 def resize_image(image: np.ndarray, size: SizeDict, resample: PILImageResampling | None = None) -> np.ndarray:
-    """(3, H, W) -> (3, new H, new W) by Pillow on 8 bits; size as `get_resized_size`, range and dtype as before."""
+    """Resize (3, H, W) to (3, new H, new W) by Pillow on 8 bits, to `get_resized_size`; range and dtype stay."""
     height, width = get_resized_size((image.shape[-2], image.shape[-1]), size)
-    scale = scale_to_255(image)
-    pixels = image if image.dtype == np.uint8 else np.rint(image * scale).clip(0, 255).astype(np.uint8)
-    resized = Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1))).resize(
+    resized = to_pillow(image).resize(
         (width, height), Image.Resampling.BILINEAR if resample is None else Image.Resampling(int(resample))
     )
     array = np.moveaxis(np.asarray(resized), -1, 0)
-    return array if image.dtype == np.uint8 else array.astype(np.float32) / scale
+    return array if image.dtype == np.uint8 else array.astype(np.float32) / scale_to_255(image)
+
+
+def _to_8_bit(image: np.ndarray) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(image * scale_to_255(image)).clip(0, 255).astype(np.uint8)
 
 
 def pad_to(array: np.ndarray, size: Size | None) -> np.ndarray:

@@ -19,9 +19,10 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from m2f_hf import BUNDLED_MODEL, BUNDLED_SCENES
-from m2f_hf.cli.common import plural
-from m2f_hf.cli.main import CommandError, ImageError, describe, main, write_result
+from m2f_hf.cli.main import CommandError, ImageError, main, write_result
 from m2f_hf.data.synthetic.shapes import CATEGORIES, ShapesDataset
+from m2f_hf.draw.words import describe, plural
+from m2f_hf.inference.segmenter import SegmentedImage
 from m2f_hf.known.bundled import ASSETS
 from m2f_hf.model.configuration import Mask2FormerConfig
 from m2f_hf.model.modeling import Mask2FormerForUniversalSegmentation
@@ -32,6 +33,7 @@ from m2f_hf.processing.video_processor import Mask2FormerVideoProcessor
 
 
 NAMES = {category["id"]: category["name"] for category in CATEGORIES}
+EMPTY = SegmentedImage(Image.new("RGB", (4, 3)), np.zeros((3, 4), dtype=int), [], "panoptic")
 STUFF = [category["id"] for category in CATEGORIES if not category["isthing"]]
 
 
@@ -237,7 +239,8 @@ def test_json_has_a_line_for_each_segment(tmp_path):
     infos = [{"id": 1, "label": "Käfer", "bbox": [0, 0, 1, 1]}, {"id": 2, "label": '"', "bbox": [0, 0, 1, 1]}]
     segmentation = np.array([[1, 2]])
     drawable = [{**info, "label_id": 0} for info in infos]
-    write_result(tmp_path, "a", Image.new("RGB", (2, 1)), segmentation, drawable, {"image": "ö.png"})
+    result = SegmentedImage(Image.new("RGB", (2, 1)), segmentation, drawable, "semantic")
+    write_result(tmp_path, "a", result, {"image": "ö.png"})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text)["segments_info"] == drawable
     assert json.loads(text)["image"] == "ö.png"
@@ -420,7 +423,7 @@ def test_the_json_comes_last(tmp_path, monkeypatch):
     put = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: (put.append(Path(target).name), replace(source, target)))
-    write_result(tmp_path, "a", Image.new("RGB", (4, 3)), np.zeros((3, 4), dtype=int), [], {})
+    write_result(tmp_path, "a", EMPTY, {})
     assert sorted(put) == names(tmp_path)
     assert put[-1] == "a.json"
 
@@ -429,10 +432,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     def fail(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    image = Image.new("RGB", (4, 3))
     monkeypatch.setattr(Path, "write_text", fail)  # the last of the three files
     with pytest.raises(ImageError, match="No space left"):
-        write_result(tmp_path, "a", image, np.zeros((3, 4), dtype=int), [], {})
+        write_result(tmp_path, "a", EMPTY, {})
     assert names(tmp_path) == []
 
 
@@ -526,16 +528,16 @@ def test_what_the_hub_answers(status, code, says, monkeypatch, capsys):
 def test_a_device_that_is_not_there(model, photo, tmp_path, capsys):
     arguments = ["segment", str(photo), "--model", model, "--output", str(tmp_path)]
     assert main([*arguments, "--device", "cuda:99"]) == 2
-    assert "try --device cpu" in capsys.readouterr().err
+    assert "try device cpu" in capsys.readouterr().err
     assert main([*arguments, "--device", "toaster"]) == 2
-    assert "try --device cpu" in capsys.readouterr().err
+    assert "try device cpu" in capsys.readouterr().err
 
 
 def test_threshold_means_nothing_for_semantic(model, photo, tmp_path, capsys):
     out = tmp_path / "out" / "deeper"
     arguments = ["segment", str(photo), "--model", model, "--output", str(out), "--threshold", "0.5"]
     assert main([*arguments, "--task", "semantic"]) == 2
-    assert "--threshold has no meaning" in capsys.readouterr().err
+    assert "threshold has no meaning" in capsys.readouterr().err
     assert names(tmp_path) == ["in"]
 
 
@@ -543,7 +545,7 @@ def test_threshold_means_nothing_for_semantic(model, photo, tmp_path, capsys):
 def test_a_folder_has_no_revisions(command, model, photo, tmp_path, capsys):
     arguments = {"info": [model], "segment": [str(photo), "--model", model, "--output", str(tmp_path / "out")]}[command]
     assert main([command, *arguments, "--revision", "v2"]) == 2
-    assert "is a folder, and --revision is of a model on the Hub" in capsys.readouterr().err
+    assert "is a folder, and revision is of a model on the Hub" in capsys.readouterr().err
     assert names(tmp_path) == ["in"]
 
 
@@ -623,7 +625,7 @@ def test_a_video_model_segments_no_pictures(video_model, photo, tmp_path, capsys
     assert main(["segment", str(photo), "--model", video_model, "--output", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"m2f: {video_model} is a video model") and error.count("\n") == 1
-    assert "Mask2FormerForVideoSegmentation" in error and "image model" in error
+    assert "ClipTracker" in error and "image model" in error
     assert not out.exists()
 
 

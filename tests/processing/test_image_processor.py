@@ -688,7 +688,7 @@ def test_files_that_are_no_images(tmp_path, picture):
 
 @pytest.mark.parametrize("address", ["data:image/png;base64,AAAA", "http://127.0.0.1:9/photo.jpg"])
 def test_addresses_without_an_image(address):
-    with pytest.raises(ValueError, match=r"no image could be had from .*pass its path"):
+    with pytest.raises(ValueError, match=r"no image could be fetched from .*pass its path"):
         M2FImageProcessor()(address)
 
 
