@@ -16,7 +16,6 @@ from m2f_hf import (
     Mask2FormerVideoProcessor,
 )
 from m2f_hf.data import CATEGORIES, MovingShapesDataset, ShapesDataset, occlusion_clip, tube_masks
-from m2f_hf.known.bundled import BUNDLED_MODEL, BUNDLED_VIDEO_MODEL
 from m2f_hf.metrics import Evaluation, evaluate_model
 
 
