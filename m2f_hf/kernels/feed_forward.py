@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .pieces import learns_in_pieces, pieces
+from .pieces import add_product, learns_in_pieces, pieces, product_dtype
 from .products import linear
 
 
@@ -22,7 +22,8 @@ _NUMBERS_KEPT = 1 << 23  # 32 MB in float32: what is larger comes from the opera
 def feed_forward(states: Tensor, fc1: nn.Linear, fc2: nn.Linear, activation: str) -> Tensor:
     """`fc2(activation(fc1(states)))` for "relu" or "gelu" (exact, with erf): (..., C) -> (..., C)."""
     if is_plain(fc1) and is_plain(fc2) and learns_in_pieces(states, fc1.weight):
-        output: Tensor = FeedForward.apply(states, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation == "gelu")
+        states = states.to(product_dtype(states))
+        output: Tensor = FeedForward.apply(states, activation == "gelu", fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         return output
     if activation == "gelu":
         return apply_linear(fc2, F.gelu(apply_linear(fc1, states)))
@@ -52,12 +53,16 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 class FeedForward(torch.autograd.Function):
     """As `feed_forward`. Nothing of the width of `fc1`'s output outlives a piece, unless it is small: then `expanded`
-    does, the activation's input (the output of a ReLU, from which its gradient follows as well)."""
+    does, the activation's input (the output of a ReLU, from which its gradient follows as well).
+
+    Products and output have the dtype of the states. The parameters' own, in which their gradients are added up, is
+    float32, under autocast too."""
 
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, gelu: bool
-    ) -> Tensor:
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx: Any, states: Tensor, gelu: bool, *parameters: Tensor) -> Tensor:
+        """States (..., C), whether the activation is a GELU, weight and bias of `fc1` and of `fc2` -> (..., C)."""
+        weight1, bias1, weight2, bias2 = (parameter.to(states.dtype) for parameter in parameters)
         rows = states.flatten(0, -2)
         output = torch.empty_like(rows)
         width = len(weight1)
@@ -65,28 +70,30 @@ class FeedForward(torch.autograd.Function):
         for piece in pieces(len(rows), width):
             wide = linear(rows[piece], weight1, bias1, relu=not gelu, out=None if expanded is None else expanded[piece])
             linear(F.gelu(wide) if gelu else wide, weight2, bias2, out=output[piece])
-        ctx.save_for_backward(states, weight1, bias1, weight2, expanded)
+        ctx.save_for_backward(states, expanded, *parameters[:3])
         ctx.gelu = gelu
         return output.view(states.shape)
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight1, bias1, weight2, expanded = ctx.saved_tensors
+        states, expanded, *parameters = ctx.saved_tensors
+        weight1, bias1, weight2 = (parameter.to(states.dtype) for parameter in parameters)
         rows, grad_output = states.flatten(0, -2), grad.flatten(0, -2)
         grad_rows = torch.empty_like(rows)
-        grad_weight1, grad_bias1, grad_weight2 = (torch.zeros_like(one) for one in (weight1, bias1, weight2))
+        grad_weight1, grad_bias1, grad_weight2 = map(torch.zeros_like, parameters)
         for piece in pieces(len(rows), len(weight1)):
             wide = linear(rows[piece], weight1, bias1, relu=not ctx.gelu) if expanded is None else expanded[piece]
             activated = F.gelu(wide) if ctx.gelu else wide
-            grad_weight2.addmm_(grad_output[piece].T, activated)
+            add_product(grad_weight2, grad_output[piece].T, activated)
             grad_wide = linear(grad_output[piece], weight2.T)
             # In place: fresh memory of that width would not be in the cache.
             if ctx.gelu:
                 torch.ops.aten.gelu_backward.grad_input(grad_wide, wide, grad_input=grad_wide)
             else:
                 torch.ops.aten.threshold_backward.grad_input(grad_wide, activated, 0, grad_input=grad_wide)
-            grad_weight1.addmm_(grad_wide.T, rows[piece])
+            add_product(grad_weight1, grad_wide.T, rows[piece])
             grad_bias1 += grad_wide.sum(0)
             linear(grad_wide, weight1.T, out=grad_rows[piece])
-        return grad_rows.view(states.shape), grad_weight1, grad_bias1, grad_weight2, grad_output.sum(0), None
+        grad_bias2 = grad_output.sum(0, dtype=grad_bias1.dtype)
+        return grad_rows.view(states.shape), None, grad_weight1, grad_bias1, grad_weight2, grad_bias2

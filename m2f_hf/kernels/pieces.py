@@ -39,15 +39,29 @@ def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
 def learns_in_pieces(hidden_states: Tensor, weight: Tensor) -> bool:
     """Whether a function of `hidden_states` and `weight` should use a backward pass that goes piece by piece.
 
-    It adds up the weight's gradient over the pieces, for which half precision is too coarse.
+    It adds up the weight's gradient over the pieces, for which half precision is too coarse: the weight is float32, and
+    so are the states unless autocast chooses the dtype of products.
     """
     return (
         hidden_states.device.type == "cpu"
         and torch.is_grad_enabled()
-        and hidden_states.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
+        and weight.dtype == torch.float32
+        and (hidden_states.dtype == torch.float32 or torch.is_autocast_enabled("cpu"))
         and not is_recorded()
     )
+
+
+def product_dtype(hidden_states: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer multiplies states on the CPU: autocast's where it is on, else their own."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to `total` in place; under autocast `total` is float32 and the factors are not."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def pieces(length: int, width: int) -> Iterator[slice]:

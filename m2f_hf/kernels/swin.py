@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.swin import modeling_swin
 
 from .feed_forward import apply_linear, feed_forward, is_plain
-from .pieces import is_recorded, learns_in_pieces, pieces, with_channels_last, works_in_pieces
+from .pieces import is_recorded, learns_in_pieces, pieces, product_dtype, with_channels_last, works_in_pieces
 from .window_attention import Standing, WindowAttention, Windows
 
 
@@ -202,6 +202,7 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
             Windows.of(windows, regions, (images, length), hidden),
             _OUTSIDE,
             norm.eps,
+            product_dtype(hidden_states),
         )
         return output
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .pieces import pieces
+from .pieces import add_product, pieces
 from .products import linear
 
 
@@ -114,9 +114,13 @@ class Standing(NamedTuple):
 
 
 class WindowAttention(torch.autograd.Function):
-    """`states + keep * output(attention(input(norm(states))))` within windows."""
+    """`states + keep * output(attention(input(norm(states))))` within windows.
+
+    Under autocast projections are in its dtype, scores and what follows from them in float32.
+    """
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(
         ctx: Any,
         states: Tensor,
@@ -131,6 +135,7 @@ class WindowAttention(torch.autograd.Function):
         windows: Windows,
         penalty: float,
         eps: float,
+        dtype: torch.dtype,
     ) -> Tensor:
         """
         Args:
@@ -141,6 +146,7 @@ class WindowAttention(torch.autograd.Function):
             windows: of all images.
             penalty: added to the score of a key in another region.
             eps: of the norm.
+            dtype: of the projections.
 
         Returns:
             (B, L, C).
@@ -149,7 +155,9 @@ class WindowAttention(torch.autograd.Function):
         num_windows, area = windows.tokens.shape
         heads, width = len(position_bias), rows.shape[1] // len(position_bias)
         output = torch.empty_like(rows)
-        projected = rows.new_empty(3, num_windows, heads, area, width)  # queries, keys and values
+        projected = rows.new_empty(3, num_windows, heads, area, width, dtype=dtype)  # queries, keys and values
+        project_in, bias_in = in_weight.to(dtype), None if in_bias is None else in_bias.to(dtype)
+        project_out, bias_out = out_weight.to(dtype), out_bias.to(dtype)
         if keep is not None:
             keep = keep.repeat_interleave(states.shape[1])[:, None]
         ctx.sizes = (penalty, eps, width**-0.5)
@@ -158,20 +166,21 @@ class WindowAttention(torch.autograd.Function):
             tokens = standing.tokens
             read = rows.index_select(0, tokens)
             normed = windows.clear(F.layer_norm(read, read.shape[1:], norm_weight, norm_bias, eps), tokens)
-            query, key, value = projected[:, piece]
             # What fills a window up is zero, of which there is nothing left but the bias.
-            split = standing.spread(linear(normed, in_weight, in_bias), in_bias)
+            split = standing.spread(linear(normed.to(dtype), project_in, bias_in), bias_in)
             # (w * N, 3 * C) -> (3, w, heads, N, C / heads)
             projected[:, piece].copy_(split.view(-1, area, 3, heads, width).permute(2, 0, 3, 1, 4))
+            query, key, value = projected[:, piece].to(position_bias.dtype)
             attended = _weights(query, key, position_bias, windows.outside(piece), ctx.sizes) @ value
-            update = linear(standing.gather(attended.transpose(1, 2).flatten(2).flatten(0, 1)), out_weight, out_bias)
+            attended = standing.gather(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+            update = linear(attended.to(dtype), project_out, bias_out)
             if keep is not None:
                 update *= keep.index_select(0, tokens)
-            output.index_copy_(0, tokens, update.add_(read))
+            output.index_copy_(0, tokens, read.add_(update))
         ctx.save_for_backward(
             states, norm_weight, norm_bias, in_weight, position_bias, out_weight, keep, projected, *windows
         )
-        ctx.has_bias = in_bias is not None
+        ctx.has_bias, ctx.dtype = in_bias is not None, dtype
         return output.view(states.shape)
 
     @staticmethod
@@ -180,24 +189,25 @@ class WindowAttention(torch.autograd.Function):
         states, norm_weight, norm_bias, in_weight, position_bias, out_weight, keep, projected, *tables = (
             ctx.saved_tensors
         )
-        windows, (_, eps, scale) = Windows(*tables), ctx.sizes
+        windows, (_, eps, scale), dtype = Windows(*tables), ctx.sizes, ctx.dtype
         rows, grad_output = states.flatten(0, 1), grad.flatten(0, 1)
         grad_rows = torch.empty_like(rows)
         grads = [torch.zeros_like(one) for one in (norm_weight, norm_bias, in_weight, position_bias, out_weight)]
         grad_norm_weight, grad_norm_bias, grad_in_weight, grad_position_bias, grad_out_weight = grads
-        grad_in_bias, grad_out_bias = rows.new_zeros(len(in_weight)), rows.new_zeros(len(out_weight))
+        grad_in_bias, grad_out_bias = in_weight.new_zeros(len(in_weight)), out_weight.new_zeros(len(out_weight))
+        project_in, project_out = in_weight.to(dtype), out_weight.to(dtype)
         for piece in windows.pieces(len(in_weight)):
             standing = windows.standing_in(piece)
             tokens = standing.tokens
             grad_read = grad_output.index_select(0, tokens)
-            grad_update = grad_read if keep is None else grad_read * keep.index_select(0, tokens)
-            query, key, value = projected[:, piece]
+            grad_update = (grad_read if keep is None else grad_read * keep.index_select(0, tokens)).to(dtype)
+            query, key, value = projected[:, piece].to(position_bias.dtype)
             num_windows, heads, area, width = query.shape
             weights = _weights(query, key, position_bias, windows.outside(piece), ctx.sizes)
             attended = (weights @ value).transpose(1, 2).flatten(2).flatten(0, 1)
-            grad_out_weight.addmm_(grad_update.T, standing.gather(attended))
-            grad_out_bias += grad_update.sum(0)
-            grad_attended = standing.spread(linear(grad_update, out_weight.T))
+            add_product(grad_out_weight, grad_update.T, standing.gather(attended).to(dtype))
+            grad_out_bias += grad_update.sum(0, dtype=grad_out_bias.dtype)
+            grad_attended = standing.spread(linear(grad_update, project_out.T)).to(position_bias.dtype)
             # (w * N, C) -> (w, heads, N, C / heads)
             grad_attended = grad_attended.view(num_windows, area, heads, width).transpose(1, 2).contiguous()
             grad_scores = torch.ops.aten._softmax_backward_data(grad_attended @ value.mT, weights, -1, weights.dtype)
@@ -208,12 +218,12 @@ class WindowAttention(torch.autograd.Function):
             grad_split = torch.stack([grad_scores @ key, grad_scores.mT @ query, grad_value])
             grad_split = grad_split.permute(1, 3, 0, 2, 4).reshape(num_windows * area, -1)
             grad_in_bias += grad_split.sum(0)
-            grad_split = standing.gather(grad_split)
+            grad_split = standing.gather(grad_split).to(dtype)
             read = rows.index_select(0, tokens)
             normed, mean, inverse_deviation = torch.native_layer_norm(read, read.shape[1:], norm_weight, norm_bias, eps)
-            grad_in_weight.addmm_(grad_split.T, windows.clear(normed, tokens))
+            add_product(grad_in_weight, grad_split.T, windows.clear(normed, tokens).to(dtype))
             of_read, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-                windows.clear(linear(grad_split, in_weight.T), tokens),
+                windows.clear(linear(grad_split, project_in.T), tokens).to(read.dtype),
                 read,
                 read.shape[1:],
                 mean,
@@ -228,7 +238,7 @@ class WindowAttention(torch.autograd.Function):
         return (
             grad_rows.view(states.shape), grad_norm_weight, grad_norm_bias, grad_in_weight,
             grad_in_bias if ctx.has_bias else None, grad_position_bias, grad_out_weight, grad_out_bias,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 

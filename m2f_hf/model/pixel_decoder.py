@@ -153,6 +153,7 @@ class Mask2FormerPixelDecoderEncoderLayer(GradientCheckpointingLayer):
         )
         return (
             all(learns_in_pieces(hidden_states, parameter) for parameter in self.parameters())
+            and not torch.is_autocast_enabled("cpu")
             and hidden_states.requires_grad
             and form_for(hidden_states.unflatten(-1, (attention.num_heads, -1))) == "gather"
             and is_plain(attention, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention)

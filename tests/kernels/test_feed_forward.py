@@ -132,11 +132,26 @@ def test_layers_that_do_more_than_a_product_are_called():
             assert not torch.allclose(output, plain)
 
 
-def test_half_precision_and_autocast_take_the_layers_themselves():
+@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_outputs_and_gradients_are_as_exact_as_those_of_the_layers(dtype, activation, kept, monkeypatch):
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 7 * WIDTHS[1])
+    monkeypatch.setattr(feed_forward, "_NUMBERS_KEPT", kept)
+    layers, states = make_layers(), torch.randn(2, 90, WIDTHS[0]).to(dtype)
+    plain = lambda rows, fc1, fc2: fc2(getattr(nn.functional, activation)(fc1(rows)))
+    exact = run(layers, states.float(), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(layers, states, plain)
+        actual = run(layers, states, lambda *inputs: feed_forward.feed_forward(*inputs, activation))
+    assert actual[0].grad_fn.name().startswith("FeedForward")
+    for one, theirs, ours in zip(exact, expected, actual, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - one).norm() <= 1.5 * (theirs - one).norm()
+
+
+def test_half_precision_takes_the_layers_themselves():
     layers, states = make_layers(), torch.randn(3, WIDTHS[0], requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = feed_forward.feed_forward(states, *layers, "gelu")
-    assert output.dtype == torch.bfloat16 and not output.grad_fn.name().startswith("FeedForward")
     layers = nn.ModuleList(layers).to(torch.bfloat16)
     output = feed_forward.feed_forward(states.bfloat16(), *layers, "gelu")
     assert output.dtype == torch.bfloat16 and not output.grad_fn.name().startswith("FeedForward")

@@ -125,6 +125,37 @@ def test_pieces_learn_what_the_whole_learns(case, shift, numbers, monkeypatch):
         torch.testing.assert_close(actual, expected, atol=2e-5 * max(1, expected.abs().max().item()), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_pieces_are_as_exact_as_the_whole_and_keep_queries_in_its_dtype(dtype, monkeypatch):
+    _, layer = make_layer(2)
+    states = torch.randn(2, 63, 12).to(dtype)
+    weights = torch.randn(2, 63, 12)
+    results, kept = [], []
+
+    def pack(tensor):
+        kept.append((tensor.numel(), tensor.dtype))
+        return tensor
+
+    for in_pieces, is_cast in ((False, False), (False, True), (True, True)):
+        if not in_pieces:
+            monkeypatch.setattr(swin, "learns_in_pieces", lambda *_: False)
+            monkeypatch.setattr(feed_forward, "learns_in_pieces", lambda *_: False)
+        inputs = states.to(dtype if is_cast else torch.float32).requires_grad_()
+        kept.clear()
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=is_cast),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            output = layer.train()(inputs, (9, 7), always_partition=True)[0]
+        assert ("WindowAttentionBackward" in graph_of(output)) == in_pieces
+        results.append((output, *torch.autograd.grad((output * weights).sum(), [inputs, *layer.parameters()])))
+        monkeypatch.undo()
+    assert (3 * 2 * 6 * 16 * 12, torch.bfloat16) in kept
+    for exact, theirs, ours in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-6
+
+
 def test_autocast_around_the_backward_pass_alone_changes_nothing():
     _, layer = make_layer(2)
     states = torch.randn(2, 63, 12, requires_grad=True)
