@@ -8,7 +8,7 @@ import torch
 from transformers import Mask2FormerImageProcessorPil
 
 from m2f_hf import M2FImageProcessor
-from m2f_hf.processing.post_processing import encode_rle
+from m2f_hf.processing.rle import encode_rle
 
 
 class StockProcessor:

@@ -29,7 +29,7 @@ from ..inference.tracking import ClipTracker, to_id_map
 from ..known.bundled import BUNDLED_VIDEO_MODEL
 from ..known.label_sets import find_label_set
 from ..processing.frames import DamagedFrame, count_frames, frame_rate, stream_frames
-from ..processing.post_processing import encode_rle
+from ..processing.rle import encode_rle
 from ..processing.video_processor import Mask2FormerVideoProcessor
 from .common import (
     CommandError,

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..processing.post_processing import encode_rle
-from ..processing.rle import as_polygons, check_rle, drawable_polygons
+from ..processing.rle import as_polygons, check_rle, drawable_polygons, encode_rle
 from ..processing.segment_ids import rgb_to_id
 from .base import ImageFile, SegmentationDataset, read_image, read_map, semantic_segments
 from .label_maps import LabelCoding, decode_labels

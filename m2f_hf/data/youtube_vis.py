@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..processing.post_processing import encode_rle
+from ..processing.rle import encode_rle
 from .base import Selection, check_pixels, read_image, read_size
 from .categories import make_categories
 from .coco import check_entries, check_segmentation, find_folder, group_annotations, image_folders, read_json

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..processing.post_processing import encode_rle
-from ..processing.rle import decode_segmentation, run_lengths
+from ..processing.rle import decode_segmentation, encode_rle, run_lengths
 from .base import Metric, names_of
 
 

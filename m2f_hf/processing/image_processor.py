@@ -1,4 +1,4 @@
-"""Images and label maps to the model's frame, and the model's outputs back to segments in the image's own frame.
+"""The image processor: images and label maps to the model's frame, outputs back to segments in the image's own.
 
 Pixels are treated as the original code treats them: Pillow's bilinear resizing on 8 bits with the aspect ratio kept,
 normalisation, and only then padding with zeros at the bottom and right to a multiple of 32.
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -30,21 +31,22 @@ from .labels import labels_of_images, to_targets
 from .post_processing import (
     check_max_detections,
     check_probabilities,
-    post_process_instance_segmentation,
-    post_process_panoptic_segmentation,
-    post_process_semantic_segmentation,
+    instance_segmentation,
+    panoptic_segmentation,
+    semantic_segmentation,
+    split_batch,
 )
 
 
 Task = Literal["panoptic", "instance", "semantic"]
 CHANNEL_ORDERS = ("RGB", "BGR")
-# Of this package's processors, of images and of clips, each of which reads the other's settings.
+# This package's processors, of images and of clips, each of which reads the other's settings.
 OWN_TYPES = ("M2FImageProcessor", "Mask2FormerVideoProcessor")
 
 
 @contextmanager
-def _naming_the_image(index: int, num_images: int) -> Iterator[None]:
-    """Says in the error which image of a batch it is about."""
+def _name_image(index: int, num_images: int) -> Iterator[None]:
+    """Say in a ValueError which image of a batch it is about."""
     try:
         yield
     except ValueError as error:
@@ -75,7 +77,7 @@ class M2FImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class M2FImageProcessor(PilBackend):
-    """Prepares images and label maps for Mask2Former, and turns its outputs into segments.
+    """Prepare images and label maps for Mask2Former, and turn its outputs into segments.
 
     Args:
         task: "panoptic", "instance" or "semantic": what the checkpoint was trained for, and what `post_process` does.
@@ -159,10 +161,10 @@ class M2FImageProcessor(PilBackend):
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `transformers`; for its own Mask2Former image processor with what name and labels tell of the checkpoint.
+        """Read the settings as `transformers` does; to those of its own Mask2Former, add what name and labels tell.
 
         Those are the task, the stuff labels, the thresholds and, for released checkpoints, the size at which their
-        figures were measured. What had to be assumed is warned of; arguments of `from_pretrained` come before all.
+        figures were measured. Assumptions are warned of; arguments of `from_pretrained` come before all.
         """
         settings, unused = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         if settings.get("image_processor_type") in OWN_TYPES:
@@ -173,7 +175,7 @@ class M2FImageProcessor(PilBackend):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `transformers`; also reads the settings of `transformers`' own Mask2Former image processor."""
+        """Make a processor from its settings, or from those of `transformers`' own Mask2Former image processor."""
         settings = dict(image_processor_dict)
         if settings.get("image_processor_type") not in OWN_TYPES:
             settings = translate_settings(settings)
@@ -182,7 +184,7 @@ class M2FImageProcessor(PilBackend):
         return super().from_dict(settings, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as `save_pretrained` writes them, without `num_labels`."""
+        """Return the settings as `save_pretrained` writes them, without `num_labels`."""
         settings = super().to_dict()
         settings.pop("num_labels", None)
         return settings
@@ -199,15 +201,13 @@ class M2FImageProcessor(PilBackend):
         class_labels: Any = None,
         **kwargs: Unpack[M2FImageProcessorKwargs],
     ) -> BatchFeature:
-        """Resizes, normalises and pads images, and their label maps with them.
+        """Resize, normalise and pad images, and their label maps with them.
 
         Args:
-            images: one or a list of any sizes: path (str or Path), http(s) address, Pillow image of any mode, or array
-                or tensor (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels in the order RGB; where the shape fits
-                both, NumPy is read as (H, W, C) and torch as (C, H, W), unless `input_data_format` says. Whole numbers
-                are 0 to 255, or 16 bits if they are uint16 or any is above 255; fractions are 0 to 1, or 0 to 255 if
-                any is above 1. Alpha is left out. The EXIF orientation of files and Pillow images is applied: sizes and
-                results are those of the upright image.
+            images: one or a list of any sizes, each as `read_image` takes it: path, http(s) address, Pillow image,
+                array or tensor, in the order RGB; `input_data_format` says where the channels are. Whole numbers are
+                0 to 255, or 16 bits if they are uint16 or any is above 255; fractions are 0 to 1, or 0 to 255 if any
+                is above 1. Alpha is left out. Sizes and results are those of the upright image (EXIF).
             segmentation_maps: one for each image, of the image's size, in any form that `read_label_map` reads:
                 classes, or segment ids up to 2^24 if one of the next two is given.
             instance_id_to_semantic_id: segment id -> class; one for all images or one for each.
@@ -247,7 +247,7 @@ class M2FImageProcessor(PilBackend):
         )
         pixel_values, masks, classes = [], [], []
         for index, image in enumerate(images):
-            with _naming_the_image(index, len(images)):
+            with _name_image(index, len(images)):
                 array = self.process_image(image, input_data_format=kwargs["input_data_format"])
                 pixel_values.append(self._to_pixel_values(array, **kwargs))
                 if labels is not None:
@@ -272,13 +272,13 @@ class M2FImageProcessor(PilBackend):
     def process_image(  # type: ignore[override]
         self, image: Any, input_data_format: str | ChannelDimension | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Any image that `preprocess` takes, to (3, H, W) RGB: uint8, or float32 in the range it came in."""
+        """Read any image that `preprocess` takes as (3, H, W) RGB: uint8, or float32 in the range it came in."""
         return read_image(image, input_data_format)
 
     def resize(  # type: ignore[override]
         self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """(3, H, W) -> (3, new H, new W) by Pillow on 8 bits; size as `get_resized_size`, range and dtype as before."""
+        """Resize (3, H, W) by Pillow on 8 bits, to `get_resized_size`; range and dtype stay."""
         return resize_image(image, size, resample)
 
     def _to_pixel_values(
@@ -336,20 +336,30 @@ class M2FImageProcessor(PilBackend):
         target_sizes: list[Size] | torch.Tensor | None = None,
         return_segmentation_scores: bool = False,
     ) -> Any:
-        """The class of every pixel, one (height, width) int64 map for each image.
+        """Classify every pixel; see `post_processing.semantic_segmentation`.
 
         Args:
             outputs: the model's, of a batch.
             target_sizes: height and width of each image's result; by default the size it had before padding.
             return_segmentation_scores: return a `SemanticSegmentationPostProcessorOutput` for each image instead, with
                 `segmentation` and `segmentation_scores` (num_labels, height, width).
+
+        Returns:
+            For each image a (height, width) int64 map of class ids.
         """
-        resize_before_inference = self.semantic_resize_before_inference
-        if resize_before_inference is None:
-            resize_before_inference = self.task != "semantic"
-        return post_process_semantic_segmentation(
-            outputs, target_sizes, return_segmentation_scores, resize_before_inference=resize_before_inference
-        )
+        resize_first = self.semantic_resize_before_inference
+        if resize_first is None:
+            resize_first = self.task != "semantic"
+        results = [
+            semantic_segmentation(image, resize_before_inference=resize_first, return_scores=return_segmentation_scores)
+            for image in split_batch(outputs, target_sizes)
+        ]
+        if not return_segmentation_scores:
+            return [segmentation for segmentation, _ in results]
+        return [
+            SemanticSegmentationPostProcessorOutput(data={"segmentation": segmentation, "segmentation_scores": scores})
+            for segmentation, scores in results
+        ]
 
     def post_process_instance_segmentation(
         self,
@@ -361,7 +371,7 @@ class M2FImageProcessor(PilBackend):
         return_coco_annotation: bool = False,
         return_binary_maps: bool = False,
     ) -> list[dict[str, Any]]:
-        """Instances by falling score, each with its own mask; see `post_processing.instance_segmentation`.
+        """Find instances by falling score, each with its own mask; see `post_processing.instance_segmentation`.
 
         Args:
             outputs: the model's, of a batch.
@@ -376,16 +386,15 @@ class M2FImageProcessor(PilBackend):
             For each image `segmentation`, by default (height, width) int32 with ids from 0, -1 where there is none,
             and the better instance's id where they overlap; and `segments_info`.
         """
-        return post_process_instance_segmentation(
-            outputs,
-            threshold=self.instance_threshold if threshold is None else threshold,
-            mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
-            target_sizes=target_sizes,
-            return_coco_annotation=return_coco_annotation,
-            return_binary_maps=return_binary_maps,
-            max_detections=self.max_detections,
-            label_ids_to_drop=self.label_ids_to_fuse,
-        )
+        settings: dict[str, Any] = {
+            "threshold": self.instance_threshold if threshold is None else threshold,
+            "mask_threshold": self.mask_threshold if mask_threshold is None else mask_threshold,
+            "max_detections": self.max_detections,
+            "label_ids_to_drop": self.label_ids_to_fuse or (),
+            "return_coco_annotation": return_coco_annotation,
+            "return_binary_maps": return_binary_maps,
+        }
+        return [instance_segmentation(image, **settings) for image in split_batch(outputs, target_sizes)]
 
     def post_process_panoptic_segmentation(
         self,
@@ -396,24 +405,21 @@ class M2FImageProcessor(PilBackend):
         label_ids_to_fuse: Collection[int] | None = None,
         target_sizes: list[Size] | torch.Tensor | None = None,
     ) -> list[dict[str, Any]]:
-        """A map of things and stuff without overlaps; see `post_processing.panoptic_segmentation`.
+        """Make a map of things and stuff without overlaps; see `post_processing.panoptic_segmentation`.
 
         Args:
             outputs: the model's, of a batch.
-            threshold: class probability that a query must exceed; None: the processor's.
-            mask_threshold: None: the processor's.
-            overlap_mask_area_threshold: None: the processor's.
-            label_ids_to_fuse: the stuff classes; None: the processor's.
+            threshold: class probability that a query must exceed; None: the processor's, as for the next three.
+            mask_threshold: mask probability from which a pixel belongs to a mask.
+            overlap_mask_area_threshold: least part of its own mask that a segment must win.
+            label_ids_to_fuse: the stuff classes.
             target_sizes: height and width of each image's result; by default the size it had before padding.
 
         Returns:
             For each image `segmentation`, (height, width) int32 with ids from 1 and 0 for void; and `segments_info`.
         """
-        return post_process_panoptic_segmentation(
-            outputs,
-            target_sizes=target_sizes,
-            **self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse),
-        )
+        settings = self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse)
+        return [panoptic_segmentation(image, **settings) for image in split_batch(outputs, target_sizes)]
 
     def _panoptic_settings(
         self,
@@ -422,7 +428,7 @@ class M2FImageProcessor(PilBackend):
         overlap_mask_area_threshold: float | None,
         label_ids_to_fuse: Collection[int] | None,
     ) -> dict[str, Any]:
-        """What was given, and for None the processor's own."""
+        """Return the settings that were given, and for None the processor's own."""
         given = {
             "threshold": threshold,
             "mask_threshold": mask_threshold,
@@ -432,7 +438,7 @@ class M2FImageProcessor(PilBackend):
         return {name: getattr(self, name) if value is None else value for name, value in given.items()}
 
     def post_process(self, outputs: Any, task: Task | None = None, **kwargs: Any) -> Any:
-        """The `post_process_*_segmentation` of one of `tasks`, by default of the checkpoint's own; `kwargs` go to it.
+        """Call the `post_process_*_segmentation` of one of `tasks`, by default the checkpoint's own, with `kwargs`.
 
         Raises:
             ValueError: a task that does not exist.
@@ -451,6 +457,6 @@ class M2FImageProcessor(PilBackend):
             raise ValueError(f"{cls.__name__} has no task {task!r}; choose one of {', '.join(cls.tasks)}")
 
 
-# The name that `transformers` has for it. The class is named otherwise because `AutoImageProcessor` finds classes by
-# name, and must go on finding `transformers`' own for `transformers`' own checkpoints.
+# `transformers`' name for it. The class has another because `AutoImageProcessor` finds classes by name, and must go on
+# finding `transformers`' own for `transformers`' own checkpoints.
 Mask2FormerImageProcessor = M2FImageProcessor

@@ -1,8 +1,8 @@
-"""Mask logits at the target's size, tile by tile: enlarged to the padded input, cropped, resized to the target.
+"""Resize mask logits to the target tile by tile: enlarge to the padded input, crop, resize to the target.
 
 The arithmetic is that of the original code, two bilinear resizings one after the other. Each is a weighted mean of
-neighbours, so no value of a tile lies outside the range of the few mask logits that the tile reads. At a target larger
-than the masks most queries' range leaves nothing to decide in most tiles, and there they need not be resized at all.
+neighbours, so every value of a tile is within the range of the few mask logits that the tile reads. At a target larger
+than the masks, most queries' range leaves nothing to decide in most tiles, and there they need not be resized at all.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 # The pixel decoder's mask features have stride 4, so the padded input is four times the mask logits.
 MASK_STRIDE = 4
 
-# Elements of the largest tile, and its sides. On a CPU what survives of a tile should stay in the cache, and
-# small ones leave less to decide; on an accelerator launches are what costs.
+# Elements of the largest tile, and bounds of its side. On a CPU a tile should stay in the cache, and small ones leave
+# less to decide; on an accelerator kernel launches are what costs.
 TILE_ELEMENTS = {"cpu": 2**21}
 TILE_ELEMENTS_ACCELERATOR = 2**25
 TILE_SIDES = {"cpu": (16, 160)}
@@ -32,7 +32,7 @@ Size = tuple[int, int]
 
 
 class Taps(NamedTuple):
-    """Of each new position along an axis: lower and upper neighbour, int64, and the upper's weight, float32."""
+    """For each new position along an axis: lower and upper neighbour, int64, and the upper's weight, float32."""
 
     low: Tensor
     high: Tensor
@@ -40,7 +40,7 @@ class Taps(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A piece of one axis of the target, the piece of the mask logits that it reads, and how, by the padded input."""
+    """A slice of one axis of the target, the slice of the mask logits that it reads, and how, by the padded input."""
 
     target: slice
     source: slice
@@ -61,19 +61,19 @@ class Tile(NamedTuple):
 
 
 class MaskTiles:
-    """The target, in tiles from left to right and then down, and what mask logits are in them.
+    """Tiles of the target, from left to right and then down, and the mask logits in them.
 
     Args:
         mask_logits: (N, h, w), any floating dtype; the computation is in float32.
         image_size: height and width before padding, at most (4 h, 4 w).
         target_size: height and width of the result.
-        num_channels: the most channels that the caller makes of the N, to bound a tile's memory by. No tensor has more
+        num_channels: the most channels that the caller makes of the N, which bounds a tile's size: no tensor has more
             than about `TILE_ELEMENTS` elements, or 16 x 16 pixels of every channel where that is more.
 
     Attributes:
-        side: of a tile in pixels, but for the last ones.
-        low, high: (N, tile rows, tile columns) float32, on the CPU whatever the device (so that reading them is the
-            only time that it is waited for): what each query's logits in a tile are at least and at most.
+        side: of a tile in pixels; the last ones may be smaller.
+        low, high: (N, tile rows, tile columns) float32, on the CPU whatever the device (the only synchronisation):
+            bounds of each query's logits in a tile.
         heights, widths, pixels: (tile rows,), (tile columns,) and (tile rows, tile columns) int64, of the tiles; on
             the CPU.
     """
@@ -111,13 +111,13 @@ class MaskTiles:
         return itertools.starmap(Tile, itertools.product(self.row_spans, self.column_spans))
 
     def members(self, is_member: Tensor) -> tuple[Tensor, ...]:
-        """For each tile the indices, rising, of those that are in it: from (M, tile rows, tile columns) bool."""
+        """Return for each tile the indices, rising, of its members, from (M, tile rows, tile columns) bool."""
         is_in_tile = is_member.flatten(1).T
         indices = is_in_tile.nonzero()[:, 1].to(self.mask_logits.device)
         return indices.split(is_in_tile.sum(1).tolist())
 
     def logits(self, tile: Tile, queries: Tensor, at_padded_size: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """What the masks of some queries are in a tile.
+        """Resize the masks of some queries within a tile.
 
         Args:
             queries: (n,) int64.
@@ -136,17 +136,17 @@ class MaskTiles:
         masks = _resize_columns(masks, columns.to_target)
         return _resize_rows(_resize_rows(masks, rows.to_padded), rows.to_target)
 
-    def rows_of(self, of_tile_rows: Tensor) -> Tensor:
+    def expand_rows(self, by_tile_row: Tensor) -> Tensor:
         """(N, tile rows) -> (N, height): every row of the target gets its tiles' value."""
-        return of_tile_rows.repeat_interleave(self.side, 1)[:, : self.target_size[0]].to(self.mask_logits.device)
+        return by_tile_row.repeat_interleave(self.side, 1)[:, : self.target_size[0]].to(self.mask_logits.device)
 
-    def columns_of(self, of_tile_columns: Tensor) -> Tensor:
+    def expand_columns(self, by_tile_column: Tensor) -> Tensor:
         """(N, tile columns) -> (N, width)."""
-        return of_tile_columns.repeat_interleave(self.side, 1)[:, : self.target_size[1]].to(self.mask_logits.device)
+        return by_tile_column.repeat_interleave(self.side, 1)[:, : self.target_size[1]].to(self.mask_logits.device)
 
 
 def bilinear_taps(size: int, new_size: int) -> Taps:
-    """How bilinear resizing from `size` to `new_size` reads, half-pixel centres.
+    """Return the taps of bilinear resizing from `size` to `new_size`, half-pixel centres.
 
     In float32, as `torch.nn.functional.interpolate` computes it: with large sizes the rounding of the position shows.
     """
@@ -172,7 +172,7 @@ def _spans(size: int, image_size: int, target_size: int, side: int, device: torc
             Taps(source_low - source.start, source_high - source.start, source_weight),
             Taps(place[0], place[1], weight),
         )
-        spans.append(Span(target, source, *(Taps(*(tap.to(device) for tap in of_size)) for of_size in taps)))
+        spans.append(Span(target, source, *(Taps(*(tap.to(device) for tap in each)) for each in taps)))
     return spans
 
 

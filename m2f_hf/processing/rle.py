@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 
 FARTHEST = 100_000
@@ -37,9 +38,9 @@ def decode_segmentation(
 
 
 def run_lengths(counts: str | bytes | Sequence[int]) -> np.ndarray:
-    """Lengths of the runs of a COCO RLE, of zeros first: (runs,) int64.
+    """Return the lengths of the runs of a COCO RLE, down the columns, of zeros first: (runs,) int64.
 
-    Compressed counts have five bits a character, lowest first, above 48; a sixth says that the number goes on, the
+    Compressed counts have five bits a character, lowest first, plus 48; a sixth bit says that the number goes on, the
     fifth of its last character is its sign; from the fourth number on it is the difference to the one two before.
     """
     if not isinstance(counts, (str, bytes)):
@@ -62,6 +63,29 @@ def run_lengths(counts: str | bytes | Sequence[int]) -> np.ndarray:
     numbers[1::2] = np.cumsum(numbers[1::2])
     numbers[2::2] = np.cumsum(numbers[2::2])
     return numbers
+
+
+def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
+    """Encode a (height, width) bool mask as a COCO RLE.
+
+    Returns:
+        `size` [height, width] and `counts`, compressed as `run_lengths` says. `pycocotools.mask.decode` reads it.
+    """
+    array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    pixels = array.T.astype(bool, order="C", copy=False).ravel()
+    ends = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    if pixels[:1].any():
+        ends = np.concatenate([[0], ends])  # the first run, of zeros, is empty
+    runs = np.diff(ends, prepend=0, append=pixels.size).astype(np.int64)
+    runs[3:] -= runs[1:-2]  # NumPy reads before it writes where the two overlap
+
+    num_groups = int(np.abs(runs).max()).bit_length() // 5 + 1  # with the bit of the sign
+    rest = runs[:, None] >> 5 * np.arange(num_groups)  # (runs, groups)
+    groups = rest & 0x1F
+    is_last = rest >> 5 == -(groups >> 4)  # what is left is nothing but the sign
+    is_written = np.cumsum(is_last, axis=1) - is_last == 0  # up to the first last one
+    counts = (groups + 0x20 * ~is_last + 48)[is_written].astype(np.uint8).tobytes().decode("ascii")
+    return {"size": [int(array.shape[0]), int(array.shape[1])], "counts": counts}
 
 
 def decode_rle(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:

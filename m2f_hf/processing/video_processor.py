@@ -11,7 +11,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from .frames import FRAME_SUFFIXES, DamagedFrame, check_clip, stream_frames
 from .image_processor import M2FImageProcessor
 from .images import Size
-from .post_processing import post_process_video_instance_segmentation, post_process_video_panoptic_segmentation
+from .post_processing import split_batch, video_instance_segmentation, video_panoptic_segmentation
 
 
 class Mask2FormerVideoProcessor(M2FImageProcessor):
@@ -151,16 +151,16 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             use_mask_quality: multiply scores with the mean mask probability inside the mask; None: the processor's.
             return_coco_annotation: run-length encodings for each track and frame instead of (N, T, height, width) bool.
         """
-        return post_process_video_instance_segmentation(
-            outputs,
-            target_sizes,
-            threshold=self.instance_threshold if threshold is None else threshold,
-            mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
-            max_detections=self.max_detections if max_detections is None else max_detections,
-            use_mask_quality=self.use_mask_quality if use_mask_quality is None else use_mask_quality,
-            label_ids_to_drop=self.label_ids_to_fuse or (),
-            return_coco_annotation=return_coco_annotation,
-        )
+        settings: dict[str, Any] = {
+            "threshold": self.instance_threshold if threshold is None else threshold,
+            "mask_threshold": self.mask_threshold if mask_threshold is None else mask_threshold,
+            "max_detections": self.max_detections if max_detections is None else max_detections,
+            "use_mask_quality": self.use_mask_quality if use_mask_quality is None else use_mask_quality,
+            "label_ids_to_drop": self.label_ids_to_fuse or (),
+            "return_coco_annotation": return_coco_annotation,
+        }
+        clips = split_batch(outputs, target_sizes, is_video=True)
+        return [video_instance_segmentation(clip, **settings) for clip in clips]
 
     def post_process_video_panoptic_segmentation(
         self,
@@ -184,12 +184,10 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         Returns:
             For each clip `segmentation`, (T, height, width) int32 with ids from 1 and 0 for void; and `segments_info`.
         """
-        return post_process_video_panoptic_segmentation(
-            outputs,
-            target_sizes,
-            use_mask_quality=self.use_mask_quality if use_mask_quality is None else use_mask_quality,
-            **self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse),
-        )
+        settings = self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse)
+        settings["use_mask_quality"] = self.use_mask_quality if use_mask_quality is None else use_mask_quality
+        clips = split_batch(outputs, target_sizes, is_video=True)
+        return [video_panoptic_segmentation(clip, **settings) for clip in clips]
 
 
 # --- frames ---

@@ -23,7 +23,7 @@ from m2f_hf.data import (
 from m2f_hf.data.clips import FRAME_RANGE, NUM_FRAMES, draw_clip
 from m2f_hf.data.loading import TrainingStream
 from m2f_hf.known.recipes import Recipe, cropped
-from m2f_hf.processing.post_processing import encode_rle
+from m2f_hf.processing.rle import encode_rle
 
 
 WHOLE = Recipe(

@@ -22,8 +22,7 @@ from m2f_hf.data import (
 from m2f_hf.data.categories import find_name_file, read_labels
 from m2f_hf.data.packed import PackedList
 from m2f_hf.known.label_sets import label_set
-from m2f_hf.processing.post_processing import encode_rle
-from m2f_hf.processing.rle import run_lengths
+from m2f_hf.processing.rle import encode_rle, run_lengths
 from m2f_hf.processing.segment_ids import id_to_rgb
 
 

@@ -18,7 +18,7 @@ from m2f_hf import BUNDLED_MODEL, M2FImageProcessor, Mask2FormerForUniversalSegm
 from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset, segment_masks, write_coco_panoptic
 from m2f_hf.metrics import Evaluation, MaskAP, MeanIoU, PanopticQuality, PixelScores, merged, module_path
 from m2f_hf.metrics.evaluation import semantic_map, with_masks
-from m2f_hf.processing.post_processing import encode_rle
+from m2f_hf.processing.rle import encode_rle
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

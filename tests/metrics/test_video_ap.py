@@ -10,7 +10,7 @@ import pytest
 from m2f_hf.data import MovingShapesDataset, tube_masks
 from m2f_hf.metrics import VideoAP, merged, module_path
 from m2f_hf.metrics.video_ap import tubes
-from m2f_hf.processing.post_processing import encode_rle
+from m2f_hf.processing.rle import encode_rle
 
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")

@@ -25,12 +25,12 @@ from m2f_hf.loss.points import SeededPoints
 from m2f_hf.model.layers import Mask2FormerSinePositionEmbedding
 from m2f_hf.processing.frames import count_frames, frame_rate, stream_frames
 from m2f_hf.processing.post_processing import (
-    ClipOutputs,
-    encode_rle,
+    ImageOutputs,
     panoptic_segmentation,
     video_instance_segmentation,
     video_panoptic_segmentation,
 )
+from m2f_hf.processing.rle import encode_rle
 
 
 def run(model, pixel_values, **kwargs):
@@ -336,7 +336,7 @@ def test_tracks_are_the_originals(goldens, repository, tmp_path):
 def clip_outputs(queries=5, labels=3, frames=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: 3 * torch.randn(shape, generator=generator)
-    return ClipOutputs(normal(queries, labels + 1), normal(queries, frames, 8, 12), (30, 45), (50, 75))
+    return ImageOutputs(normal(queries, labels + 1), normal(queries, frames, 8, 12), (30, 45), (50, 75))
 
 
 @pytest.mark.parametrize("use_mask_quality", [False, True])
@@ -394,7 +394,9 @@ def enlarged(logits):
 def test_a_panoptic_clip_of_one_frame_is_the_image(stuff):
     clip = clip_outputs(queries=12, frames=1)
     ours = video_panoptic_segmentation(clip, label_ids_to_fuse=stuff, **LOOSE)
-    expected = panoptic_segmentation(clip.frame(clip.mask_logits[:, 0]), label_ids_to_fuse=stuff, **LOOSE)
+    expected = panoptic_segmentation(
+        clip._replace(mask_logits=clip.mask_logits[:, 0]), label_ids_to_fuse=stuff, **LOOSE
+    )
     assert expected["segments_info"], "there are segments, or this test shows nothing"
     assert torch.equal(ours["segmentation"][0], expected["segmentation"])
     for info, image_info in zip(ours["segments_info"], expected["segments_info"], strict=True):

@@ -12,14 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2f_hf.processing import mask_tiles
 from m2f_hf.processing.image_processor import M2FImageProcessor
-from m2f_hf.processing.post_processing import (
-    encode_rle,
-    post_process_instance_segmentation,
-    post_process_panoptic_segmentation,
-    post_process_semantic_segmentation,
-)
+from m2f_hf.processing.post_processing import semantic_segmentation, split_batch
+from m2f_hf.processing.rle import encode_rle
 
 
+find_panoptic = M2FImageProcessor().post_process_panoptic_segmentation
+find_instances = M2FImageProcessor().post_process_instance_segmentation
+find_semantic = M2FImageProcessor().post_process_semantic_segmentation
 NEAR_TIE = 1e-4
 IMAGE_GOLDENS = [
     "coco_panoptic_r50",
@@ -162,7 +161,7 @@ def test_tiles_are_two_bilinear_resizings_within_their_bounds(image_size, target
 def test_panoptic_equals_the_definition(image_size, target_size, seed):
     outputs = random_outputs(seed, queries=30, image_sizes=[image_size])
     stuff, threshold, overlap = {0, 1}, 0.5, 0.4
-    result = post_process_panoptic_segmentation(outputs, threshold, 0.5, overlap, stuff, [target_size])[0]
+    result = find_panoptic(outputs, threshold, 0.5, overlap, stuff, [target_size])[0]
     segmentation, segments, near_tie = naive_panoptic(
         outputs.class_queries_logits[0], outputs.masks_queries_logits[0], image_size, target_size, threshold, overlap,
         stuff,
@@ -180,7 +179,7 @@ def test_panoptic_equals_the_definition(image_size, target_size, seed):
         assert threshold < info["score"] <= 1
     # Where the stuff is not known nothing is called thing or stuff; where there is none, everything is a thing.
     for known, is_thing in ((None, None), ((), True)):
-        unfused = post_process_panoptic_segmentation(outputs, threshold, 0.5, overlap, known, [target_size])[0]
+        unfused = find_panoptic(outputs, threshold, 0.5, overlap, known, [target_size])[0]
         assert {info["isthing"] for info in unfused["segments_info"]} == {is_thing}
         assert {info["was_fused"] for info in unfused["segments_info"]} == {False}
 
@@ -192,9 +191,8 @@ def test_instances_equal_the_definition(image_size, target_size, seed):
     expected = naive_instances(
         outputs.class_queries_logits[0], outputs.masks_queries_logits[0], image_size, target_size, 20, {4}
     )
-    result = post_process_instance_segmentation(
-        outputs, 0.0, 0.5, [target_size], return_binary_maps=True, max_detections=20, label_ids_to_drop={4}
-    )[0]
+    processor = M2FImageProcessor(max_detections=20, label_ids_to_fuse={4}, instance_threshold=0.0)
+    result = processor.post_process(outputs, "instance", target_sizes=[target_size], return_binary_maps=True)[0]
     assert 5 < len(expected) < 20
     assert [info["label_id"] for info in result["segments_info"]] == [label for label, _, _ in expected]
     assert [info["score"] for info in result["segments_info"]] == pytest.approx([s for _, s, _ in expected], abs=2e-6)
@@ -212,9 +210,8 @@ def test_instances_equal_the_definition(image_size, target_size, seed):
 def test_semantic_equals_the_definition(image_size, target_size, resize_before_inference, monkeypatch):
     monkeypatch.setitem(mask_tiles.TILE_ELEMENTS, "cpu", 3000)
     outputs = random_outputs(image_sizes=[image_size])
-    result = post_process_semantic_segmentation(
-        outputs, [target_size], True, resize_before_inference=resize_before_inference
-    )[0]
+    processor = M2FImageProcessor(semantic_resize_before_inference=resize_before_inference)
+    result = processor.post_process_semantic_segmentation(outputs, [target_size], True)[0]
     expected = naive_semantic(
         outputs.class_queries_logits[0], outputs.masks_queries_logits[0], image_size, target_size,
         resize_before_inference,
@@ -228,10 +225,11 @@ def test_the_two_orders_of_the_semantic_arithmetic_differ():
     """Else the setting would be tested by nothing."""
     outputs = random_outputs(image_sizes=[(30, 41)])
     first, second = (
-        post_process_semantic_segmentation(outputs, [(47, 83)], True, resize_before_inference=order)[0]
+        semantic_segmentation(image, resize_before_inference=order, return_scores=True)[1]
         for order in (True, False)
+        for image in split_batch(outputs, [(47, 83)])
     )
-    assert (first.segmentation_scores - second.segmentation_scores).abs().max() > 1e-3
+    assert (first - second).abs().max() > 1e-3
 
 
 # --- what the original recorded ---
@@ -266,9 +264,8 @@ def test_recorded_semantic(goldens, variant):
         assert variant == "coco_instance_swin"
         return
     outputs = golden_outputs(np.load(goldens / variant / "outputs_raw.npz"), facts["input_sizes"])
-    results = post_process_semantic_segmentation(
-        outputs, facts["output_sizes"], True, resize_before_inference=variant != "ade20k_semantic_swinl"
-    )
+    processor = M2FImageProcessor(task="semantic" if variant == "ade20k_semantic_swinl" else "panoptic")
+    results = processor.post_process_semantic_segmentation(outputs, facts["output_sizes"], True)
     for index, result in enumerate(results):
         recorded = torch.from_numpy(final[f"sem_seg_{index}"]).float()  # written as float16
         torch.testing.assert_close(result.segmentation_scores, recorded, rtol=1e-3, atol=1e-4)
@@ -284,9 +281,7 @@ def test_recorded_panoptic(goldens, variant):
     final = np.load(goldens / variant / "final.npz")
     outputs = golden_outputs(np.load(goldens / variant / "outputs_raw.npz"), facts["input_sizes"])
     stuff = stuff_ids(outputs.class_queries_logits.shape[-1] - 1, facts["thing_ids"])
-    results = post_process_panoptic_segmentation(
-        outputs, facts["threshold"], 0.5, facts["overlap"], stuff, facts["output_sizes"]
-    )
+    results = find_panoptic(outputs, facts["threshold"], 0.5, facts["overlap"], stuff, facts["output_sizes"])
     assert len(results) == 2
     for index, result in enumerate(results):
         near_tie = naive_panoptic(
@@ -309,15 +304,9 @@ def test_recorded_instances(goldens, variant):
         assert variant == "ade20k_semantic_swinl"
         return
     outputs = golden_outputs(np.load(goldens / variant / "outputs_raw.npz"), facts["input_sizes"])
-    results = post_process_instance_segmentation(
-        outputs,
-        0.0,
-        0.5,
-        facts["output_sizes"],
-        return_binary_maps=True,
-        max_detections=facts["detections"],
-        label_ids_to_drop=stuff_ids(outputs.class_queries_logits.shape[-1] - 1, facts["thing_ids"]),
-    )
+    stuff = stuff_ids(outputs.class_queries_logits.shape[-1] - 1, facts["thing_ids"])
+    processor = M2FImageProcessor(max_detections=facts["detections"], label_ids_to_fuse=stuff, instance_threshold=0.0)
+    results = processor.post_process(outputs, "instance", target_sizes=facts["output_sizes"], return_binary_maps=True)
     for index, result in enumerate(results):
         check_instances(
             result, *(final[f"inst_{name}_{index}"] for name in ("scores", "classes", "masks")), outputs, index, facts
@@ -376,7 +365,7 @@ def test_details_below_a_384th_of_the_image_survive():
     logits = torch.full((4, 400), -8.0)
     logits[:, 201] = 8.0
     outputs = outputs_of([(0, 0.9, logits.sigmoid())], size=(4, 400))
-    result = post_process_instance_segmentation(outputs, 0.1, 0.5, [(16, 1600)], return_binary_maps=True)[0]
+    result = find_instances(outputs, 0.1, target_sizes=[(16, 1600)], return_binary_maps=True)[0]
     # The logit is above 0 within half a mask pixel of its centre: 4 pixels of the input.
     assert result["segmentation"][0].any(0).nonzero().flatten().tolist() == [804, 805, 806, 807]
 
@@ -385,11 +374,11 @@ def test_padding_is_cropped():
     """The left half of the image stays the left half, whatever the batch was padded to."""
     outputs = outputs_of([(0, 0.9, (0, 0, 24, 8))], size=(24, 32), image_size=(64, 64))
     for result in (
-        post_process_instance_segmentation(outputs, 0.1, target_sizes=[(640, 640)])[0]["segments_info"][0],
-        post_process_panoptic_segmentation(outputs, 0.1, target_sizes=[(640, 640)])[0]["segments_info"][0],
+        find_instances(outputs, 0.1, target_sizes=[(640, 640)])[0]["segments_info"][0],
+        find_panoptic(outputs, 0.1, target_sizes=[(640, 640)])[0]["segments_info"][0],
     ):
         assert result["bbox"] == [0, 0, 320, 640]
-    semantic = post_process_semantic_segmentation(outputs, [(640, 640)], True)[0]
+    semantic = find_semantic(outputs, [(640, 640)], True)[0]
     assert (semantic.segmentation_scores[0, :, :300] > 0.8).all()
     assert (semantic.segmentation_scores[0, :, 340:] < 0.1).all()
 
@@ -416,12 +405,12 @@ def test_each_image_of_a_batch_has_its_own_size():
 def test_outputs_without_image_sizes_were_not_padded():
     outputs = random_outputs(size=(8, 12))
     del outputs.image_sizes
-    assert post_process_semantic_segmentation(outputs)[0].shape == (32, 48)
+    assert find_semantic(outputs)[0].shape == (32, 48)
 
 
 def test_pixels_no_mask_covers_are_void():
     outputs = outputs_of([(0, 0.9, (0, 0, 8, 4))])
-    segmentation = post_process_panoptic_segmentation(outputs)[0]["segmentation"]
+    segmentation = find_panoptic(outputs)[0]["segmentation"]
     assert (segmentation[:, :16] == 1).all()
     assert (segmentation[:, 16:] == 0).all()
 
@@ -429,7 +418,7 @@ def test_pixels_no_mask_covers_are_void():
 def test_areas_are_those_of_the_mask_not_of_mask_times_score():
     """With 0.6 x 0.7 < 0.5 transformers finds the segment's own area empty and drops it."""
     outputs = outputs_of([(0, 0.6, np.full((8, 8), 0.7))])
-    result = post_process_panoptic_segmentation(outputs, threshold=0.5)[0]
+    result = find_panoptic(outputs, threshold=0.5)[0]
     assert [info["area"] for info in result["segments_info"]] == [32 * 32]
 
 
@@ -443,7 +432,7 @@ def test_ids_count_up_and_fused_stuff_is_listed_once():
             (thing, 0.9, (6, 0, 8, 8)),
         ]
     )
-    result = post_process_panoptic_segmentation(outputs, label_ids_to_fuse={stuff})[0]
+    result = find_panoptic(outputs, label_ids_to_fuse={stuff})[0]
     assert result["segmentation"][:, 0].tolist() == [1] * 8 + [2] * 8 + [1] * 8 + [3] * 8
     assert [(info["id"], info["label_id"], info["area"]) for info in result["segments_info"]] == [
         (1, stuff, 512),
@@ -459,7 +448,7 @@ def test_a_segment_that_wins_too_little_of_its_mask_becomes_void():
     """Query 1 has the whole image but wins only the right half of it."""
     queries = [(0, 0.95, (0, 0, 8, 4)), (1, 0.9, np.full((8, 8), 0.9))]
     for overlap, kept in ((0.49, 2), (0.51, 1)):
-        result = post_process_panoptic_segmentation(outputs_of(queries), overlap_mask_area_threshold=overlap)[0]
+        result = find_panoptic(outputs_of(queries), overlap_mask_area_threshold=overlap)[0]
         assert len(result["segments_info"]) == kept
         assert (result["segmentation"][:, 17:] == (2 if kept == 2 else 0)).all()
         assert (result["segmentation"][:, :15] == 1).all()
@@ -469,27 +458,27 @@ def test_a_ratio_equal_to_the_threshold_is_enough():
     half = torch.full((8, 8), -8.0)
     half[:, :4] = 8.0
     outputs = outputs_of([(0, 0.95, half.sigmoid()), (1, 0.9, np.full((8, 8), 0.9))])
-    result = post_process_panoptic_segmentation(outputs, overlap_mask_area_threshold=0.0)[0]
+    result = find_panoptic(outputs, overlap_mask_area_threshold=0.0)[0]
     ratio = result["segments_info"][1]["area"] / 32**2
-    again = post_process_panoptic_segmentation(outputs, overlap_mask_area_threshold=ratio)[0]
-    above = post_process_panoptic_segmentation(outputs, overlap_mask_area_threshold=math.nextafter(ratio, 1))[0]
+    again = find_panoptic(outputs, overlap_mask_area_threshold=ratio)[0]
+    above = find_panoptic(outputs, overlap_mask_area_threshold=math.nextafter(ratio, 1))[0]
     assert (len(again["segments_info"]), len(above["segments_info"])) == (2, 1)
 
 
 def test_queries_without_object_or_below_the_threshold_take_no_part():
     outputs = outputs_of([(None, 0.99, (0, 0, 8, 8)), (0, 0.79, (0, 0, 8, 8)), (1, 0.81, (0, 0, 8, 4))])
-    result = post_process_panoptic_segmentation(outputs)[0]
+    result = find_panoptic(outputs)[0]
     assert [info["label_id"] for info in result["segments_info"]] == [1]
     assert (result["segmentation"][:, 16:] == 0).all()
 
 
 def test_instances_overlap_and_come_by_score():
     outputs = outputs_of([(2, 0.7, (0, 0, 8, 6)), (1, 0.9, (0, 2, 8, 8)), (0, 0.8, (2, 0, 4, 8))])
-    masks = post_process_instance_segmentation(outputs, return_binary_maps=True)[0]
+    masks = find_instances(outputs, return_binary_maps=True)[0]
     assert [(info["id"], info["label_id"]) for info in masks["segments_info"]] == [(0, 1), (1, 0), (2, 2)]
     assert [info["area"] for info in masks["segments_info"]] == [32 * 24, 8 * 32, 32 * 24]
     assert masks["segmentation"].sum((1, 2)).tolist() == [32 * 24, 8 * 32, 32 * 24]
-    in_one_map = post_process_instance_segmentation(outputs)[0]
+    in_one_map = find_instances(outputs)[0]
     assert in_one_map["segments_info"] == masks["segments_info"]
     covered = torch.where(masks["segmentation"], torch.arange(3)[:, None, None], 3).amin(0)
     assert torch.equal(in_one_map["segmentation"], torch.where(covered == 3, -1, covered).int())
@@ -498,7 +487,7 @@ def test_instances_overlap_and_come_by_score():
 def test_one_query_may_give_instances_of_several_classes():
     outputs = outputs_of([(0, 0.5, (0, 0, 4, 4))], num_labels=1)
     outputs.class_queries_logits = torch.tensor([[[0.5, 0.4, 0.1]]]).log()
-    result = post_process_instance_segmentation(outputs, 0.3, return_binary_maps=True)[0]
+    result = find_instances(outputs, 0.3, return_binary_maps=True)[0]
     assert [info["label_id"] for info in result["segments_info"]] == [0, 1]
     assert torch.equal(result["segmentation"][0], result["segmentation"][1])
 
@@ -507,7 +496,7 @@ def test_score_is_class_probability_times_mean_mask_probability():
     mask = np.full((8, 8), 0.2)
     mask[:4] = 0.75
     outputs = outputs_of([(0, 0.8, mask)])
-    info = post_process_instance_segmentation(outputs, 0.1)[0]["segments_info"][0]
+    info = find_instances(outputs, 0.1)[0]["segments_info"][0]
     probs = naive_masks(outputs.masks_queries_logits[0], (32, 32), (32, 32)).sigmoid()[0]
     assert info["score"] == pytest.approx(0.8 * float(probs[probs > 0.5].mean()), abs=1e-5)
     assert info["score"] < 0.61  # and so between 0.8 x 0.5 and 0.8 x 0.75
@@ -515,8 +504,8 @@ def test_score_is_class_probability_times_mean_mask_probability():
 
 def test_the_threshold_only_cuts_the_list():
     outputs = random_outputs(5)
-    everything = post_process_instance_segmentation(outputs, 0.0, return_binary_maps=True)[0]
-    some = post_process_instance_segmentation(outputs, 0.4, return_binary_maps=True)[0]
+    everything = find_instances(outputs, 0.0, return_binary_maps=True)[0]
+    some = find_instances(outputs, 0.4, return_binary_maps=True)[0]
     kept = [info for info in everything["segments_info"] if info["score"] >= 0.4]
     assert 0 < len(kept) < len(everything["segments_info"])
     assert some["segments_info"] == kept
@@ -527,9 +516,9 @@ def test_the_threshold_only_cuts_the_list():
 def test_mask_threshold(mask_threshold):
     outputs = outputs_of([(0, 0.99, np.linspace(0.05, 0.95, 64).reshape(8, 8))])
     probs = naive_masks(outputs.masks_queries_logits[0], (32, 32), (32, 32)).sigmoid()[0]
-    instance = post_process_instance_segmentation(outputs, 0.0, mask_threshold, return_binary_maps=True)[0]
+    instance = find_instances(outputs, 0.0, mask_threshold, return_binary_maps=True)[0]
     assert torch.equal(instance["segmentation"][0], probs > mask_threshold)
-    panoptic = post_process_panoptic_segmentation(outputs, 0.0, mask_threshold)[0]
+    panoptic = find_panoptic(outputs, 0.0, mask_threshold)[0]
     assert torch.equal(panoptic["segmentation"] == 1, probs >= mask_threshold)
 
 
@@ -569,8 +558,8 @@ def test_encoded_instances_are_the_binary_maps():
     coco = pytest.importorskip("pycocotools.mask")
     outputs = random_outputs(1, image_sizes=[(30, 41)])
     arguments = {"threshold": 0.05, "target_sizes": [(47, 83)]}
-    maps = post_process_instance_segmentation(outputs, **arguments, return_binary_maps=True)[0]
-    encoded = post_process_instance_segmentation(outputs, **arguments, return_coco_annotation=True)[0]
+    maps = find_instances(outputs, **arguments, return_binary_maps=True)[0]
+    encoded = find_instances(outputs, **arguments, return_coco_annotation=True)[0]
     assert encoded["segments_info"] == maps["segments_info"]
     assert len(encoded["segmentation"]) > 3
     for encoding, mask, info in zip(encoded["segmentation"], maps["segmentation"], maps["segments_info"], strict=True):
@@ -587,9 +576,9 @@ def test_an_empty_result_has_the_types_of_a_full_one(form):
     def run(threshold):
         outputs = random_outputs(2, image_sizes=[(30, 41)])
         if form == "panoptic":
-            return post_process_panoptic_segmentation(outputs, threshold, target_sizes=[(21, 34)])[0]
+            return find_panoptic(outputs, threshold, target_sizes=[(21, 34)])[0]
         options = {} if form == "instance" else {form: True}
-        return post_process_instance_segmentation(outputs, threshold, target_sizes=[(21, 34)], **options)[0]
+        return find_instances(outputs, threshold, target_sizes=[(21, 34)], **options)[0]
 
     full, empty = run(0.2), run(1.0)
     assert full["segments_info"]
@@ -644,15 +633,11 @@ def test_memory_does_not_grow_with_the_queries(task, monkeypatch):
         outputs = random_outputs(0, queries=queries)
         outputs.class_queries_logits[..., 0] += 12  # every query passes the threshold
         run = {
-            "panoptic": lambda: post_process_panoptic_segmentation(outputs, 0.1, target_sizes=[TARGET]),
-            "instance": lambda: post_process_instance_segmentation(outputs, 0.1, target_sizes=[TARGET]),
-            "rle": lambda: post_process_instance_segmentation(
-                outputs, 0.1, target_sizes=[TARGET], return_coco_annotation=True
-            ),
-            "semantic": lambda: post_process_semantic_segmentation(outputs, [TARGET]),
-            "semantic-only": lambda: post_process_semantic_segmentation(
-                outputs, [TARGET], resize_before_inference=False
-            ),
+            "panoptic": lambda: find_panoptic(outputs, 0.1, target_sizes=[TARGET]),
+            "instance": lambda: find_instances(outputs, 0.1, target_sizes=[TARGET]),
+            "rle": lambda: find_instances(outputs, 0.1, target_sizes=[TARGET], return_coco_annotation=True),
+            "semantic": lambda: find_semantic(outputs, [TARGET]),
+            "semantic-only": lambda: M2FImageProcessor(task="semantic").post_process(outputs, target_sizes=[TARGET]),
         }
         return recorded(run[task]).largest
 
@@ -676,8 +661,8 @@ def test_queries_below_the_threshold_are_never_resized(task):
 
     def resized(outputs):
         if task == "panoptic":
-            return recorded(lambda: post_process_panoptic_segmentation(outputs)).resized
-        return recorded(lambda: post_process_instance_segmentation(outputs)).resized
+            return recorded(lambda: find_panoptic(outputs)).resized
+        return recorded(lambda: find_instances(outputs)).resized
 
     assert resized(few) == resized(many) > 0
 
@@ -725,7 +710,7 @@ def test_outputs_of_training_keep_no_graph():
     outputs = random_outputs(7)
     outputs.masks_queries_logits.requires_grad_()
     outputs.class_queries_logits.requires_grad_()
-    result = post_process_semantic_segmentation(outputs, return_segmentation_scores=True)[0]
+    result = find_semantic(outputs, return_segmentation_scores=True)[0]
     assert not result.segmentation_scores.requires_grad
 
 
@@ -786,8 +771,9 @@ def test_a_semantic_checkpoint_resizes_after_the_product():
         (M2FImageProcessor(task="semantic", semantic_resize_before_inference=True), True),
     ):
         scores = processor.post_process_semantic_segmentation(outputs, [(47, 83)], True)[0].segmentation_scores
-        expected = post_process_semantic_segmentation(outputs, [(47, 83)], True, resize_before_inference=order)[0]
-        assert torch.equal(scores, expected.segmentation_scores)
+        (image,) = split_batch(outputs, [(47, 83)])
+        expected = semantic_segmentation(image, resize_before_inference=order, return_scores=True)[1]
+        assert torch.equal(scores, expected)
 
 
 @pytest.mark.parametrize(
@@ -809,4 +795,4 @@ def test_bad_arguments(call, message):
 
 def test_image_sizes_that_cannot_be():
     with pytest.raises(ValueError, match="multiple of 32"):
-        post_process_semantic_segmentation(random_outputs(size=(8, 12), image_sizes=[(33, 48)]))
+        find_semantic(random_outputs(size=(8, 12), image_sizes=[(33, 48)]))

@@ -28,7 +28,7 @@ from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset, write_coco_pano
 from m2f_hf.data.augmentation import TrainingTransform
 from m2f_hf.data.loading import CollateSamples, StepSampler, TrainingStream, to_model_inputs, training_loader
 from m2f_hf.known.recipes import SizeSchedule, default_recipe, get_recipe
-from m2f_hf.processing.post_processing import encode_rle
+from m2f_hf.processing.rle import encode_rle
 from m2f_hf.training.checkpoints import (
     Log,
     WriteFailure,
