@@ -1,4 +1,4 @@
-"""Datasets for training: generated shapes, and people's own files read where they lie."""
+"""Labelled data for training: people's own files, read in place, and generated scenes and clips."""
 
 from ..known.recipes import RECIPES, VIDEO_RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
 from ..processing.rle import decode_segmentation, segment_masks
@@ -6,14 +6,14 @@ from .augmentation import TrainingTransform, inspect_augmentation
 from .base import SegmentationDataset
 from .clips import ClipTransform, CollateClips, inspect_clips, sample_frames
 from .coco import CocoInstanceDataset, CocoPanopticDataset
-from .coco_panoptic import write_coco_panoptic
 from .opening import DataSplits, open_dataset
 from .problems import DatasetError
 from .report import DatasetReport, check_dataset
 from .synthetic.moving_shapes import MovingShapesDataset, occlusion_clip
 from .synthetic.shapes import CATEGORIES, ShapesDataset
 from .video import Frames, VideoDataset, tube_masks
-from .youtube_vis import VideoReport, YouTubeVISDataset, open_youtube_vis, write_youtube_vis
+from .writing import write_coco_panoptic, write_youtube_vis
+from .youtube_vis import VideoReport, YouTubeVISDataset, open_youtube_vis
 
 
 __all__ = [

@@ -42,7 +42,7 @@ from .label_maps import (
     used_numbers,
 )
 from .problems import DatasetError, FileProblem, Problems, named
-from .report import DatasetReport, SplitReport, inspect_split, stream_report, warn_of_empty_classes
+from .report import DatasetReport, SplitReport, inspect_split, stream_report, warn_about_empty_classes
 from .youtube_vis import YouTubeVISDataset, inspect_videos
 
 
@@ -164,7 +164,7 @@ def open_dataset(
     if not problems.errors and reports[0].counts_all and not reports[0].counts.any():
         problems.error("The training data is empty: no image has a segment that is not a crowd.", name)
     problems.raise_errors(name)
-    warn_of_empty_classes(train.categories, reports, problems)
+    warn_about_empty_classes(train.categories, reports, problems)
     report = DatasetReport(name, opened.form, train.task, train.categories, reports, notes + more, problems)
     return DataSplits(train, held, train.categories, train.task, report)
 
@@ -173,9 +173,7 @@ def _report_on(split: Any, native: Any, name: str, problems: Problems, max_opene
     if isinstance(split, StreamingDataset):
         return stream_report(split, name)
     if isinstance(split, YouTubeVISDataset):  # a video has many images
-        found = inspect_videos(split, problems, None if max_opened is None else max_opened // 10)
-        counted = (found.counts, True, found.most_instances, found.num_crowds, found.num_empty)
-        return SplitReport(name, len(split), found.num_opened, found.sizes, *counted, unit="video")
+        return inspect_videos(split, name, problems, None if max_opened is None else max_opened // 10)
     return inspect_split(split, native, name, problems, max_opened)
 
 

@@ -13,6 +13,7 @@ from .problems import IS_MISSING, FileProblem, Problems, describe, named
 
 
 _NUM_CLASSES_SHOWN = 30
+_NO_SIZES = np.zeros((0, 2), dtype=np.int64)
 
 
 @dataclass
@@ -37,10 +38,10 @@ class SplitReport:
     num_opened: int
     sizes: np.ndarray
     counts: np.ndarray
-    counts_all: bool
     most_segments: int
     num_crowds: int
     num_empty: int
+    counts_all: bool = True
     unit: str = "image"
 
 
@@ -94,9 +95,8 @@ def problem_lines(problems: Problems) -> list[str]:
 
 def _split_lines(split: SplitReport) -> list[str]:
     total = "a stream" if split.num_images is None else split.num_images
-    lines = [
-        f"{split.name} {split.unit}s: {total}" + (f" ({split.num_empty} without a segment)" if split.num_empty else "")
-    ]
+    empty = f" ({split.num_empty} without a segment)" if split.num_empty else ""
+    lines = [f"{split.name} {split.unit}s: {total}{empty}"]
     if split.num_opened:
         height, width = split.sizes.T
         middle = np.argsort(height * width)[len(height) // 2]
@@ -124,11 +124,30 @@ def class_lines(categories: Sequence[Mapping[str, Any]], counts: Mapping[str, np
     lines = [f"  {what:{width}}  kind   " + "".join(f"{name:>12}" for name in counts)] if shown else []
     for index in shown:
         kind = {True: "thing", False: "stuff", None: "-"}[categories[index]["isthing"]]
-        cells = "".join(f"{int(of_split[index]):>12}" for of_split in counts.values())
+        cells = "".join(f"{int(split_counts[index]):>12}" for split_counts in counts.values())
         lines.append(f"  {categories[index]['name']:{width}}  {kind:5}  {cells}")
     if len(shown) < len(present):
         lines.append(f"  … and {len(present) - len(shown)} more classes")
     return lines
+
+
+# --- counting ---
+
+
+def spread(total: int, most: int | None) -> list[int]:
+    """Positions of `most` of `total` items, spread evenly from the first to the last; of all if None."""
+    return np.linspace(0, total - 1, total if most is None else min(total, most)).round().astype(int).tolist()
+
+
+def count_segments(segments: np.ndarray, num_classes: int, num_items: int) -> dict[str, Any]:
+    """Count (S, 3) segments (item, class, iscrowd) of this many items: `counts` and what follows in a `SplitReport`."""
+    counted = segments[segments[:, 2] == 0]
+    return {
+        "counts": np.bincount(counted[:, 1], minlength=num_classes),
+        "most_segments": int(np.bincount(counted[:, 0]).max(initial=0)),
+        "num_crowds": len(segments) - len(counted),
+        "num_empty": num_items - len(np.unique(segments[:, 0])),
+    }
 
 
 def inspect_split(
@@ -138,7 +157,7 @@ def inspect_split(
     problems: Problems,
     max_opened: int | None = 500,
 ) -> SplitReport:
-    """Open images and label maps of a data set, and count. Files that are known to be missing are not told again.
+    """Open images and label maps of a data set, and count. Files known to be missing are not reported again.
 
     Args:
         native: the same items for the task that the annotations are made for.
@@ -147,14 +166,9 @@ def inspect_split(
         max_opened: open this many images at most, spread evenly over the data set; None opens all.
     """
     total = len(dataset)
-    count = total if max_opened is None else min(total, max_opened)
-    sizes, opened = [], []
-    for index in tqdm(
-        np.linspace(0, total - 1, count).round().astype(int).tolist(),
-        f"Checking {name}",
-        unit="image",
-        disable=count < 200,
-    ):
+    chosen = spread(total, max_opened)
+    sizes, opened = [], [np.zeros((0, 3), dtype=np.int64)]
+    for index in tqdm(chosen, f"Checking {name}", unit="image", disable=len(chosen) < 200):
         try:
             item = dataset.check(index)
             _compare_with_map(item if native is dataset else native.annotation(index), native.task, problems)
@@ -163,31 +177,22 @@ def inspect_split(
                 problems.error(problem.kind, problem.where)
             continue
         sizes.append((item["height"], item["width"]))
-        opened.append(
-            np.array([(index, s["category_id"], s["iscrowd"]) for s in item["segments_info"]], dtype=np.int64)
-        )
-    counts_all = dataset.segments is not None or count == total
-    if dataset.segments is not None:
-        segments = dataset.segments
-    else:
-        segments = np.concatenate([np.zeros((0, 3), dtype=np.int64), *opened])
-    counted = segments[segments[:, 2] == 0]
-    num_seen = total if dataset.segments is not None else len(sizes)
+        found = [(index, segment["category_id"], segment["iscrowd"]) for segment in item["segments_info"]]
+        opened.append(np.array(found, dtype=np.int64).reshape(-1, 3))
+    knows_all = dataset.segments is not None
+    segments = dataset.segments if dataset.segments is not None else np.concatenate(opened)
     return SplitReport(
         name=name,
         num_images=total,
         num_opened=len(sizes),
         sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
-        counts=np.bincount(counted[:, 1], minlength=len(dataset.categories)),
-        counts_all=counts_all,
-        most_segments=int(np.bincount(counted[:, 0]).max(initial=0)),
-        num_crowds=int((segments[:, 2] == 1).sum()),
-        num_empty=num_seen - len(np.unique(segments[:, 0])),
+        **count_segments(segments, len(dataset.categories), total if knows_all else len(sizes)),
+        counts_all=knows_all or len(chosen) == total,
     )
 
 
 def _compare_with_map(item: Mapping[str, Any], task: str, problems: Problems) -> None:
-    """Segments that are listed but not in the map, and the other way round (panoptic data)."""
+    """Report segments that are listed but not in the map, and the other way round (panoptic data)."""
     if task != "panoptic" or "segmentation_map" not in item:
         return
     present = set(np.unique(item["segmentation_map"]).tolist()) - {0}
@@ -205,15 +210,13 @@ def _compare_with_map(item: Mapping[str, Any], task: str, problems: Problems) ->
         )
 
 
-def warn_of_empty_classes(
+def warn_about_empty_classes(
     categories: Sequence[Mapping[str, Any]], splits: Sequence[SplitReport], problems: Problems
 ) -> None:
-    """Warn of classes that no image of a split has; only of a split whose images were all counted."""
+    """Warn about classes that no image of a split has; only for splits whose images were all counted."""
     for split in splits:
-        if not split.counts_all:
-            continue
         missing = [categories[index]["name"] for index in np.flatnonzero(split.counts == 0).tolist()]
-        if missing:
+        if split.counts_all and missing:
             effect = "cannot be learned" if split.name == "train" else "cannot be measured"
             problems.warn(
                 f"{len(missing)} of {len(categories)} classes have no segment in {split.name} and {effect}.",
@@ -222,18 +225,9 @@ def warn_of_empty_classes(
 
 
 def stream_report(dataset: StreamingDataset, name: str) -> SplitReport:
-    """The report on a stream, of which nothing is read ahead."""
-    return SplitReport(
-        name=name,
-        num_images=None,
-        num_opened=0,
-        sizes=np.zeros((0, 2), dtype=np.int64),
-        counts=np.zeros(len(dataset.categories), dtype=np.int64),
-        counts_all=False,
-        most_segments=0,
-        num_crowds=0,
-        num_empty=0,
-    )
+    """Return the report on a stream, of which nothing is read ahead."""
+    nothing = count_segments(np.zeros((0, 3), dtype=np.int64), len(dataset.categories), 0)
+    return SplitReport(name, None, 0, _NO_SIZES, **nothing, counts_all=False)
 
 
 def check_dataset(dataset: SegmentationDataset, max_opened: int | None = None) -> None:

@@ -1,6 +1,5 @@
-"""YouTube-VIS' annotation files (Yang et al., arXiv 1905.04804), read where they lie, and written."""
+"""YouTube-VIS' annotation files (Yang et al., arXiv 1905.04804), read in place."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,66 +11,48 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..processing.rle import encode_rle
-from .base import Selection, check_pixels, read_image, read_size
-from .categories import make_categories
-from .coco import check_entries, check_segmentation, find_folder, group_annotations, image_folders, read_json
-from .coco_panoptic import new_folder
-from .packed import PackedList
+from .annotation_files import (
+    AnnotationFile,
+    check_exists,
+    check_lists,
+    check_segmentation,
+    find_folder,
+    group_annotations,
+    image_folders,
+    index_by_id,
+    named_form,
+    read_json,
+)
+from .base import check_pixels, read_image, read_size
 from .problems import IS_MISSING, FileProblem, Problems, named
-from .report import class_lines, problem_lines
-from .video import Frames, VideoDataset, frame_mask
+from .report import SplitReport, class_lines, count_segments, problem_lines, spread
+from .video import Frames, VideoDataset
 
 
-_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
-    "videos": {"id": (int, str), "file_names": (list,), "height": (int, float), "width": (int, float)},
-    "annotations": {
-        "id": (int, str),
-        "video_id": (int, str),
-        "category_id": (int,),
-        "segmentations": (list,),
-        "iscrowd": (int, float),
-    },
-    "categories": {"id": (int,), "name": (str,), "isthing": (int,)},
-}
 _NO_SIDE = 1 << 20  # pixels: no picture is as long
 _OTHER_SIZE = "Frames have another size than the first of their video, or than its annotation says: scale them."
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The content of an annotation file; without annotations (a validation set's) they are None.
+def _read_file(path: Path) -> dict[str, Any]:
+    """Read an annotation file; without annotations (a validation set's) they are None.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or not in YouTube-VIS' form.
     """
     content = read_json(path, "YouTube-VIS'")
-    missing = {"videos", "categories"} - set(content if isinstance(content, dict) else ())
-    if missing:
-        raise ValueError(f"{path} is not in YouTube-VIS' form: it lacks {', '.join(sorted(missing))}.")
-    content.setdefault("annotations", None)
-    needed = {
-        "videos": ("id", "file_names"),
-        "annotations": ("video_id", "segmentations"),
-        "categories": ("id", "name"),
-    }
-    try:
-        for part, keys in needed.items():
-            if content[part] is not None:
-                check_entries(content[part], f"`{part}`", keys, _FIELDS[part])
-    except ValueError as error:
-        raise ValueError(f"{path} is not in YouTube-VIS' form: {error}.") from error
-    nameless = [
-        video["id"] for video in content["videos"] if not all(isinstance(name, str) for name in video["file_names"])
-    ]
-    if nameless:
-        raise ValueError(
-            f"{path} is not in YouTube-VIS' form: `file_names` should be texts, in video {named(nameless)}."
-        )
+    with named_form(path, "YouTube-VIS'"):
+        needed = {"videos": ("id", "file_names"), "categories": ("id", "name")}
+        if isinstance(content, dict) and content.setdefault("annotations", None) is not None:
+            needed["annotations"] = ("video_id", "segmentations")
+        check_lists(content, needed)
+        nameless = [v["id"] for v in content["videos"] if not all(isinstance(name, str) for name in v["file_names"])]
+        if nameless:
+            raise ValueError(f"`file_names` should be texts, in video {named(nameless)}")
     return content
 
 
-class YouTubeVISDataset(Selection, VideoDataset):
+class YouTubeVISDataset(AnnotationFile, VideoDataset):
     """Videos of an annotation file in YouTube-VIS' form: for each instance a mask or None in every frame.
 
     Masks stay as the file has them (polygons, run lengths), so instances may overlap. Videos without an annotation are
@@ -82,8 +63,8 @@ class YouTubeVISDataset(Selection, VideoDataset):
 
     Args:
         annotation_file: for example `ytvis_2019/train.json`, or `ytvis_2021/train/instances.json`.
-        frame_folder: what the file names of frames are relative to; looked for where it usually is (`JPEGImages`,
-            `train/JPEGImages`, …) if None.
+        frame_folder: what the file names of frames are relative to; None looks where it usually is
+            (`JPEGImages`, `train/JPEGImages`, …).
         problems: collects what is wrong; if None, errors are raised at once.
 
     Attributes:
@@ -97,7 +78,7 @@ class YouTubeVISDataset(Selection, VideoDataset):
     """
 
     task = "video"
-    segments: np.ndarray
+    unit = "video"
 
     def __init__(
         self,
@@ -105,32 +86,18 @@ class YouTubeVISDataset(Selection, VideoDataset):
         frame_folder: str | os.PathLike[str] | None = None,
         problems: Problems | None = None,
     ) -> None:
-        self.annotation_file = Path(annotation_file)
-        content = _read(self.annotation_file)
-        found = Problems() if problems is None else problems
+        path = Path(annotation_file)
+        content = _read_file(path)
         self.is_annotated = content["annotations"] is not None
-        self.categories = make_categories(content["categories"], str(self.annotation_file))
+        names = [name for video in content["videos"] for name in _file_names(video)]
+        self.frame_folder = Path(frame_folder or path.parent)
+        if names:
+            folders = [self.frame_folder] if frame_folder is not None else image_folders(path)
+            inside = [place for folder in folders for place in (folder, folder / "JPEGImages", folder / "frames")]
+            self.frame_folder = find_folder(folders if frame_folder is not None else inside, names, "frames")
+        self._read(path, content, problems)
         for category in self.categories:
             category["isthing"] = category["isthing"] is not False
-        names = [name for video in content["videos"] for name in _file_names(video)]
-        self.frame_folder = Path(frame_folder or self.annotation_file.parent)
-        if names:
-            candidates = _frame_folders(self.annotation_file) if frame_folder is None else [self.frame_folder]
-            self.frame_folder = find_folder(candidates, names, "frames")
-        self._packed = PackedList(self._records(content, found))
-        self._positions = np.arange(len(self._packed))
-        self.segments = np.array(
-            [
-                (position, segment["category_id"], segment["iscrowd"])
-                for position, record in enumerate(self._packed)
-                for segment in record["segments_info"]
-            ],
-            dtype=np.int32,
-        ).reshape(-1, 3)
-        if not len(self):
-            found.error("The data set is empty: an annotation file must list videos.", str(self.annotation_file))
-        if problems is None:
-            found.raise_errors(str(self.annotation_file))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._record(index)
@@ -171,41 +138,27 @@ class YouTubeVISDataset(Selection, VideoDataset):
         return self._packed[int(self._positions[index])]
 
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:
-        videos: dict[Any, Mapping[str, Any]] = {}
-        for video in content["videos"]:
-            if video["id"] in videos:
-                problems.error(
-                    f"Videos in {self.annotation_file} share an id: give each its own.",
-                    f"{_name(video)}: id {video['id']}",
-                )
-            videos[video["id"]] = video
-        by_video = group_annotations(content["annotations"] or (), videos, "video", self.annotation_file, problems)
-        contiguous = {category["dataset_id"]: category["id"] for category in self.categories}
+        file = self.annotation_file
+        videos = index_by_id(content["videos"], "video", _name, file, problems)
+        by_video = group_annotations(content["annotations"] or (), videos, "video", file, problems)
         for video_id, video in videos.items():
-            if not video["file_names"]:
-                problems.error(f"Videos in {self.annotation_file} have no frames: remove them.", _name(video))
+            names = _file_names(video)
+            if not names:
+                problems.error(f"Videos in {file} have no frames: remove them.", _name(video))
                 continue
-            for name in _file_names(video):
-                if not os.path.isfile(self.frame_folder / name):
-                    fix = "put them there, or remove them and their masks from the file"
-                    problems.error(f"Frames {IS_MISSING} in {self.frame_folder}: {fix}.", name)
+            check_exists(self.frame_folder, names, "Frames", problems, more=" and their masks")
             stated = (video.get("height") or 0, video.get("width") or 0)
             if not all(0 <= side < _NO_SIDE for side in stated):  # nor is NaN
-                fix = f"correct or remove `height` and `width` in {self.annotation_file}"
+                fix = f"correct or remove `height` and `width` in {file}"
                 problems.error(f"Videos state a size that no picture has: {fix}.", f"{_name(video)}: {stated}")
                 continue
             size = (int(stated[0]), int(stated[1])) if all(stated) else None
-            annotations = by_video.get(video_id, ())
             segments = [
-                self._segment(annotation, number, video, size, contiguous, problems)
-                for number, annotation in enumerate(annotations, start=1)
+                self._segment(annotation, number, video, size, problems)
+                for number, annotation in enumerate(by_video.get(video_id, ()), start=1)
             ]
-            yield {
-                "video_id": video_id,
-                "file_names": _file_names(video),
-                "size": size,
-                "segments_info": [segment for segment in segments if segment is not None],
-            }
+            kept = [segment for segment in segments if segment is not None]
+            yield {"video_id": video_id, "file_names": names, "size": size, "segments_info": kept}
 
     def _segment(
         self,
@@ -213,35 +166,31 @@ class YouTubeVISDataset(Selection, VideoDataset):
         number: int,
         video: Mapping[str, Any],
         size: tuple[int, int] | None,
-        contiguous: Mapping[int, int],
         problems: Problems,
     ) -> dict[str, Any] | None:
-        where = f"{_name(video)}: annotation {annotation.get('id')}"
+        own = f"annotation {annotation.get('id')}"
         masks, names = annotation["segmentations"], _file_names(video)
-        if annotation.get("category_id") not in contiguous:
-            problems.error(
-                f"Instances have a category that {self.annotation_file} does not list: add it, or remove them.",
-                f"{where} has category {annotation.get('category_id')}",
-            )
+        category = self._category(annotation, _name(video), problems)
+        if category is None:
             return None
         if len(masks) != len(names):
             problems.error(
                 "Annotations have more or fewer masks than their video has frames: one for each is meant, null where "
                 "the instance is not seen.",
-                f"{where} has {len(masks)} for {len(names)} frames",
+                f"{_name(video)}: {own} has {len(masks)} for {len(names)} frames",
             )
             return None
         checked = [
-            check_segmentation(mask, size, f"{name}: annotation {annotation.get('id')}", problems) if mask else None
+            check_segmentation(mask, size, f"{name}: {own}", problems) if mask else None
             for mask, name in zip(masks, names, strict=True)
         ]
         if not any(checked):
-            problems.warn("Instances have no mask in any frame and are left out.", where)
+            problems.warn("Instances have no mask in any frame and are left out.", f"{_name(video)}: {own}")
             return None
         areas = annotation.get("areas")
         return {
             "id": number,
-            "category_id": contiguous[annotation["category_id"]],
+            "category_id": category,
             "iscrowd": int(bool(annotation.get("iscrowd"))),
             "segmentations": checked,
             **({"areas": areas} if isinstance(areas, list) and len(areas) == len(names) else {}),
@@ -253,14 +202,9 @@ def _file_names(video: Mapping[str, Any]) -> list[str]:
 
 
 def _name(video: Mapping[str, Any]) -> str:
-    """What a person finds a video by: the folder of its frames."""
+    """Return the folder of a video's frames, by which a person finds it."""
     names = _file_names(video)
     return (names[0].rpartition("/")[0] if names else "") or f"video {video['id']}"
-
-
-def _frame_folders(annotation_file: Path) -> list[Path]:
-    folders = image_folders(annotation_file)
-    return [place for folder in folders for place in (folder, folder / "JPEGImages", folder / "frames")]
 
 
 def _check_size(name: str, size: tuple[int, int], expected: tuple[int, int]) -> None:
@@ -285,7 +229,7 @@ def _read_frame(files: Sequence[str], size: tuple[int, int], index: int) -> Imag
 
 
 @dataclass
-class VideoReport:
+class VideoReport(SplitReport):
     """What is in a data set of videos. `str` of it is text to read.
 
     Attributes:
@@ -293,26 +237,19 @@ class VideoReport:
         categories: the classes.
         is_annotated: whether there are annotations at all.
         num_frames: (videos,) int64, frames of each video.
-        num_opened: of how many videos all frames were decoded.
-        sizes: (N, 2) int64, height and width in pixels of those videos.
-        counts: (classes,) int64, instances of each class, without crowds.
-        most_instances: most instances in one video, without crowds.
-        num_crowds: instances that are crowds.
-        num_empty: videos without an instance.
         problems: errors and warnings, with file names.
     """
 
-    source: str
-    categories: Sequence[Mapping[str, Any]]
-    is_annotated: bool
-    num_frames: np.ndarray
-    num_opened: int
-    sizes: np.ndarray
-    counts: np.ndarray
-    most_instances: int
-    num_crowds: int
-    num_empty: int
+    source: str = ""
+    categories: Sequence[Mapping[str, Any]] = ()
+    is_annotated: bool = True
+    num_frames: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     problems: Problems = field(default_factory=Problems)
+
+    @property
+    def most_instances(self) -> int:
+        """Most instances in one video, without crowds."""
+        return self.most_segments
 
     def __str__(self) -> str:
         lines = [self.source, "taken for: YouTube-VIS' annotations", f"classes:   {len(self.categories)}", ""]
@@ -340,7 +277,7 @@ def open_youtube_vis(
     frame_folder: str | os.PathLike[str] | None = None,
     max_opened: int | None = 50,
 ) -> tuple[YouTubeVISDataset, VideoReport]:
-    """Open a data set in YouTube-VIS' form, decode frames of it, and say what was found.
+    """Open a data set in YouTube-VIS' form, decode frames of it, and report what was found.
 
     Args:
         annotation_file, frame_folder: as `YouTubeVISDataset` takes them.
@@ -353,85 +290,31 @@ def open_youtube_vis(
     """
     problems = Problems()
     dataset = YouTubeVISDataset(annotation_file, frame_folder, problems)
-    report = inspect_videos(dataset, problems, max_opened)
+    report = inspect_videos(dataset, "", problems, max_opened)
     problems.raise_errors(str(annotation_file))
     return dataset, report
 
 
-def inspect_videos(dataset: YouTubeVISDataset, problems: Problems, max_opened: int | None) -> VideoReport:
+def inspect_videos(dataset: YouTubeVISDataset, name: str, problems: Problems, max_opened: int | None) -> VideoReport:
     """Decode the frames of some videos, and count. What is wrong goes to `problems`.
 
     Args:
+        name: of the split.
         max_opened: as `open_youtube_vis` takes it.
     """
-    total = len(dataset)
-    count = total if max_opened is None else min(total, max_opened)
-    chosen = np.linspace(0, total - 1, count).round().astype(int).tolist()
-    bar = tqdm(chosen, f"Checking {dataset.annotation_file.name}", unit="video", disable=count < 20)
+    chosen = spread(len(dataset), max_opened)
+    bar = tqdm(chosen, f"Checking {dataset.annotation_file.name}", unit="video", disable=len(chosen) < 20)
     sizes = [size for size in (dataset.check(index, problems) for index in bar) if size is not None]
-    counted = dataset.segments[dataset.segments[:, 2] == 0]
     return VideoReport(
+        name=name,
+        num_images=len(dataset),
+        num_opened=len(chosen),
+        sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        **count_segments(dataset.segments, len(dataset.categories), len(dataset)),
+        unit="video",
         source=str(dataset.annotation_file),
         categories=dataset.categories,
         is_annotated=dataset.is_annotated,
         num_frames=dataset.num_frames(),
-        num_opened=count,
-        sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
-        counts=np.bincount(counted[:, 1], minlength=len(dataset.categories)),
-        most_instances=int(np.bincount(counted[:, 0]).max(initial=0)),
-        num_crowds=len(dataset.segments) - len(counted),
-        num_empty=total - len(np.unique(dataset.segments[:, 0])),
         problems=problems,
     )
-
-
-# --- writing ---
-
-
-def write_youtube_vis(dataset: VideoDataset, folder: str | os.PathLike[str]) -> Path:
-    """Write a data set's videos in YouTube-VIS' form: `instances.json`, and a folder of PNGs for each in `JPEGImages/`.
-
-    Masks become run lengths. Everything is written to a temporary folder beside `folder`, which then takes its name.
-
-    Returns:
-        The path of `folder`.
-
-    Raises:
-        FileExistsError: if `folder` exists already.
-    """
-    target = Path(folder)
-    with new_folder(target) as work:
-        videos: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for index in tqdm(range(len(dataset)), desc="Writing videos", unit="video"):
-            item = dataset[index]
-            names = [f"{index:05d}/{number:05d}.png" for number in range(len(item["frames"]))]
-            (work / "JPEGImages" / names[0]).parent.mkdir(parents=True)
-            for name, frame in zip(names, item["frames"], strict=True):
-                frame.save(work / "JPEGImages" / name)
-            size = {"height": item["height"], "width": item["width"]}
-            videos.append({"id": index + 1, "file_names": names, "length": len(names), **size})
-            for segment in item["segments_info"]:
-                masks = [_encode(frame_mask(item, segment, number)) for number in range(len(names))]
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "video_id": index + 1,
-                        "category_id": segment["category_id"] + 1,
-                        "iscrowd": segment["iscrowd"],
-                        "segmentations": [rle for rle, _ in masks],
-                        "areas": [area for _, area in masks],
-                    }
-                )
-        # As in YouTube-VIS, ids count from 1.
-        categories = [{**category, "id": category["id"] + 1} for category in dataset.categories]
-        content = {"videos": videos, "annotations": annotations, "categories": categories}
-        (work / "instances.json").write_text(json.dumps(content), encoding="utf-8")
-    return target
-
-
-def _encode(mask: np.ndarray | None) -> tuple[dict[str, Any] | None, int | None]:
-    """Run lengths and area; both None where there is nothing."""
-    if mask is None or not mask.any():
-        return None, None
-    return encode_rle(mask), int(np.count_nonzero(mask))
