@@ -27,9 +27,9 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "videos": {**_SIZE_FIELDS, "file_names": (list,)},
     "annotations": {
         **_SEGMENT_FIELDS,
-        **{key: (int, str) for key in ("id", "image_id", "video_id")},
+        **dict.fromkeys(("id", "image_id", "video_id"), (int, str)),
         "file_name": (str,),
-        **{key: (list,) for key in ("segments_info", "segmentations")},
+        **dict.fromkeys(("segments_info", "segmentations"), (list,)),
     },
     "categories": {"id": (int,), "name": (str,), "isthing": (int,)},
     "segments_info": _SEGMENT_FIELDS,

@@ -1,4 +1,4 @@
-"""What all data sets of images in files have in common: an item, an item without its image, a selection."""
+"""What all data sets of images in files have in common: items, items without their image, selections."""
 
 import copy
 import struct
@@ -9,34 +9,44 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
+from ..processing import images
 from ..processing.rle import decode_segmentation
 from .problems import FileProblem
 
 
 ImageFile = Path | BytesIO | Image.Image
-"""Where an image is read from; an image that is open already stands for itself."""
+"""What an image is read from; an open image stands for itself."""
 _EXIF_ORIENTATION = 0x0112
 _Items = TypeVar("_Items", bound="Selection")
 
 
 def read_image(file: ImageFile, name: str) -> Image.Image:
-    """An image as RGB, upright: its EXIF orientation is applied.
+    """Read an image, upright, as RGB: the pixels that the processor reads.
 
     Raises:
         FileProblem: it cannot be read; `name` says which.
     """
     with _open_image(file, name) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16-bit grey; Pillow would clip it at 255
-            upright = Image.fromarray((np.asarray(upright, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        return upright.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """Return an image of any kind that the processor takes as 8-bit RGB with the processor's pixels.
+
+    Raises:
+        ValueError: it is not an image.
+    """
+    pixels = images.read_image(image)
+    if pixels.dtype != np.uint8:
+        pixels = np.rint(pixels * images.scale_to_255(pixels)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
 
 
 def read_size(file: ImageFile, name: str) -> tuple[int, int]:
-    """Height and width in pixels of the upright image, from the file's header.
+    """Return height and width in pixels of the upright image, from the file's header.
 
     Raises:
         FileProblem: it cannot be read.
@@ -48,9 +58,9 @@ def read_size(file: ImageFile, name: str) -> tuple[int, int]:
 
 
 def read_map(file: ImageFile, name: str) -> np.ndarray:
-    """What a map stores for each pixel: whole numbers, (height, width); colours, (height, width, 3) uint8.
+    """Read what a map stores for each pixel: whole numbers, (height, width), or colours, (height, width, 3) uint8.
 
-    Palettes are left unapplied: the number is what counts.
+    Palettes are not applied: the number is what counts.
 
     Raises:
         FileProblem: it cannot be read.
@@ -94,7 +104,7 @@ def _open_image(file: ImageFile, name: str, what: str = "Images") -> Iterator[Im
 
 
 class Selection(Dataset[dict[str, Any]]):
-    """What data sets of images and of videos share: a part of the items, other classes.
+    """What data sets of images and of videos share: selecting items, changing classes.
 
     Attributes:
         categories, task, segments: as `SegmentationDataset` says.
@@ -111,7 +121,7 @@ class Selection(Dataset[dict[str, Any]]):
         return len(self._positions)
 
     def select(self: _Items, indices: Sequence[int] | np.ndarray) -> _Items:
-        """The items at these indices, in this order."""
+        """Return the items at these indices, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
         result = copy.copy(self)
         result._positions = self._positions[chosen]
@@ -126,7 +136,7 @@ class Selection(Dataset[dict[str, Any]]):
     def with_categories(
         self: _Items, categories: Sequence[Mapping[str, Any]], category_map: Mapping[int, int]
     ) -> _Items:
-        """The same items with another class list; segments of classes that `category_map` lacks are left out."""
+        """Return the same items with another class list, without segments of classes that `category_map` lacks."""
         return copy.copy(self)._with_categories([dict(category) for category in categories], dict(category_map))
 
     def _with_categories(self: _Items, categories: list[dict[str, Any]], added: dict[int, int]) -> _Items:
@@ -143,7 +153,7 @@ class Selection(Dataset[dict[str, Any]]):
         return self
 
     def _with_own_classes(self, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Segments with the annotation's own classes, as `categories` has them; `isthing` is added."""
+        """Map the classes of segments from the annotation's to `categories`; add `isthing`."""
         if self._category_map is not None:
             ids = self._category_map
             segments = [{**s, "category_id": ids[s["category_id"]]} for s in segments if s["category_id"] in ids]
@@ -152,7 +162,7 @@ class Selection(Dataset[dict[str, Any]]):
 
 
 class SegmentationDataset(Selection):
-    """Images with segments. Subclasses say where they lie (`_load`); everything else is here.
+    """Images with segments. Subclasses define `_load`.
 
     An item has
 
@@ -172,7 +182,7 @@ class SegmentationDataset(Selection):
     """
 
     def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
-        """The image's file, and the item without image and size; `category_id` is that of the annotation's own list."""
+        """Return the image's file, and the item without image and size; `category_id` is the annotation's own."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -180,28 +190,20 @@ class SegmentationDataset(Selection):
         image = read_image(file, item["file_name"])
         return {"image": image, **self.complete(item, image.height, image.width)}
 
-    def annotation(self, index: int) -> dict[str, Any]:
-        """The item without `image`; the size is read from the file's header.
-
-        Raises:
-            FileProblem: a file is missing or damaged, or the annotation is for another size.
-        """
-        file, item = self._open(index)
-        return self.complete(item, *read_size(file, item["file_name"]))
-
-    def check(self, index: int) -> dict[str, Any]:
-        """What `annotation` gives, after decoding the image too.
+    def annotation(self, index: int, check_image: bool = False) -> dict[str, Any]:
+        """Return the item without `image`; the size is read from the file's header, or after decoding the image.
 
         Raises:
             FileProblem: a file is missing or damaged, or the annotation is for another size.
         """
         file, item = self._open(index)
         item = self.complete(item, *read_size(file, item["file_name"]))
-        check_pixels(file, item["file_name"])
+        if check_image:
+            check_pixels(file, item["file_name"])
         return item
 
     def with_task(self, task: str) -> "SegmentationDataset":
-        """The same images for another task: things alone for "instance", one segment a class for "semantic".
+        """Return the same images for another task: only things for "instance", one segment a class for "semantic".
 
         Raises:
             ValueError: the annotations don't say enough for the task.
@@ -218,11 +220,9 @@ class SegmentationDataset(Selection):
                 result.segments = np.concatenate([pairs, np.zeros_like(pairs[:, :1])], axis=1)
             return result
         if task != "instance" or self.task == "semantic":
-            reason = (
-                "they don't tell the objects of a class apart"
-                if self.task == "semantic"
-                else "instances may overlap, and there is no stuff"
-            )
+            reason = "instances may overlap, and there is no stuff"
+            if self.task == "semantic":
+                reason = "they don't tell the objects of a class apart"
             raise ValueError(f"{self.task} annotations don't do for task={task!r}: {reason}.")
         things = [category for category in self.categories if category["id"] not in stuff]
         if not things:
@@ -238,33 +238,30 @@ class SegmentationDataset(Selection):
         return self._load(int(self._positions[index]))
 
     def complete(self, item: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-        """An item as `_load` gives it, with its image's size, and classes as `categories` and `task` say.
+        """Add to an item of `_load` its image's size; map its classes to `categories` and `task`.
 
         Raises:
             FileProblem: the annotation is for another size.
         """
-        item = {**item, "height": height, "width": width}
-        if "segmentation_map" in item and item["segmentation_map"].shape != (height, width):
-            _refuse_size(item["file_name"], item["segmentation_map"].shape, (height, width))
-        if "annotated_size" in item:
-            annotated = item.pop("annotated_size")
-            if annotated is not None and tuple(annotated) != (height, width):
-                _refuse_size(item["file_name"], annotated, (height, width))
-        segments = item["segments_info"]
-        for segment in segments:
-            mask = segment.get("segmentation")
-            if isinstance(mask, Mapping) and list(mask["size"]) != [height, width]:
-                _refuse_size(item["file_name"], mask["size"], (height, width))
-        item["segments_info"] = self._with_own_classes(segments)
+        annotated = [item.get("annotated_size"), getattr(item.get("segmentation_map"), "shape", None)]
+        masks = [segment.get("segmentation") for segment in item["segments_info"]]
+        for size in (*annotated, *(mask["size"] for mask in masks if isinstance(mask, Mapping))):
+            if size is not None and tuple(size) != (height, width):
+                _refuse_size(item["file_name"], size, (height, width))
+        item = {
+            **item,
+            "height": height,
+            "width": width,
+            "segments_info": self._with_own_classes(item["segments_info"]),
+        }
+        item.pop("annotated_size", None)
         return merge_classes(item) if self._merges_classes else item
 
 
 def _refuse_size(file_name: str, annotated: Sequence[int], size: tuple[int, int]) -> None:
-    hint = (
-        " (made for the image as stored, before its EXIF orientation? then turn the image and remove that)"
-        if tuple(annotated) == (size[1], size[0])
-        else ""
-    )
+    hint = ""
+    if tuple(annotated) == size[::-1]:
+        hint = " (made for the image as stored, before its EXIF orientation? then turn the image and remove that)"
     raise FileProblem(
         "Annotations are for another size than their image (height x width): scale them, or take their image.",
         f"{file_name} is {size[0]}x{size[1]}, its annotation {annotated[0]}x{annotated[1]}{hint}",
@@ -272,10 +269,7 @@ def _refuse_size(file_name: str, annotated: Sequence[int], size: tuple[int, int]
 
 
 def merge_classes(item: dict[str, Any]) -> dict[str, Any]:
-    """One segment for each class, crowds among them: a semantic item, whose segment ids are the class + 1.
-
-    Of instances that overlap the smaller one is on top.
-    """
+    """Merge an item's segments by class, crowds too, into a map of classes + 1; of instances the smaller is on top."""
     segments = item["segments_info"]
     size = (item["height"], item["width"])
     labels = np.zeros(size, dtype=np.int32)
@@ -300,7 +294,7 @@ def merge_classes(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def semantic_segments(segmentation_map: np.ndarray) -> list[dict[str, Any]]:
-    """`segments_info` of a map (height, width) of classes + 1: one segment for each class that occurs."""
+    """Return the `segments_info` of a map (height, width) of classes + 1: one segment for each class that occurs."""
     areas = np.bincount(segmentation_map.ravel())
     return [
         {"id": int(value), "category_id": int(value) - 1, "iscrowd": 0, "area": int(areas[value])}

@@ -22,18 +22,18 @@ NAME_FILES = (
 
 
 def make_categories(entries: Iterable[Mapping[str, Any]], name: str = "") -> list[dict[str, Any]]:
-    """Classes with contiguous ids, in the order of the files' own ids.
+    """Number classes from 0, in the order of the files' own ids.
 
     Args:
         entries: for each class `id` (the files' own), `name`, and where known `isthing` and `color`.
         name: of the data set, which helps to recognise a known one.
 
     Returns:
-        A list of `{"id", "name", "isthing", "color", "dataset_id"}`; `isthing` is None where nobody says, `color` is
-        left out where nobody does. Known data sets fill both in.
+        A list of `{"id", "name", "isthing", "color", "dataset_id"}`; an unknown `isthing` is None, an unknown `color`
+        is left out. Known data sets fill both in.
 
     Raises:
-        ValueError: two classes have the same id or name, there is none, or a colour is none.
+        ValueError: two classes have the same id or name, there is no class, or a colour is none.
     """
     ordered = sorted(entries, key=lambda entry: entry["id"])
     if not ordered:
@@ -49,11 +49,8 @@ def make_categories(entries: Iterable[Mapping[str, Any]], name: str = "") -> lis
         label = known.labels[index] if known else None
         is_thing = entry.get("isthing", label.is_thing if label else None)
         color = entry.get("color", label.color if label else None)
-        category: dict[str, Any] = {
-            "id": index,
-            "name": str(entry["name"]),
-            "isthing": None if is_thing is None else bool(is_thing),
-        }
+        category: dict[str, Any] = {"id": index, "name": str(entry["name"])}
+        category["isthing"] = None if is_thing is None else bool(is_thing)
         if color is not None:
             category["color"] = _as_color(color, category["name"])
         categories.append({**category, "dataset_id": int(entry["id"])})
@@ -68,31 +65,23 @@ def _as_color(color: Any, name: str) -> list[int]:
 
 
 def from_label_set(known: LabelSet, ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """Entries for `make_categories` of a known data set; `ids` take the place of its own ids."""
-    return [
-        {
-            "id": label.dataset_id if ids is None else ids[index],
-            "name": label.name,
-            "isthing": label.is_thing,
-            **({} if label.color is None else {"color": label.color}),
-        }
-        for index, label in enumerate(known.labels)
-    ]
+    """Return entries for `make_categories` of a known data set; `ids` replace its own ids."""
+    entries = []
+    for label, number in zip(known.labels, ids or [label.dataset_id for label in known.labels], strict=True):
+        color = {} if label.color is None else {"color": label.color}
+        entries.append({"id": number, "name": label.name, "isthing": label.is_thing, **color})
+    return entries
 
 
 def match_by_name(
     categories: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], names: tuple[str, str]
 ) -> dict[int, int]:
-    """The contiguous id in `categories` of each contiguous id of `others`, by name.
-
-    Args:
-        names: what the two data sets are called, for the message.
+    """Map the contiguous ids of `others` to those of `categories`, by name.
 
     Raises:
-        ValueError: one has classes that the other lacks; both are named.
+        ValueError: one has classes that the other lacks; the message has the `names` of the two data sets.
     """
-    ids = {category["name"]: category["id"] for category in categories}
-    other_ids = {category["name"]: category["id"] for category in others}
+    ids, other_ids = ({category["name"]: category["id"] for category in listed} for listed in (categories, others))
     if ids.keys() != other_ids.keys():
         lists = [
             f"only in {name}: {named(sorted(mine.keys() - theirs.keys())) or 'none'}"
@@ -112,32 +101,28 @@ Labels = str | Path | Mapping[Any, Any] | Sequence[Any]
 """Class names as people give them: a known label set, a file, `{id: name}`, or a list of names."""
 
 
-def read_labels(labels: Labels) -> tuple[list[dict[str, Any]], str]:
-    """Entries for `make_categories`, and where they are from.
+def read_labels(labels: Labels) -> list[dict[str, Any]]:
+    """Read entries for `make_categories`.
 
     Raises:
         ValueError: neither a label set nor a file, or a file in a form that is not known.
     """
     if isinstance(labels, (str, Path)):
         if str(labels) in LABEL_SETS:
-            return from_label_set(label_set(str(labels))), f"the label set {labels}"
+            return from_label_set(label_set(str(labels)))
         path = Path(labels)
         if not path.is_file():
             raise ValueError(
                 f"labels={str(labels)!r} is neither a file nor a known label set ({', '.join(LABEL_SETS)})."
             )
-        return _read_file(path), str(path)
-    return _entries(labels, "labels"), "the labels given"
+        return _read_file(path)
+    return _entries(labels, "labels")
 
 
 def find_name_file(folders: Iterable[Path]) -> Path | None:
-    """The first file of class names in the folders."""
-    for folder in folders:
-        for name in NAME_FILES:
-            path = folder / name
-            if path.is_file() and _is_name_file(path):
-                return path
-    return None
+    """Return the first file of class names in the folders."""
+    paths = (folder / name for folder in folders for name in NAME_FILES)
+    return next((path for path in paths if path.is_file() and _is_name_file(path)), None)
 
 
 def _is_name_file(path: Path) -> bool:
@@ -164,7 +149,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _entries(content: Any, where: str) -> list[dict[str, Any]]:
-    """Classes of an id2label, a label2id, a list of names, or a list of dicts; also one level down."""
+    """Return the classes of an id2label, a label2id, a list of names, or a list of dicts; also one level down."""
     if isinstance(content, Mapping):
         for key in ("categories", "labels", "classes", "id2label", "label2id", "names"):
             if isinstance(content.get(key), (Mapping, list)):
@@ -195,7 +180,7 @@ def _entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def _entries_of_csv(text: str, path: Path) -> list[dict[str, Any]]:
-    """Rows with the class's name and its number or colour, in columns that say so ("Pixel Value", "Class"; r, g, b)."""
+    """Read rows with a class's name and its number or colour, by columns such as "Pixel Value", "Class", r, g, b."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
     header = [cell.lower() for cell in rows[0]] if rows else []
     name = next((i for i, cell in enumerate(header) if cell in ("class", "name", "label", "class_name")), None)
@@ -203,21 +188,19 @@ def _entries_of_csv(text: str, path: Path) -> list[dict[str, Any]]:
     if name is None:
         raise ValueError(f"{path}: expected a column `name` or `Class` and one `id` or `Pixel Value`, got {header}.")
     channels = [header.index(channel) for channel in "rgb" if channel in header]
+    entries: list[dict[str, Any]] = []
     try:
-        return [
-            {
-                "id": index if number is None else int(row[number]),
-                "name": row[name],
-                **({"color": [int(row[channel]) for channel in channels]} if len(channels) == 3 else {}),
-            }
-            for index, row in enumerate(rows[1:])
-        ]
+        for index, row in enumerate(rows[1:]):
+            entries.append({"id": index if number is None else int(row[number]), "name": row[name]})
+            if len(channels) == 3:
+                entries[-1]["color"] = [int(row[channel]) for channel in channels]
     except (ValueError, IndexError) as error:
         raise ValueError(f"{path}: a row without a number or name: {error}.") from error
+    return entries
 
 
 def _entries_of_lines(lines: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    """One class a line: `name`, `3 name`, `3: name`, CVAT's `name:r,g,b::`, or ADE20K's table with a header."""
+    """Read one class a line: `name`, `3 name`, `3: name`, CVAT's `name:r,g,b::`, or ADE20K's table with a header."""
     if lines and lines[0].split()[:2] == ["Idx", "Ratio"]:
         rows = [re.split(r"\t+| {2,}", line) for line in lines[1:]]
         return [{"id": int(row[0]), "name": row[-1].strip()} for row in rows]

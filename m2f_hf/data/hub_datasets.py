@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..processing.rle import as_polygons, check_rle, drawable_polygons, encode_rle
 from ..processing.segment_ids import rgb_to_id
-from .base import ImageFile, SegmentationDataset, read_image, read_map, semantic_segments
+from .base import ImageFile, SegmentationDataset, read_image, read_map, semantic_segments, to_rgb
+from .categories import read_labels
 from .label_maps import LabelCoding, decode_labels
 from .problems import FileProblem
 
@@ -49,7 +50,7 @@ class Columns(NamedTuple):
 
 
 def find_columns(row: Mapping[str, Any], name: str, task: str | None = None) -> Columns:
-    """Which columns of a table hold what, from its first row.
+    """Tell from the first row of a table which columns hold what.
 
     Raises:
         ValueError: there is no image, or nothing to learn from; the message names the columns there are.
@@ -94,12 +95,9 @@ def _is_map(value: Any) -> bool:
 
 
 def _as_dicts(value: Any) -> list[dict[str, Any]]:
-    """A list of dicts, whichever way round the table keeps it; nothing for anything else."""
-    if (
-        isinstance(value, Mapping)
-        and value
-        and all(isinstance(column, (list, np.ndarray)) for column in value.values())
-    ):
+    """Return a list of dicts, or a dict of lists, as a list of dicts; an empty list for anything else."""
+    columns = value.values() if isinstance(value, Mapping) else ()
+    if columns and all(isinstance(column, (list, np.ndarray)) for column in columns):
         keys = [key for key, column in value.items() if len(column) == max(map(len, value.values()))]
         return [dict(zip(keys, cells, strict=True)) for cells in zip(*(value[key] for key in keys), strict=True)]
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
@@ -115,14 +113,14 @@ def _key(entry: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def class_names(features: Any, columns: Columns) -> list[str] | None:
-    """The names that the features of a table give its categories; None where they don't."""
+    """Return the names that the features of a table give its categories; None where they don't."""
     column = columns.objects or columns.segments or columns.label
     found = _class_labels((features or {}).get(column))
     return None if found is None else list(found.names)
 
 
 def _class_labels(feature: Any) -> Any:
-    """The `ClassLabel` in a feature, at any depth."""
+    """Find the `ClassLabel` in a feature, at any depth."""
     if hasattr(feature, "names") and hasattr(feature, "int2str"):
         return feature
     if isinstance(feature, Mapping):
@@ -135,31 +133,23 @@ def _class_labels(feature: Any) -> Any:
 
 
 def names_on_hub(name: str) -> list[dict[str, Any]] | None:
-    """The classes that a Hub data set names in an `id2label.json` or `label2id.json`; None where there is none."""
+    """Return the classes in the `id2label.json` or `label2id.json` of a Hub data set; None where there is none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    from .categories import read_labels
-
     for file in ("id2label.json", "label2id.json", "labels.json"):
         try:
-            return read_labels(hf_hub_download(name, file, repo_type="dataset"))[0]
+            return read_labels(hf_hub_download(name, file, repo_type="dataset"))
         except (HfHubHTTPError, OSError, ValueError):
             continue
     return None
 
 
 def category_ids(rows: Any, columns: Columns) -> set[Any]:
-    """Every category that a table's segments or objects name: numbers, or names."""
+    """Return every category that a table's segments or objects name: numbers, or names."""
     column = columns.objects or columns.segments
-    table = rows.select_columns([column])
-    found: set[Any] = set()
-    for row in table:
-        for entry in _as_dicts(row[column]):
-            key = _key(entry, CATEGORY_KEYS)
-            if key is not None:
-                found.add(entry[key])
-    return found
+    entries = (entry for row in rows.select_columns([column]) for entry in _as_dicts(row[column]))
+    return {entry[key] for entry in entries if (key := _key(entry, CATEGORY_KEYS)) is not None}
 
 
 # --- data sets ---
@@ -197,15 +187,12 @@ class TableDataset(SegmentationDataset):
         return self.read(self.rows[position], position)
 
     def read(self, row: Mapping[str, Any], position: int | str) -> tuple[ImageFile, dict[str, Any]]:
-        """The image's file, and the item without image and size, of one row."""
-        file = as_file(row[self.columns.image])
-        path = row[self.columns.image].get("path") if isinstance(row[self.columns.image], Mapping) else None
+        """Return the image's file and the item without image and size, of one row."""
+        cell = row[self.columns.image]
+        file, path = as_file(cell), cell.get("path") if isinstance(cell, Mapping) else None
         where = f"{self.name}[{position}]" + (f" ({path})" if path else "")
         identity = row.get("image_id", row.get("id", position))
-        item: dict[str, Any] = {
-            "image_id": identity if isinstance(identity, (int, str)) else position,
-            "file_name": where,
-        }
+        item = {"image_id": identity if isinstance(identity, (int, str)) else position, "file_name": where}
         if self.columns.objects is not None:
             objects = _as_dicts(row[self.columns.objects])
             return file, {**item, "segments_info": [self._object(entry, k, where) for k, entry in enumerate(objects)]}
@@ -218,8 +205,7 @@ class TableDataset(SegmentationDataset):
                 if number % 256
             ]
             return file, {**item, "segmentation_map": numbers, "segments_info": segments}
-        if self.coding is not None:
-            assert self._table is not None
+        if self.coding is not None and self._table is not None:
             labels = decode_labels(values, self.coding, self._table, where)
             return file, {**item, "segmentation_map": labels, "segments_info": semantic_segments(labels)}
         ids = rgb_to_id(values) if values.ndim == 3 else values.astype(np.int32)
@@ -253,7 +239,7 @@ class TableDataset(SegmentationDataset):
 
 
 def read_cell(value: Any, name: str = "label map") -> np.ndarray:
-    """A label map in a table's cell, an image or an array, as `read_map` gives it."""
+    """Read a label map in a table's cell, an image or an array, as `read_map` does."""
     return np.asarray(value) if isinstance(value, (list, np.ndarray)) else read_map(as_file(value), name)
 
 
@@ -263,7 +249,7 @@ def _crowd(entry: Mapping[str, Any]) -> int:
 
 
 def as_file(value: Any) -> ImageFile:
-    """What an image is read from, of a table's cell: an image, its bytes or path, or an array.
+    """Return what an image is read from: a table's cell is an image, its bytes or path, or an array.
 
     Raises:
         FileProblem: it is none of these.
@@ -273,12 +259,12 @@ def as_file(value: Any) -> ImageFile:
     if isinstance(value, Mapping):
         return BytesIO(value["bytes"]) if value.get("bytes") is not None else Path(value["path"])
     if isinstance(value, (np.ndarray, list)):
-        return Image.fromarray(np.asarray(value, dtype=np.uint8))
+        return to_rgb(np.asarray(value))
     raise FileProblem("Rows have no image where one is expected: remove them.", repr(value)[:80])
 
 
 def _as_segmentation(value: Any, where: str) -> Any:
-    """COCO's RLE or a list of polygons."""
+    """Return a cell's mask as COCO's RLE or a list of polygons."""
     if _is_picture(value):
         pixels = read_map(as_file(value), where)
         return encode_rle((pixels.any(axis=-1) if pixels.ndim == 3 else pixels) != 0)
@@ -293,7 +279,9 @@ def _as_segmentation(value: Any, where: str) -> Any:
             return rle
         polygons = drawable_polygons(as_polygons(value))
     except ValueError as error:
-        raise FileProblem("Masks are neither polygons nor run lengths: draw them anew.", f"{where}: {error}") from error
+        raise FileProblem(
+            "Masks are neither polygons nor run lengths: draw them again.", f"{where}: {error}"
+        ) from error
     if not polygons:
         raise FileProblem("Objects have no mask; a box alone does not do.", where)
     return polygons
@@ -320,19 +308,19 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
         """ "panoptic", "instance" or "semantic"."""
         return self.reader.task
 
+    def with_rows(self, rows: Any) -> "StreamingDataset":
+        """Return the stream with other rows."""
+        return StreamingDataset(rows, self.reader)
+
     def with_task(self, task: str) -> "StreamingDataset":
-        """The same stream for another task, as `SegmentationDataset.with_task`."""
-        reader = self.reader.with_task(task)
-        assert isinstance(reader, TableDataset)
-        return StreamingDataset(self.rows, reader)
+        """Return the same stream for another task, as `SegmentationDataset.with_task`."""
+        return StreamingDataset(self.rows, cast(TableDataset, self.reader.with_task(task)))
 
     def with_categories(
         self, categories: Sequence[Mapping[str, Any]], category_map: Mapping[int, int]
     ) -> "StreamingDataset":
-        """The same stream with another class list, as `SegmentationDataset.with_categories`."""
-        reader = self.reader.with_categories(categories, category_map)
-        assert isinstance(reader, TableDataset)
-        return StreamingDataset(self.rows, reader)
+        """Return the same stream with another class list, as `SegmentationDataset.with_categories`."""
+        return StreamingDataset(self.rows, self.reader.with_categories(categories, category_map))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()

@@ -1,4 +1,4 @@
-"""Images with label maps beside them: one number, or colour, for each pixel.
+"""Images with label maps: one number, or colour, for each pixel.
 
 ADE20K, Cityscapes, Mapillary Vistas, PASCAL VOC, and any folder of images with a folder of masks.
 """
@@ -50,7 +50,7 @@ class LabelCoding(NamedTuple):
         categories: the classes; `dataset_id` is the number that stands for one, or in maps of colours its order.
         void: numbers of pixels without a class; in maps of colours R + 256 G + 65536 B.
         is_color: maps hold the classes' colours instead of numbers.
-        notes: what was assumed, to be said aloud.
+        notes: what was assumed, for the report.
     """
 
     categories: list[dict[str, Any]]
@@ -59,7 +59,7 @@ class LabelCoding(NamedTuple):
     notes: tuple[str, ...]
 
     def table(self) -> np.ndarray:
-        """Class + 1 of each number, 0 for void, -1 for numbers that mean nothing: (numbers,) int16."""
+        """Return the lookup table of numbers: class + 1, 0 for void, -1 for no meaning: (numbers,) int16."""
         numbers = [_number(category, "dataset_id", self.is_color) for category in self.categories]
         table = np.full(max([*numbers, *self.void, 255]) + 1, -1, dtype=np.int16)
         table[list(self.void)] = 0
@@ -68,7 +68,7 @@ class LabelCoding(NamedTuple):
 
 
 def _number(entry: Mapping[str, Any], key: str, is_color: bool) -> int:
-    """What stands in maps for a class."""
+    """Return what stands in maps for a class."""
     return int(rgb_to_id(np.array(entry["color"]))) if is_color else entry[key]
 
 
@@ -81,16 +81,16 @@ def choose_coding(
     ignore_index: int | None = None,
     name: str = "",
 ) -> LabelCoding:
-    """What the numbers of label maps mean, from the class list where there is one.
+    """Decide what the numbers of label maps mean, from the class list where there is one.
 
     Args:
         entries: the classes (see `make_categories`); their ids are the numbers in the maps.
         known: the data set that the maps are of; used where there are no entries.
-        numbers: gives the numbers that occur in the maps. Called only if it matters, for it opens files.
+        numbers: returns the numbers that occur in the maps; called only if needed, as it opens files.
         is_color: maps hold colours.
-        reduce_labels: 0 stands for "other" and the first class for 1. None: only where it is known to.
-        ignore_index: the number of pixels without a class, also where the class list has it. None: 255 unless a class
-            has it, or what the known data set has. In maps of colours the place in the class list.
+        reduce_labels: 0 stands for "other" and 1 for the first class. None: only where that is known.
+        ignore_index: the number of pixels without a class, also where the class list has it (in maps of colours the
+            place in the class list). None: 255 unless a class has it, or what the known data set has.
         name: of the data set.
 
     Raises:
@@ -160,7 +160,7 @@ def _coding_of_numbers(numbers: set[int], is_color: bool, reduce_labels: bool, i
 
 
 def used_numbers(maps: Iterable[np.ndarray], count: int) -> set[int]:
-    """The numbers that occur in maps (colours that are grey count as their grey)."""
+    """Return the numbers that occur in maps (grey colours count as their grey)."""
     found: set[int] = set()
     for values in tqdm(maps, "Looking for class numbers", total=count, unit="map", disable=count < 200):
         found.update(np.unique(values[..., 0] if values.ndim == 3 else values).tolist())
@@ -173,7 +173,7 @@ def is_colored(values: np.ndarray) -> bool:
 
 
 def decode_labels(values: np.ndarray, coding: LabelCoding, table: np.ndarray, name: str) -> np.ndarray:
-    """Class + 1 of each pixel, 0 for void: (height, width) int32.
+    """Decode a map to class + 1 of each pixel, 0 for void: (height, width) int32.
 
     Args:
         values: a map as `read_map` gives it.
@@ -216,7 +216,7 @@ def _unlisted(coding: LabelCoding) -> str:
 
 
 class _MapDataset(SegmentationDataset):
-    """Images and maps in files, by pairs."""
+    """Images and maps in files, by pairs of paths relative to `folder`."""
 
     def __init__(self, folder: Path, pairs: Sequence[tuple[str, str]], categories: list[dict[str, Any]]) -> None:
         self.folder = folder
@@ -224,17 +224,16 @@ class _MapDataset(SegmentationDataset):
         self._packed = PackedList(pairs)
         self._positions = np.arange(len(pairs))
 
-    def _read(self, position: int) -> tuple[Path, np.ndarray, str]:
+    def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
         image, file = (self.folder / name for name in self._packed[position])
-        return image, read_map(file, str(file)), str(file)
+        segmentation_map, segments = self._decode(read_map(file, str(file)), str(file))
+        image_id = image.relative_to(self.folder).with_suffix("").as_posix()
+        item = {"image_id": image_id, "file_name": str(image)}
+        return image, {**item, "segmentation_map": segmentation_map, "segments_info": segments}
 
-    def _item(self, path: Path, segmentation_map: np.ndarray, segments: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "image_id": path.relative_to(self.folder).with_suffix("").as_posix(),
-            "file_name": str(path),
-            "segmentation_map": segmentation_map,
-            "segments_info": segments,
-        }
+    def _decode(self, values: np.ndarray, name: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """Return the segment ids (height, width) int32 and the segments of a map as `read_map` gives it."""
+        raise NotImplementedError
 
 
 class LabelMapDataset(_MapDataset):
@@ -252,10 +251,9 @@ class LabelMapDataset(_MapDataset):
         self.coding = coding
         self._table = coding.table()
 
-    def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
-        path, values, name = self._read(position)
+    def _decode(self, values: np.ndarray, name: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
         labels = decode_labels(values, self.coding, self._table, name)
-        return path, self._item(path, labels, semantic_segments(labels))
+        return labels, semantic_segments(labels)
 
 
 class InstanceMapDataset(_MapDataset):
@@ -265,8 +263,7 @@ class InstanceMapDataset(_MapDataset):
     thing) and Mapillary Vistas (`instances`, divisor 256).
 
     Args:
-        folder: what the paths are relative to.
-        pairs: path of an image and of its map.
+        folder, pairs: as `LabelMapDataset`'s.
         categories: the classes with things and stuff; `dataset_id` is the class in the number. Other classes are void.
         divisor: how many numbers a class has.
         has_groups: numbers below `divisor` are classes.
@@ -285,23 +282,21 @@ class InstanceMapDataset(_MapDataset):
         self.divisor, self.has_groups = divisor, has_groups
         self._own = {category["dataset_id"]: (category["id"], bool(category["isthing"])) for category in categories}
 
-    def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
-        path, values, name = self._read(position)
+    def _decode(self, values: np.ndarray, name: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
         if values.ndim == 3:
             raise FileProblem("Instance maps must hold one 16-bit number a pixel.", f"{name}: it is coloured")
         numbers, areas = np.unique(values, return_counts=True)
         segments = []
         for number, area in zip(numbers.tolist(), areas.tolist(), strict=True):
             is_group = self.has_groups and number < self.divisor
-            own = self._own.get(number if is_group else number // self.divisor)
-            if own is not None:
-                category, is_thing = own
+            category, is_thing = self._own.get(number if is_group else number // self.divisor, (None, False))
+            if category is not None:
                 iscrowd = int(is_group and is_thing)
                 segments.append({"id": number + 1, "category_id": category, "iscrowd": iscrowd, "area": area})
-        return path, self._item(path, values.astype(np.int32) + 1, segments)
+        return values.astype(np.int32) + 1, segments
 
 
-# --- where they lie ---
+# --- finding them ---
 
 
 class Pairs(NamedTuple):
@@ -320,23 +315,23 @@ class Pairs(NamedTuple):
 
 
 def find_pairs(root: Path) -> dict[str, Pairs]:
-    """Folders of images and label maps by split ("train", "validation", "test"; "" where there are no splits)."""
+    """Find folders of images and label maps by split ("train", "validation", "test"; "" where there are no splits)."""
     images, maps = _first_folder(root, IMAGE_FOLDERS), _first_folder(root, MAP_FOLDERS)
     found: dict[str, Pairs] = {}
     for split, names in SPLITS.items():
-        for name in names:
-            pair = _split_pairs(root, images, maps, name)
-            if pair is not None:
-                found[split] = pair
-                break
+        pairs = next((pairs for name in names if (pairs := _split_pairs(root, images, maps, name))), None)
+        if pairs is not None:
+            found[split] = pairs
     if found:
         return found
     lists = root / "ImageSets" / "Segmentation"
     if images is not None and maps is not None and (lists / "train.txt").is_file():  # PASCAL VOC
-        for split, name in (("train", "train.txt"), ("validation", "val.txt")):
-            if (lists / name).is_file():
-                found[split] = Pairs(images, maps, f"{images.name}/ and {maps.name}/ by {name}", lists / name)
-        return found
+        layouts = {"train": lists / "train.txt", "validation": lists / "val.txt"}
+        return {
+            split: Pairs(images, maps, f"{images.name}/ and {maps.name}/ by {file.name}", file)
+            for split, file in layouts.items()
+            if file.is_file()
+        }
     pair = _pairs_inside(root)
     return {} if pair is None else {"": pair}
 
@@ -344,10 +339,9 @@ def find_pairs(root: Path) -> dict[str, Pairs]:
 def _split_pairs(root: Path, images: Path | None, maps: Path | None, name: str) -> Pairs | None:
     if images is not None and maps is not None and (images / name).is_dir() and (maps / name).is_dir():
         return Pairs(images / name, maps / name, f"{images.name}/{name} and {maps.name}/{name}")
-    if (root / name).is_dir():
-        pair = _pairs_inside(root / name)
-        if pair is not None:
-            return pair
+    inside = _pairs_inside(root / name) if (root / name).is_dir() else None
+    if inside is not None:
+        return inside
     for image_kind in ("", *(f"_{kind}" for kind in IMAGE_FOLDERS)):
         for map_kind in MAP_FOLDERS:
             own, other = root / f"{name}{image_kind}", root / f"{name}_{map_kind}"
@@ -362,9 +356,9 @@ def _pairs_inside(folder: Path) -> Pairs | None:
         if images is not None:
             return Pairs(images, maps, f"{images.name}/ and {maps.relative_to(folder).as_posix()}/")
         if any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir()):
-            return Pairs(folder, maps, f"images beside {maps.name}/")
+            return Pairs(folder, maps, f"images next to {maps.name}/")
     if any(_is_marked(path) for path in folder.glob("*.png")):
-        return Pairs(folder, folder, "images with maps beside them (…_mask.png)")
+        return Pairs(folder, folder, "images with maps next to them (…_mask.png)")
     return None
 
 
@@ -377,7 +371,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def list_files(folder: Path, suffixes: Collection[str], first: bool = False) -> list[Path]:
-    """Files with these suffixes in a folder and those below it, hidden ones left out, in order; or any one of them."""
+    """List the files with these suffixes in a folder and those below, sorted, without hidden ones; or any `first` one."""
     found = (
         path
         for path in folder.rglob("*")
@@ -387,7 +381,7 @@ def list_files(folder: Path, suffixes: Collection[str], first: bool = False) -> 
 
 
 def match_files(pairs: Pairs, root: Path, map_ending: str, problems: Problems) -> list[tuple[str, str]]:
-    """Image and map of the same name, both relative to `root`.
+    """Match each image with the map of the same name; paths are relative to `root`.
 
     Args:
         map_ending: how maps end where a folder has several kinds (Cityscapes), "" for all.
@@ -405,29 +399,26 @@ def match_files(pairs: Pairs, root: Path, map_ending: str, problems: Problems) -
         for name in sorted(listed - {path.stem for path in images}):
             problems.error(f"Images listed in {pairs.list_file} are missing in {pairs.images}.", name)
         images, maps = ([path for path in paths if path.stem in listed] for paths in (images, maps))
-    image_of, map_of = _by_name(images, pairs.images, problems), _by_name(maps, pairs.maps, problems)
+    by_image, by_map = _by_name(images, pairs.images, problems), _by_name(maps, pairs.maps, problems)
     # Names that differ are tried once more without what tools add to them, and without the folders they are in.
     for simplify in (lambda name: _ADDED.sub("", name), lambda name: _ADDED.sub("", Path(name).name)):
-        rest_of_images = _unique(simplify, image_of.keys() - map_of.keys())
-        rest_of_maps = _unique(simplify, map_of.keys() - image_of.keys())
+        rest_of_images = _unique(simplify, by_image.keys() - by_map.keys())
+        rest_of_maps = _unique(simplify, by_map.keys() - by_image.keys())
         for name in rest_of_images.keys() & rest_of_maps.keys():
-            map_of[rest_of_images[name]] = map_of.pop(rest_of_maps[name])
-    for name in sorted(image_of.keys() - map_of.keys()):
-        problems.error(
-            f"Images have no label map of their name in {pairs.maps}: add it, or remove the image.", str(image_of[name])
-        )
-    for name in sorted(map_of.keys() - image_of.keys()):
-        problems.error(
-            f"Label maps have no image of their name in {pairs.images}: add it, or remove the map.", str(map_of[name])
-        )
+            by_map[rest_of_images[name]] = by_map.pop(rest_of_maps[name])
+    no_map = f"Images have no label map of their name in {pairs.maps}: add it, or remove the image."
+    no_image = f"Label maps have no image of their name in {pairs.images}: add it, or remove the map."
+    for kind, own, other in ((no_map, by_image, by_map), (no_image, by_map, by_image)):
+        for name in sorted(own.keys() - other.keys()):
+            problems.error(kind, str(own[name]))
     return [
-        (image_of[name].relative_to(root).as_posix(), map_of[name].relative_to(root).as_posix())
-        for name in sorted(image_of.keys() & map_of.keys())
+        (by_image[name].relative_to(root).as_posix(), by_map[name].relative_to(root).as_posix())
+        for name in sorted(by_image.keys() & by_map.keys())
     ]
 
 
 def _unique(simplify: Callable[[str], str], names: Collection[str]) -> dict[str, str]:
-    """Names by what they simplify to, where no other one does to the same."""
+    """Return names by what they simplify to, where no other one simplifies to the same."""
     counts = Counter(simplify(name) for name in names)
     return {simplify(name): name for name in names if counts[simplify(name)] == 1}
 
@@ -446,7 +437,7 @@ def _by_name(paths: Sequence[Path], folder: Path, problems: Problems) -> dict[st
 
 
 class KnownMaps(NamedTuple):
-    """How a known data set stores its maps, as far as the names of files and folders tell.
+    """How a known data set stores its maps, by the names of files and folders.
 
     Attributes:
         dataset: "ade20k", "cityscapes" or "mapillary"; None for another.
@@ -460,7 +451,7 @@ class KnownMaps(NamedTuple):
 
 
 def recognise(pairs: Pairs) -> KnownMaps:
-    """Which known data set a folder of maps is of."""
+    """Recognise the known data set that a folder of maps is of."""
     first = next(iter(list_files(pairs.maps, MAP_SUFFIXES, first=True)), Path())
     if re.search(r"_gt(Fine|Coarse)_", first.name):
         has_train_ids = any(path.name.endswith("_labelTrainIds.png") for path in first.parent.iterdir())
@@ -473,7 +464,7 @@ def recognise(pairs: Pairs) -> KnownMaps:
 
 
 def known_coding(known: KnownMaps) -> LabelCoding | None:
-    """The coding of a known data set's own ids, every other number void; None where numbers are 0, 1, …."""
+    """Return the coding of a known data set's own ids, other numbers void; None where numbers are 0, 1, …."""
     if not known.ids:
         return None
     entries = from_label_set(label_set(f"{known.dataset}-semantic"))

@@ -1,4 +1,4 @@
-"""Open a data set as it lies: guess its form, find its splits and classes, check it, and say what was found."""
+"""Open labelled data of any known form for training: recognise it, agree on classes, split it, check it."""
 
 import contextlib
 import itertools
@@ -13,34 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..known.label_sets import LABEL_SETS, TASKS, LabelSet, dataset_in_name, label_set
+from . import hub_datasets, label_maps
 from .base import SegmentationDataset, read_map
 from .categories import Labels, find_name_file, from_label_set, make_categories, match_by_name, read_labels
 from .coco import CocoInstanceDataset, CocoPanopticDataset
-from .hub_datasets import (
-    Columns,
-    StreamingDataset,
-    TableDataset,
-    category_ids,
-    class_names,
-    find_columns,
-    names_on_hub,
-    read_cell,
-)
-from .label_maps import (
-    MAP_FOLDERS,
-    SPLITS,
-    InstanceMapDataset,
-    LabelCoding,
-    LabelMapDataset,
-    Pairs,
-    choose_coding,
-    find_pairs,
-    is_colored,
-    known_coding,
-    match_files,
-    recognise,
-    used_numbers,
-)
 from .problems import DatasetError, FileProblem, Problems, named
 from .report import DatasetReport, SplitReport, inspect_split, stream_report, warn_about_empty_classes
 from .youtube_vis import YouTubeVISDataset, inspect_videos
@@ -68,7 +44,7 @@ class DataSplits(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """Splits by name ("train", "validation"; "" where there are none), and what they were taken for."""
+    """Splits by name ("train", "validation"; "" where there are none), what they were taken for, what was assumed."""
 
     splits: dict[str, Any]
     form: str
@@ -91,7 +67,7 @@ def open_dataset(
     streaming: bool = False,
     config_name: str | None = None,
 ) -> DataSplits:
-    """Open images with segments, or videos with tracks, for training and validation, in the form in which they lie.
+    """Open images with segments, or videos with tracks, for training and validation, in the form they are in.
 
     Args:
         source: a folder; an annotation file in COCO's or YouTube-VIS' form; a folder of `save_to_disk` or of Parquet
@@ -104,7 +80,7 @@ def open_dataset(
         validation: another folder or file to validate on.
         held_out: share of the images that is validated on where there is no validation split, drawn with `seed`. 0
             validates on the training images themselves.
-        image_folder: where the images of a COCO file lie, if not where they usually do.
+        image_folder: where the images of a COCO file are, if not where they usually are.
         reduce_labels: in label maps 0 is "other", and the first class is 1.
         ignore_index: number of pixels without a class in label maps (default 255).
         max_opened: number of images per split that are opened with their label map to check them; None: all. That all
@@ -124,53 +100,55 @@ def open_dataset(
         raise ValueError(f"form={form!r}: use one of {', '.join(FORMS)}.")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out={held_out} is a share of the images: 0 or more, below 1.")
-    name = source if isinstance(source, str) else str(source) if isinstance(source, os.PathLike) else "the data set"
+    name = str(source) if isinstance(source, (str, os.PathLike)) else "the data set"
     problems = Problems()
     arguments = _Arguments(
         task, form, labels, image_folder, reduce_labels, ignore_index, streaming, config_name, problems
     )
-    opened = _open(source, arguments)
-    notes = list(opened.notes)
-    splits = dict(opened.splits)
+    splits, taken_for, notes = _open(source, arguments)
     if validation is not None:
-        other = _open(validation, arguments).splits
-        splits = {"train": _first(splits, "train"), "validation": _first(other, "validation")}
+        splits = {
+            "train": _first(splits, "train"),
+            "validation": _first(_open(validation, arguments).splits, "validation"),
+        }
     for split in splits.values():
         if isinstance(split, SegmentationDataset) and not len(split):
             problems.error("The data set is empty: there is no image with an annotation.", name)
             problems.raise_errors(name)
-    train, held, more = _split(splits, held_out, seed)
-    if train.task != held.task:
-        raise ValueError(f"The training data is for task {train.task!r}, the validation data for {held.task!r}.")
-    held = _with_classes_of(train, held)
-    if task is not None and (task == "video") != (train.task == "video"):
+    native, native_held, more = _split(splits, held_out, seed)
+    if native.task != native_held.task:
         raise ValueError(
-            f"{name} was taken for {opened.form}, whose task is {train.task!r}: that does not do for task={task!r}, "
+            f"The training data is for task {native.task!r}, the validation data for {native_held.task!r}."
+        )
+    native_held = _with_classes_of(native, native_held)
+    if task is not None and (task == "video") != (native.task == "video"):
+        raise ValueError(
+            f"{name} was taken for {taken_for}, whose task is {native.task!r}: that does not do for task={task!r}, "
             "which needs YouTube-VIS' annotations of videos."
             if task == "video"
             else f"{name} has annotations of videos: no good for task={task!r}. Use task='video'."
         )
-    native = (train, held)
-    if train.task != "video":
-        train = native[0].with_task(task or native[0].task)
-        held = train if native[1] is native[0] else native[1].with_task(task or native[1].task)
-    if len(train.categories) < len(native[0].categories):
-        more.append(f"{len(native[0].categories) - len(train.categories)} stuff classes have no instances: left out")
-    reports = [_report_on(train, native[0], "train", problems, max_opened)]
-    if native[1] is native[0]:
+    train, held = native, native_held
+    if native.task != "video":
+        train = native.with_task(task or native.task)
+        held = train if native_held is native else native_held.with_task(task or native.task)
+    if len(train.categories) < len(native.categories):
+        more.append(f"{len(native.categories) - len(train.categories)} stuff classes have no instances: left out")
+    reports = [_report_on(train, native, "train", problems, max_opened)]
+    if native_held is native:
         reports.append(replace(reports[0], name="validation"))
     else:
-        reports.append(_report_on(held, native[1], "validation", problems, max_opened))
+        reports.append(_report_on(held, native_held, "validation", problems, max_opened))
     if not problems.errors and reports[0].counts_all and not reports[0].counts.any():
         problems.error("The training data is empty: no image has a segment that is not a crowd.", name)
     problems.raise_errors(name)
     warn_about_empty_classes(train.categories, reports, problems)
-    report = DatasetReport(name, opened.form, train.task, train.categories, reports, notes + more, problems)
+    report = DatasetReport(name, taken_for, train.task, train.categories, reports, notes + more, problems)
     return DataSplits(train, held, train.categories, train.task, report)
 
 
 def _report_on(split: Any, native: Any, name: str, problems: Problems, max_opened: int | None) -> SplitReport:
-    if isinstance(split, StreamingDataset):
+    if isinstance(split, hub_datasets.StreamingDataset):
         return stream_report(split, name)
     if isinstance(split, YouTubeVISDataset):  # a video has many images
         return inspect_videos(split, name, problems, None if max_opened is None else max_opened // 10)
@@ -178,7 +156,7 @@ def _report_on(split: Any, native: Any, name: str, problems: Problems, max_opene
 
 
 class _Arguments(NamedTuple):
-    """What `open_dataset` was asked for, and where problems are collected."""
+    """The options of `open_dataset`, and where problems are collected."""
 
     task: str | None
     form: str | None
@@ -213,12 +191,12 @@ def _open_folder(folder: Path, arguments: _Arguments) -> _Opened:
         if files:
             return _open_coco(files, arguments, kind)
     if form in (None, "label-maps"):
-        pairs = find_pairs(folder)
+        pairs = label_maps.find_pairs(folder)
         if pairs:
             return _open_maps(folder, pairs, arguments)
     if form is None and any(_has_files(folder, ending) for ending in ("*.parquet", "*.arrow", "metadata.*")):
         return _open_table(folder, str(folder), arguments)
-    lossy = next((path for name in MAP_FOLDERS for path in (folder / name).glob("**/*.jp*g")), None)
+    lossy = next((path for name in label_maps.MAP_FOLDERS for path in (folder / name).glob("**/*.jp*g")), None)
     if lossy is not None:
         raise ValueError(f"Label maps in JPEG have lost their numbers ({lossy}): store them as PNG.")
     names = sorted(path.name for path in folder.iterdir())
@@ -257,13 +235,13 @@ def _coco_kind(path: Path) -> str | None:
 
 
 def _split_of(text: str) -> str:
-    """The split that the words of a file's or folder's name say; "" if they don't."""
+    """Return the split that a word of a file's or folder's name stands for; "" if none does."""
     words = re.split(r"[^a-z]+", text.lower())
-    return next((split for split, names in SPLITS.items() if set(words) & set(names)), "")
+    return next((split for split, names in label_maps.SPLITS.items() if set(words) & set(names)), "")
 
 
 def _find_coco(folder: Path, arguments: _Arguments) -> tuple[str, dict[str, Path]]:
-    """The annotation files of a folder by split, of the kind that does best for the task."""
+    """Return the annotation files of a folder by split, of the kind that fits the task best."""
     inside = [child for child in sorted(folder.iterdir()) if child.is_dir() and _split_of(child.name)]
     found: dict[str, dict[str, list[Path]]] = {"panoptic": {}, "instance": {}, "video": {}}
     for place in (folder, folder / "annotations", *inside):
@@ -273,20 +251,9 @@ def _find_coco(folder: Path, arguments: _Arguments) -> tuple[str, dict[str, Path
             if kind is not None:
                 split = _split_of(place.name if place in inside else path.stem)
                 found[kind].setdefault(split, []).append(path)
-    kinds = {
-        "coco-panoptic": ["panoptic"],
-        "coco-instance": ["instance"],
-        "youtube-vis": ["video"],
-    }.get(
-        arguments.form or "",
-        [
-            *(["video"] if arguments.task == "video" else []),
-            *(["instance", "panoptic"] if arguments.task == "instance" else ["panoptic", "instance"]),
-            "video",
-        ],
-    )
-    if arguments.task == "panoptic" and arguments.form is None and found["panoptic"]:
-        kinds = ["panoptic"]
+    by_form = {"coco-panoptic": ["panoptic"], "coco-instance": ["instance"], "youtube-vis": ["video"]}
+    by_task = {"instance": ["instance", "panoptic", "video"], "video": ["video", "panoptic", "instance"]}
+    kinds = by_form.get(arguments.form or "") or by_task.get(arguments.task or "", ["panoptic", "instance", "video"])
     kind = next((kind for kind in kinds if found[kind]), kinds[0])
     for split, paths in found[kind].items():
         if len(paths) > 1:
@@ -304,13 +271,12 @@ def _open_coco(files: dict[str, Path], arguments: _Arguments, kind: str | None) 
     listed = named([str(path) for path in files.values()])
     if kind is None:
         raise ValueError(f"{listed} is not in COCO's form: it lacks images, annotations or categories.")
-    readers: dict[str, Any] = {"panoptic": CocoPanopticDataset, "instance": CocoInstanceDataset}
-    reader = readers.get(kind, YouTubeVISDataset)
-    splits: dict[str, Any] = {}
-    for split, path in files.items():
-        if split == "test" and len(files) > 1:
-            continue
-        splits[split] = reader(path, arguments.image_folder, problems=arguments.problems)
+    readers = {"panoptic": CocoPanopticDataset, "instance": CocoInstanceDataset, "video": YouTubeVISDataset}
+    splits: dict[str, Any] = {
+        split: readers[kind](path, arguments.image_folder, problems=arguments.problems)
+        for split, path in files.items()
+        if split != "test" or len(files) == 1
+    }
     if kind == "video":
         annotated = {split: dataset for split, dataset in splits.items() if dataset.is_annotated}
         if not annotated:
@@ -324,12 +290,12 @@ def _open_coco(files: dict[str, Path], arguments: _Arguments, kind: str | None) 
 # --- label maps ---
 
 
-def _open_maps(folder: Path, found: dict[str, Pairs], arguments: _Arguments) -> _Opened:
+def _open_maps(folder: Path, found: dict[str, label_maps.Pairs], arguments: _Arguments) -> _Opened:
     """Images with label maps; of Cityscapes and Mapillary, those with instances where the task needs them."""
     if len(found) > 1:
         found.pop("test", None)
     first = next(iter(found.values()))
-    known = recognise(first)
+    known = label_maps.recognise(first)
     layout = "; ".join(pairs.layout for pairs in found.values())
     what = f"{known.dataset} " if known.dataset else ""
     if arguments.task in ("panoptic", "instance"):
@@ -340,14 +306,13 @@ def _open_maps(folder: Path, found: dict[str, Pairs], arguments: _Arguments) -> 
             )
         splits = _instance_maps(folder, found, known.dataset, arguments)
         return _Opened(splits, f"{what}instance maps: {layout} (override: task='semantic')", [])
-    matched = {
-        split: match_files(pairs, folder, known.map_ending, arguments.problems) for split, pairs in found.items()
-    }
+    problems, ending = arguments.problems, known.map_ending
+    matched = {split: label_maps.match_files(pairs, folder, ending, problems) for split, pairs in found.items()}
     maps = [folder / path for pairs in matched.values() for _, path in pairs]
     if not maps:
-        arguments.problems.raise_errors(str(folder))
+        problems.raise_errors(str(folder))
         raise DatasetError(f"{folder} is empty: no image has a label map ({layout}).")
-    coding = known_coding(known)
+    coding = label_maps.known_coding(known)
     notes: list[str] = []
     label_set_used = label_set(f"{known.dataset}-semantic") if known.dataset else None
     entries = None
@@ -356,22 +321,22 @@ def _open_maps(folder: Path, found: dict[str, Pairs], arguments: _Arguments) -> 
     elif coding is None:
         file = find_name_file([folder, *(p for pairs in found.values() for p in (pairs.maps, pairs.images.parent))])
         if file is not None:
-            listed, _ = read_labels(file)
+            listed = read_labels(file)
             # ADE20K's own list has other spellings than its checkpoints.
             if label_set_used is None or known.dataset != "ade20k" or len(listed) != len(label_set_used.labels):
                 entries = listed
                 notes.append(f"class names from {file}")
     if coding is None:
-        coding = choose_coding(
+        coding = label_maps.choose_coding(
             entries,
             label_set_used,
-            lambda: used_numbers(_read_sample(maps, None if label_set_used is None else 50), len(maps)),
-            any(is_colored(values) for values in _read_sample(maps, 3)),
+            lambda: label_maps.used_numbers(_read_sample(maps, None if label_set_used is None else 50), len(maps)),
+            any(label_maps.is_colored(values) for values in _read_sample(maps, 3)),
             arguments.reduce_labels,
             arguments.ignore_index,
             str(folder),
         )
-    datasets = {split: LabelMapDataset(folder, pairs, coding) for split, pairs in matched.items()}
+    datasets = {split: label_maps.LabelMapDataset(folder, pairs, coding) for split, pairs in matched.items()}
     form = f"{what}label maps for semantic segmentation: {layout} (override: form=…, labels=…, reduce_labels=…)"
     return _Opened(dict(datasets), form, [*notes, *coding.notes])
 
@@ -380,30 +345,35 @@ def _named_classes(labels: Labels) -> tuple[list[dict[str, Any]] | None, LabelSe
     """Classes that were given: a known label set (whose numbers are 0, 1, …), or entries with their numbers."""
     if isinstance(labels, str) and labels in LABEL_SETS:
         return None, label_set(labels)
-    return read_labels(labels)[0], None
+    return read_labels(labels), None
 
 
 def _read_sample(maps: Sequence[Path], count: int | None) -> Iterator[np.ndarray]:
-    """The maps that can be read, of `count` spread evenly over all; damaged ones are told of when all are checked."""
+    """Read `count` maps spread evenly over all; skip damaged ones, which are reported when all are checked."""
     step = 1 if count is None else max(1, len(maps) // count)
     for path in maps[::step]:
         with contextlib.suppress(FileProblem):
             yield read_map(path, str(path))
 
 
-def _instance_maps(folder: Path, found: dict[str, Pairs], dataset: str, arguments: _Arguments) -> dict[str, Any]:
+def _instance_maps(
+    folder: Path, found: dict[str, label_maps.Pairs], dataset: str, arguments: _Arguments
+) -> dict[str, Any]:
     known = label_set(f"{dataset}-panoptic")
+    ids = None if dataset == "cityscapes" else range(len(known.labels))
     splits: dict[str, Any] = {}
     for split, pairs in found.items():
         if dataset == "cityscapes":
-            matched = match_files(pairs, folder, "_instanceIds", arguments.problems)
-            categories = make_categories(from_label_set(known))
-            splits[split] = InstanceMapDataset(folder, matched, categories, 1000, has_groups=True)
+            ending, divisor = "_instanceIds", 1000
         else:
-            instances = pairs._replace(maps=pairs.maps.parent / "instances")
-            matched = match_files(instances, folder, "", arguments.problems)
-            categories = make_categories(from_label_set(known, range(len(known.labels))))
-            splits[split] = InstanceMapDataset(folder, matched, categories, 256, has_groups=False)
+            pairs, ending, divisor = pairs._replace(maps=pairs.maps.parent / "instances"), "", 256
+        splits[split] = label_maps.InstanceMapDataset(
+            folder,
+            label_maps.match_files(pairs, folder, ending, arguments.problems),
+            make_categories(from_label_set(known, ids)),
+            divisor,
+            has_groups=dataset == "cityscapes",
+        )
     return splits
 
 
@@ -414,7 +384,7 @@ def _open_table(source: Any, name: str, arguments: _Arguments) -> _Opened:
     """Rows of the `datasets` library: loaded already, on disk, or on the Hub."""
     rows = _load_rows(source, arguments)
     tables = dict(rows) if isinstance(rows, Mapping) else {"": rows}
-    splits = {_split_of(split): table for split, table in reversed(tables.items())} if len(tables) > 1 else tables
+    splits = {_split_of(split): table for split, table in reversed(tables.items())}
     if len(tables) == 1:
         splits = {"": next(iter(tables.values()))}
     elif len(splits) > 1:
@@ -424,7 +394,7 @@ def _open_table(source: Any, name: str, arguments: _Arguments) -> _Opened:
     if not is_stream and not all(len(table) for table in splits.values()):
         raise DatasetError(f"{name} is empty: {', '.join(split or 'it' for split in splits)} must have rows.")
     first = splits.get("train", next(iter(splits.values())))
-    columns = find_columns(next(iter(first)), name, arguments.task)
+    columns = hub_datasets.find_columns(next(iter(first)), name, arguments.task)
     categories, coding, notes = _table_classes(first, splits, columns, name, isinstance(source, str), arguments)
     if columns.task == "panoptic" and any(category["isthing"] is None for category in categories):
         raise ValueError(
@@ -434,10 +404,8 @@ def _open_table(source: Any, name: str, arguments: _Arguments) -> _Opened:
     datasets: dict[str, Any] = {}
     for split, table in splits.items():
         where = f"{name}/{split}" if split else name
-        if is_stream:
-            datasets[split] = StreamingDataset(table, TableDataset((), columns, categories, coding, where))
-        else:
-            datasets[split] = TableDataset(table, columns, categories, coding, where)
+        reader = hub_datasets.TableDataset(() if is_stream else table, columns, categories, coding, where)
+        datasets[split] = hub_datasets.StreamingDataset(table, reader) if is_stream else reader
     used = ", ".join(f"{key} in `{value}`" for key, value in columns._asdict().items() if value is not None)
     kind = "stream" if is_stream else "table"
     form = f"{kind} for {columns.task} segmentation: {used} (override: rename columns, task=…)"
@@ -485,13 +453,18 @@ def _undecoded(table: Any) -> Any:
 
 
 def _table_classes(
-    first: Any, splits: Mapping[str, Any], columns: Columns, name: str, is_on_hub: bool, arguments: _Arguments
-) -> tuple[list[dict[str, Any]], LabelCoding | None, list[str]]:
+    first: Any,
+    splits: Mapping[str, Any],
+    columns: hub_datasets.Columns,
+    name: str,
+    is_on_hub: bool,
+    arguments: _Arguments,
+) -> tuple[list[dict[str, Any]], label_maps.LabelCoding | None, list[str]]:
     """Classes of a table, what the numbers of its label maps mean (semantic data), and what was assumed."""
     entries: list[dict[str, Any]] | None = None
     known: LabelSet | None = None
     notes: list[str] = []
-    names = class_names(first.features, columns)
+    names = hub_datasets.class_names(first.features, columns)
     if arguments.labels is not None:
         entries, known = _named_classes(arguments.labels)
     elif columns.instances is not None:
@@ -499,29 +472,28 @@ def _table_classes(
     elif names is not None:
         entries = [{"id": index, "name": label} for index, label in enumerate(names)]
     else:
-        entries = names_on_hub(name) if is_on_hub else None
+        entries = hub_datasets.names_on_hub(name) if is_on_hub else None
         dataset = "ade20k" if "scene_parse" in name else dataset_in_name(name)
         if entries is None and dataset is not None and f"{dataset}-{columns.task}" in LABEL_SETS:
             known = label_set(f"{dataset}-{columns.task}")
             notes.append(f"classes of the label set {known.name}, going by the name")
     if columns.task == "semantic":
-        coding = choose_coding(
+        coding = label_maps.choose_coding(
             entries,
             known,
             lambda: _table_numbers(splits, columns, known is not None),
-            is_colored(next(_table_maps([first], columns, 1))),
+            label_maps.is_colored(next(_table_maps([first], columns, 1))),
             arguments.reduce_labels,
             arguments.ignore_index,
             name,
         )
         return coding.categories, coding, [*notes, *coding.notes]
     if entries is None:
-        if not hasattr(first, "__len__"):
-            if known is None:
-                raise ValueError(f"{name} does not name its classes, and a stream cannot be searched: give labels=….")
-            ids: set[Any] = set()
-        else:
-            ids = set().union(*(category_ids(table, columns) for table in splits.values()))
+        ids: set[Any] = set()
+        if hasattr(first, "__len__"):
+            ids = ids.union(*(hub_datasets.category_ids(table, columns) for table in splits.values()))
+        elif known is None:
+            raise ValueError(f"{name} does not name its classes, and a stream cannot be searched: give labels=….")
         entries, more = _entries_of_ids(ids, known)
         notes += more
     return make_categories(entries, name), None, notes
@@ -548,17 +520,19 @@ def _entries_of_ids(ids: set[Any], known: LabelSet | None) -> tuple[list[dict[st
     return [{"id": value, "name": f"class {value}"} for value in sorted(ids)], [note]
 
 
-def _table_maps(tables: Iterable[Any], columns: Columns, count: int | None) -> Iterator[np.ndarray]:
+def _table_maps(tables: Iterable[Any], columns: hub_datasets.Columns, count: int | None) -> Iterator[np.ndarray]:
     for table in tables:
         for row in itertools.islice(table.select_columns([columns.label]), count):
-            yield read_cell(row[columns.label])
+            yield hub_datasets.read_cell(row[columns.label])
 
 
-def _table_numbers(splits: Mapping[str, Any], columns: Columns, is_known: bool) -> set[int]:
+def _table_numbers(splits: Mapping[str, Any], columns: hub_datasets.Columns, is_known: bool) -> set[int]:
     if not is_known and not all(hasattr(table, "__len__") for table in splits.values()):
         raise ValueError("The stream does not name its classes, and cannot be searched for them: give labels=….")
     count = 50 if is_known else None
-    return used_numbers(_table_maps(splits.values(), columns, count), count or sum(map(len, splits.values())))
+    return label_maps.used_numbers(
+        _table_maps(splits.values(), columns, count), count or sum(map(len, splits.values()))
+    )
 
 
 # --- splits ---
@@ -572,17 +546,15 @@ def _first(splits: Mapping[str, Any], wanted: str) -> Any:
 
 
 def _split(splits: Mapping[str, Any], held_out: float, seed: int) -> tuple[Any, Any, list[str]]:
-    """Training and validation data, and how they came about."""
+    """Return training and validation data, and notes on how they were split."""
     if "train" in splits and "validation" in splits:
         return splits["train"], splits["validation"], []
     whole = _first(splits, "train")
     if held_out == 0:
         return whole, whole, ["no validation split: validated on the training images themselves (held_out=0)"]
-    if isinstance(whole, StreamingDataset):
+    if isinstance(whole, hub_datasets.StreamingDataset):
         count = _NUM_STREAMED_FOR_VALIDATION
-        rest, first = (
-            StreamingDataset(rows, whole.reader) for rows in (whole.rows.skip(count), whole.rows.take(count))
-        )
+        rest, first = whole.with_rows(whole.rows.skip(count)), whole.with_rows(whole.rows.take(count))
         return rest, first, [f"no validation split: the first {count} rows of the stream are held out for validation"]
     if len(whole) == 1:
         return whole, whole, [f"one {'video' if whole.task == 'video' else 'image'} only: validated on it, too"]
@@ -594,7 +566,7 @@ def _split(splits: Mapping[str, Any], held_out: float, seed: int) -> tuple[Any, 
 
 
 def _with_classes_of(train: Any, validation: Any) -> Any:
-    """The validation data with the training data's class ids.
+    """Give the validation data the training data's class ids.
 
     Raises:
         ValueError: they have different classes.

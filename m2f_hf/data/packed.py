@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +10,8 @@ import numpy as np
 class PackedList(Sequence[Any]):
     """Read-only list of JSON values, kept as one array of bytes.
 
-    A worker that merely looks at a Python object writes its reference count, and so copies the memory page it lies on:
-    a list of annotations ends up in memory once for each worker. Two NumPy arrays don't.
+    A worker that reads a Python object writes its reference count, and so copies its memory page: a list of annotations
+    ends up in memory once for each worker. Two NumPy arrays don't.
     """
 
     def __init__(self, values: Iterable[Any]) -> None:
@@ -22,13 +22,9 @@ class PackedList(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
+            return [self[position] for position in range(len(self))[index]]
         if not -len(self) <= index < len(self):
             raise IndexError(f"position {index} of {len(self)}")
         index %= len(self)

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: collected over all files, told once."""
+"""What is wrong with a data set: collected over all files, reported once."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ class DatasetError(ValueError):
 
 
 class FileProblem(ValueError):
-    """Something wrong with one file: `kind` as in `Problems.error`, and `where`."""
+    """An error in one file: `kind` as in `Problems.error`, and `where`."""
 
     def __init__(self, kind: str, where: str) -> None:
         super().__init__(f"{where}. {kind}")
         self.kind, self.where = kind, where
 
     def __reduce__(self) -> tuple[type["FileProblem"], tuple[str, str]]:
-        return FileProblem, (self.kind, self.where)  # so that it comes out of a worker process as it went in
+        return FileProblem, (self.kind, self.where)  # for the way out of a worker process
 
 
 class Problems:
@@ -35,15 +35,11 @@ class Problems:
         self.errors.setdefault(kind, []).append(where)
 
     def warn(self, kind: str, where: str) -> None:
-        """Add a warning, in the manner of `error`."""
+        """Add a warning, as `error` does an error."""
         self.warnings.setdefault(kind, []).append(where)
 
     def raise_errors(self, name: str) -> None:
-        """Raise what was found in the data set `name`.
-
-        Raises:
-            DatasetError: there are errors.
-        """
+        """Raise a `DatasetError` with the errors found in the data set `name`, if there are any."""
         if self.errors:
             raise DatasetError(f"{name} cannot be used as it is.\n" + "\n".join(describe(self.errors)))
 

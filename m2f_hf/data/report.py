@@ -170,7 +170,7 @@ def inspect_split(
     sizes, opened = [], [np.zeros((0, 3), dtype=np.int64)]
     for index in tqdm(chosen, f"Checking {name}", unit="image", disable=len(chosen) < 200):
         try:
-            item = dataset.check(index)
+            item = dataset.annotation(index, check_image=True)
             _compare_with_map(item if native is dataset else native.annotation(index), native.task, problems)
         except FileProblem as problem:
             if not (IS_MISSING in problem.kind and any(IS_MISSING in kind for kind in problems.errors)):

@@ -1,7 +1,7 @@
-"""What all data sets of videos have in common: an item whose frames are read when they are looked at."""
+"""What all data sets of videos have in common: items whose frames are read when they are accessed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,12 +11,7 @@ from ..processing.rle import decode_segmentation
 
 
 class Frames(Sequence[Image.Image]):
-    """The frames of a video, each made anew when it is looked at: a long video never lies in memory as a whole.
-
-    Args:
-        load: gives the frame at a position from 0.
-        length: number of frames.
-    """
+    """A video's `length` frames, each loaded when it is accessed by `load(position)`; the whole is never in memory."""
 
     def __init__(self, load: Callable[[int], Image.Image], length: int) -> None:
         self._load, self._length = load, length
@@ -24,11 +19,7 @@ class Frames(Sequence[Image.Image]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Image.Image]: ...
-    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self._load(position) for position in range(self._length)[index]]
         if not -self._length <= index < self._length:
@@ -64,7 +55,7 @@ class VideoDataset(Dataset[dict[str, Any]]):
 
 
 def frame_mask(item: Mapping[str, Any], segment: Mapping[str, Any], frame: int) -> np.ndarray | None:
-    """The mask of one of an item's segments in one frame: (height, width) bool; None where it has none there."""
+    """Return the mask of one of an item's segments in one frame, (height, width) bool; None where it has none there."""
     if "segmentation_maps" in item:
         return item["segmentation_maps"][frame] == segment["id"]
     segmentation = segment["segmentations"][frame]
@@ -75,7 +66,7 @@ def frame_mask(item: Mapping[str, Any], segment: Mapping[str, Any], frame: int) 
 
 
 def tube_masks(item: Mapping[str, Any]) -> np.ndarray:
-    """The masks of an item's `segments_info`, in its order, crowds among them: (N, T, height, width) bool."""
+    """Return the masks of an item's `segments_info`, in its order, crowds too: (N, T, height, width) bool."""
     segments = item["segments_info"]
     masks = np.zeros((len(segments), len(item["frames"]), item["height"], item["width"]), dtype=bool)
     for tube, segment in zip(masks, segments, strict=True):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from m2f_hf import M2FImageProcessor
 from m2f_hf.data import (
     CocoInstanceDataset,
     CocoPanopticDataset,
@@ -19,6 +20,7 @@ from m2f_hf.data import (
     open_dataset,
     segment_masks,
 )
+from m2f_hf.data.base import read_image
 from m2f_hf.data.categories import find_name_file, read_labels
 from m2f_hf.data.packed import PackedList
 from m2f_hf.known.label_sets import label_set
@@ -534,7 +536,7 @@ def test_class_names_are_read_from_every_kind_of_file(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     path = find_name_file([tmp_path])
     assert path == tmp_path / name
-    entries, _ = read_labels(path)
+    entries = read_labels(path)
     assert {entry["id"]: entry["name"] for entry in entries} == {0: "cat", 1: "dog"}
 
 
@@ -788,13 +790,25 @@ def test_images_come_upright(tmp_path):
     assert (dataset.annotation(0)["height"], dataset.annotation(0)["width"]) == (HEIGHT, WIDTH)
 
 
+def test_training_and_the_processor_read_the_same_pixels(tmp_path):
+    """On a 16-bit ramp, and on 32-bit whole numbers and fractions, which TIFF files hold."""
+    ramp = np.arange(1 << 16).reshape(256, 256)
+    processor = M2FImageProcessor(do_resize=False, do_rescale=False, do_normalize=False, size_divisor=1)
+    for number, values in enumerate((ramp.astype(np.uint16), ramp.astype(np.int32), (ramp / 65535).astype(np.float32))):
+        path = tmp_path / f"{number}.{'png' if number == 0 else 'tif'}"
+        Image.fromarray(values).save(path)
+        expected = processor(path, return_tensors="pt").pixel_values[0].permute(1, 2, 0).numpy()
+        expected = expected * 255 if expected.max() <= 1 else expected
+        assert np.array_equal(np.asarray(read_image(path, "ramp")), np.rint(expected)), values.dtype
+
+
 def test_grey_palette_and_16_bit_images_become_rgb(tmp_path):
     write_coco(tmp_path / "labels.json", tmp_path)
     deep = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
     Image.fromarray(deep).save(tmp_path / "a.png")
     Image.fromarray(deep.astype(np.uint8)).convert("P").save(tmp_path / "b.png")
     dataset = CocoInstanceDataset(tmp_path / "labels.json")
-    assert np.array_equal(np.asarray(dataset[0]["image"])[..., 0], deep >> 8)
+    assert np.array_equal(np.asarray(dataset[0]["image"])[..., 0], np.rint(deep / 257))
     assert dataset[1]["image"].mode == "RGB"
 
 
