@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..processing import images
+from ..processing.images import read_rgb
 from ..processing.rle import decode_segmentation
 from .problems import FileProblem
 
@@ -30,19 +30,7 @@ def read_image(file: ImageFile, name: str) -> Image.Image:
         FileProblem: it cannot be read; `name` says which.
     """
     with _open_image(file, name) as image:
-        return to_rgb(image)
-
-
-def to_rgb(image: Any) -> Image.Image:
-    """Return an image of any kind that the processor takes as 8-bit RGB with the processor's pixels.
-
-    Raises:
-        ValueError: it is not an image.
-    """
-    pixels = images.read_image(image)
-    if pixels.dtype != np.uint8:
-        pixels = np.rint(pixels * images.scale_to_255(pixels)).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+        return read_rgb(image)
 
 
 def read_size(file: ImageFile, name: str) -> tuple[int, int]:

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..processing.images import read_rgb
 from ..processing.rle import as_polygons, check_rle, drawable_polygons, encode_rle
 from ..processing.segment_ids import rgb_to_id
-from .base import ImageFile, SegmentationDataset, read_image, read_map, semantic_segments, to_rgb
+from .base import ImageFile, SegmentationDataset, read_image, read_map, semantic_segments
 from .categories import read_labels
 from .label_maps import LabelCoding, decode_labels
 from .problems import FileProblem
@@ -259,7 +260,7 @@ def as_file(value: Any) -> ImageFile:
     if isinstance(value, Mapping):
         return BytesIO(value["bytes"]) if value.get("bytes") is not None else Path(value["path"])
     if isinstance(value, (np.ndarray, list)):
-        return to_rgb(np.asarray(value))
+        return read_rgb(np.asarray(value))
     raise FileProblem("Rows have no image where one is expected: remove them.", repr(value)[:80])
 
 
