@@ -371,7 +371,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def list_files(folder: Path, suffixes: Collection[str], first: bool = False) -> list[Path]:
-    """List the files with these suffixes in a folder and those below, sorted, without hidden ones; or any `first` one."""
+    """List files with these suffixes in a folder and those below, sorted, without hidden ones; or any `first` one."""
     found = (
         path
         for path in folder.rglob("*")
