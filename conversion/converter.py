@@ -27,7 +27,8 @@ from transformers import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerVideoProcessor
 from m2f_hf.draw.segments import contact_sheet, draw_segments
 from m2f_hf.draw.words import describe
-from m2f_hf.hub.push import VIDEOS, label_names, load_whole, model_card
+from m2f_hf.hub.card import model_card
+from m2f_hf.hub.families import VIDEOS, label_names, load_whole
 from m2f_hf.inference.segmenter import Segmenter
 from m2f_hf.metrics.pictures import to_map
 from m2f_hf.processing.image_processor import M2FImageProcessor

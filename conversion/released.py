@@ -271,7 +271,7 @@ class Released:
 
     def card(self) -> dict[str, Any]:
         """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""
-        from m2f_hf.hub.push import Figure
+        from m2f_hf.hub import Figure
 
         epochs = self.schedule.endswith("ep")
         backbone, benchmark = BACKBONES[self.backbone].title, self.benchmark

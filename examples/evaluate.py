@@ -43,7 +43,7 @@ from m2f_hf import M2FImageProcessor
 from m2f_hf.data import CATEGORIES, MovingShapesDataset, ShapesDataset, open_dataset
 from m2f_hf.data.loading import CollateItems
 from m2f_hf.data.synthetic.shapes import TEST_SEED
-from m2f_hf.hub.push import Figure, model_card
+from m2f_hf.hub import Figure, model_card
 from m2f_hf.inference.test_time_augmentation import semantic_scores_with_augmentation
 from m2f_hf.metrics import MAIN_FIGURE, MEASURES, Evaluation, Prediction
 from m2f_hf.metrics.pictures import comparison_sheet, draw_comparison, draw_frames

@@ -55,7 +55,8 @@ from m2f_hf.data.augmentation import TrainingTransform, inspect_augmentation
 from m2f_hf.data.clips import ClipTransform, inspect_clips
 from m2f_hf.data.hub_datasets import StreamingDataset
 from m2f_hf.data.loading import StepSampler, TrainingStream, evaluation_loader, to_model_inputs, training_loader
-from m2f_hf.hub.push import CARD, Figure, HubFolder, model_card
+from m2f_hf.hub import HubFolder
+from m2f_hf.hub.card import CARD, Figure, model_card
 from m2f_hf.known.recipes import Recipe, SizeSchedule
 from m2f_hf.loss.points import SeededPoints
 from m2f_hf.metrics import MAIN_FIGURE, Evaluation, evaluate_model

@@ -32,7 +32,8 @@ from transformers.utils import logging
 
 from .. import __version__
 from ..draw.segments import contact_sheet
-from ..hub.push import HubFolder, label_names
+from ..hub.families import label_names
+from ..hub.push import HubFolder
 from ..inference.loading import checkpoint_family, first_line
 from ..inference.segmenter import SegmentedImage, Segmenter
 from ..known.bundled import BUNDLED_MODEL, BUNDLED_SCENES

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..draw.segments import ClassColors, draw_segments
 from ..draw.words import describe
-from ..hub.push import IMAGES, VIDEOS, label_names, load_whole
+from ..hub.families import IMAGES, VIDEOS, label_names, load_whole
 from ..inference.loading import checkpoint_family, choose_device, first_line
 from ..inference.tracking import ClipTracker, to_id_map
 from ..known.bundled import BUNDLED_VIDEO_MODEL

@@ -1,6 +1,7 @@
-"""Publishing: model cards, the code that travels with a checkpoint, uploads."""
+"""Publish checkpoints: families, model cards, the code that travels with the weights, uploads."""
 
-from .push import CARD, CONFIG, PROCESSOR, Figure, HubFolder, model_card, result_files
+from .card import Figure, model_card, result_files
+from .push import HubFolder
 
 
-__all__ = ["CARD", "CONFIG", "PROCESSOR", "Figure", "HubFolder", "model_card", "result_files"]
+__all__ = ["Figure", "HubFolder", "model_card", "result_files"]

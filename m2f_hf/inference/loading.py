@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from ..hub.push import IMAGES, Family, family_of
+from ..hub.families import IMAGES, Family, family_of
 from ..known.lookup import find_config
 
 

@@ -14,7 +14,7 @@ from scipy.ndimage import find_objects
 
 from ..draw.segments import ClassColors, draw_segments, semantic_to_segments
 from ..draw.words import describe
-from ..hub.push import VIDEOS, label_names, load_whole
+from ..hub.families import VIDEOS, label_names, load_whole
 from ..model.modeling import Mask2FormerForUniversalSegmentation
 from ..processing.image_processor import M2FImageProcessor
 from ..processing.images import read_image, to_pillow

@@ -22,7 +22,7 @@ from transformers import pipeline
 from transformers.core_model_loading import revert_weight_conversion
 
 from m2f_hf import BUNDLED_SCENES, Mask2FormerForUniversalSegmentation
-from m2f_hf.hub.push import is_untouched
+from m2f_hf.hub.card import is_untouched
 from m2f_hf.known import stock_checkpoints
 
 

@@ -25,7 +25,10 @@ from m2f_hf import (
     Mask2FormerVideoProcessor,
 )
 from m2f_hf.data import MovingShapesDataset
-from m2f_hf.hub.push import VIDEOS, Figure, HubFolder, code_files, is_untouched, model_card, result_files
+from m2f_hf.hub import HubFolder
+from m2f_hf.hub.card import Figure, is_untouched, model_card, result_files
+from m2f_hf.hub.code import code_files
+from m2f_hf.hub.families import VIDEOS
 
 
 FIGURES = [
@@ -315,7 +318,7 @@ from pathlib import Path
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation
 from m2f_hf import BUNDLED_MODEL
 from m2f_hf.cli import main
-from m2f_hf.hub.push import HubFolder
+from m2f_hf.hub import HubFolder
 
 def run(*arguments):
     out, err = io.StringIO(), io.StringIO()
@@ -613,7 +616,7 @@ def test_another_models_repository_gets_no_card_from_here(hub, client):
 def test_a_card_from_here_is_renewed_but_keeps_its_licence(hub, client):
     """Figures go with the weights they were measured of, the licence and the names stay."""
     client("""
-from m2f_hf.hub.push import Figure, model_card
+from m2f_hf.hub import Figure, model_card
 contents = HubFolder("shapes")
 shutil.copytree("shapes", "licensed")
 card = model_card(contents.config, contents.processor, repo_id="licensed", license="mit", datasets=["owner/data"],

@@ -15,7 +15,10 @@ from transformers.dynamic_module_utils import get_imports
 
 from m2f_hf import BUNDLED_MODEL, BUNDLED_SCENES, Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
 from m2f_hf.data import MovingShapesDataset
-from m2f_hf.hub.push import IMAGES, VIDEOS, HubFolder, _flatten_imports, code_files, model_card
+from m2f_hf.hub import HubFolder
+from m2f_hf.hub.card import model_card
+from m2f_hf.hub.code import _flatten_imports, code_files
+from m2f_hf.hub.families import IMAGES, VIDEOS
 
 
 TASKS = ("panoptic", "instance", "semantic")
