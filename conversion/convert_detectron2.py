@@ -4,7 +4,7 @@
     python conversion/convert_detectron2.py --variant coco-panoptic-swin-large --output DIR
     python conversion/convert_detectron2.py --checkpoint model.pkl --config-file config.yaml --output DIR
 
-This is the command line; `converter` does the work. Reading a config needs PyYAML (`pip install 'm2f_hf[convert]'`).
+This is the command line; `converter` does the work.
 """
 
 from __future__ import annotations

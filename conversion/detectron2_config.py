@@ -9,11 +9,12 @@ import ast
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedConfig, ResNetConfig, SwinConfig
 
 from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerVideoConfig, Mask2FormerVideoProcessor
@@ -575,9 +576,8 @@ _NOT_GIVEN = object()
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    yaml, loader = _yaml()
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), loader)
+        config = yaml.load(path.read_text(encoding="utf-8"), _InertLoader)
     # The parser checks neither what it makes numbers and dates of nor how deep lists are nested.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML file ({str(error) or type(error).__name__}).") from error
@@ -586,21 +586,15 @@ def _parse(path: Path) -> dict[str, Any]:
     return config
 
 
-_MOST_KEYS = 10_000
+class _InertLoader(yaml.SafeLoader):
+    """A safe loader that makes `_Unread` of tags it doesn't know (`!!python/object…`)."""
+
+    MOST_KEYS = 10_000
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > self.MOST_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) without end", node.start_mark)
 
 
-def _yaml() -> tuple[Any, Callable[..., Any]]:
-    """Give the YAML module, and a safe loader that makes `_Unread` of tags it doesn't know (`!!python/object…`)."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("Reading the original's configs needs PyYAML: pip install 'm2f_hf[convert]'.") from error
-
-    class InertLoader(yaml.SafeLoader):
-        def flatten_mapping(self, node: Any) -> None:
-            super().flatten_mapping(node)
-            if len(node.value) > _MOST_KEYS:
-                raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) without end", node.start_mark)
-
-    InertLoader.add_constructor(None, lambda loader, node: _Unread())
-    return yaml, InertLoader
+_InertLoader.add_constructor(None, lambda loader, node: _Unread())

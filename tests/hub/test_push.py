@@ -127,8 +127,9 @@ def test_snippets_compile_and_pass_the_checkpoints_task_and_thresholds(task, con
         compile(block, "card", "exec")
         assert '"owner/name"' in block
     ours, ours_in_a_pipeline, theirs = blocks
-    assert f"post_process_{task}_segmentation" in ours
-    assert "threshold" not in ours_in_a_pipeline and "trust_remote_code" not in ours_in_a_pipeline
+    assert 'Segmenter.from_pretrained("owner/name")' in ours
+    for block in (ours, ours_in_a_pipeline):
+        assert "threshold" not in block and "trust_remote_code" not in block
     assert "trust_remote_code=True" in theirs and f'subtask="{task}"' in theirs
     expected = {"panoptic": ["0.61", "0.53", "0.8"], "instance": ["0.42", "0.53"], "semantic": []}
     assert re.findall(r"threshold=([\d.]+)", theirs) == expected[task]
@@ -240,8 +241,8 @@ def test_weights_of_two_saves_are_refused(folder):
         ("preprocessor_config.json", {"image_processor_type": "Mask2FormerImageProcessor"}, "has image_processor_type"),
         ("config.json", [], "config.json holds no JSON object"),
         ("preprocessor_config.json", [], "preprocessor_config.json holds no JSON object"),
-        ("config.json", "{", "config.json is no JSON .*save it anew"),
-        ("preprocessor_config.json", b"\xff\xfe{", "preprocessor_config.json is no JSON .*save it anew"),
+        ("config.json", "{", "config.json is no JSON .*save it again"),
+        ("preprocessor_config.json", b"\xff\xfe{", "preprocessor_config.json is no JSON .*save it again"),
     ],
 )
 def test_settings_of_others_and_damaged_ones_are_refused(file, settings, says, folder):
@@ -403,7 +404,7 @@ answer = [type(each).__module__.split(".")[0] for each in loaded], [str(call) fo
 
 def test_the_cards_snippets_run(pushed, client):
     ours, in_a_pipeline, _ = snippets(pushed[0].files()["README.md"].decode())
-    found = client(ours + "\nanswer = [info['label_id'] for info in segments]")
+    found = client(ours + "\nanswer = [segment['label_id'] for segment in result]")
     assert len(found) >= 5
     with Image.open(client.folder / "segments.png") as picture:
         assert picture.size == (160, 160)
