@@ -14,12 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ..hub.families import IMAGES, Family, family_of
+from ..known.errors import first_line
 from ..known.lookup import find_config
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that is not blank, or the error's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def choose_device(device: str | None) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 
 TASKS = ("panoptic", "instance", "semantic")
+VIDEO_TASKS = ("instance", "panoptic")
 
 
 class Label(NamedTuple):

@@ -13,6 +13,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .errors import first_line
+
 
 CONFIG = "config.json"
 # `huggingface_hub` passes on the errors of httpx, or of httpx2 in later versions; its own are derived from them.
@@ -77,13 +79,9 @@ def find_config(
             "another branch, which `revision` (--revision) names"
         ) from error
     except HfHubHTTPError as error:
-        raise ConnectionError(f"the Hub does not give {model} ({_first_line(error)}); try again later") from error
+        raise ConnectionError(f"the Hub does not give {model} ({first_line(error)}); try again later") from error
     except NETWORK_ERRORS as error:
         raise ConnectionError(
-            f"there is no folder {model}, and the Hub cannot be reached ({_first_line(error)}); check the spelling and "
+            f"there is no folder {model}, and the Hub cannot be reached ({first_line(error)}); check the spelling and "
             "the connection, or give a folder"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

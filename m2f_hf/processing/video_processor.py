@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 
+from ..known.label_sets import VIDEO_TASKS
 from .frames import FRAME_SUFFIXES, DamagedFrame, check_clip, stream_frames
 from .image_processor import M2FImageProcessor
 from .images import Size
@@ -29,7 +30,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
     """
 
     model_input_names = ["pixel_values_videos", "pixel_mask"]  # noqa: RUF012
-    tasks = ("instance", "panoptic")
+    tasks = VIDEO_TASKS
     post_processing_name = "post_process_video_{}_segmentation"
     size: Any = {"shortest_edge": 360, "longest_edge": 1333}  # noqa: RUF012
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -18,8 +19,11 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 
+import m2f_hf
 from m2f_hf import BUNDLED_MODEL, BUNDLED_SCENES
-from m2f_hf.cli.main import CommandError, ImageError, main, write_result
+from m2f_hf.cli import main
+from m2f_hf.cli.common import CommandError
+from m2f_hf.cli.segment import ImageError, write_result
 from m2f_hf.data.synthetic.shapes import CATEGORIES, ShapesDataset
 from m2f_hf.draw.words import describe, plural
 from m2f_hf.inference.segmenter import SegmentedImage
@@ -567,7 +571,7 @@ def test_wrong_usage(arguments, capsys):
         main(arguments)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert "usage: m2f" in error
+    assert re.fullmatch(r"m2f( \w+)?: .*\(see m2f( \w+)? --help\)\n", error)
     assert ("not a number from 0 to 1" in error) == ("--threshold" in arguments)
 
 
@@ -695,11 +699,35 @@ def test_module_is_the_command(monkeypatch, capsys):
     assert captured.out.startswith("m2f_hf 0.") and captured.err == ""
 
 
+@pytest.mark.parametrize("start", ["module", "console script"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["segment", "x", "--tsak", "y"], ["sgment", "x"]])
+def test_usage_needs_no_model_code(start, arguments, tmp_path):
+    (tmp_path / "m2f").write_text("import sys\nfrom m2f_hf.cli.main import main\nsys.exit(main())\n")
+    command = ["-m", "m2f_hf.cli"] if start == "module" else [tmp_path / "m2f"]
+    assert not {"torch", "transformers", "huggingface_hub", "numpy"} & imported_by([*command, *arguments])
+
+
+@pytest.mark.parametrize("name", ["m2f.py", "my_m2f", "segment"])
+def test_other_programs_register_on_import(name, tmp_path):
+    (tmp_path / name).write_text("import m2f_hf\n")
+    assert "m2f_hf.auto" in imported_by([tmp_path / name])
+
+
+def imported_by(arguments) -> set[str]:
+    """Return the modules that a Python process imports, which also imports the package."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(m2f_hf.__file__).parents[1])}
+    command = [sys.executable, "-X", "importtime", *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    names = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert "m2f_hf" in names, run.stderr
+    return names
+
+
 def test_errors_of_the_command_are_no_tracebacks(monkeypatch, capsys):
     def fail(options):
         raise CommandError("what is wrong; what to do")
 
-    monkeypatch.setattr(sys.modules["m2f_hf.cli.main"], "_info", fail)
+    monkeypatch.setattr("m2f_hf.cli.info.run", fail)
     assert main(["info", "x"]) == 2
     assert capsys.readouterr().err == "m2f: what is wrong; what to do\n"
 

@@ -19,7 +19,7 @@ from m2f_hf import (
     stream_frames,
 )
 from m2f_hf.cli import main
-from m2f_hf.cli.track import _Gif, _Movie, category_ids
+from m2f_hf.cli.clip_files import _Gif, _Movie, category_ids
 from m2f_hf.data import MovingShapesDataset
 from m2f_hf.inference.tracking import ClipTracker, to_id_map
 from m2f_hf.known.label_sets import label_set
@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_an_earlier_run_as_it_was(clip, tmp_path, monkeypatch, cap
     out = tmp_path / "out"
     for is_first in (True, False):
         with monkeypatch.context() as patch:
-            patch.setattr("m2f_hf.cli.track.encode_rle", Mock(side_effect=KeyboardInterrupt))
+            patch.setattr("m2f_hf.cli.clip_files.encode_rle", Mock(side_effect=KeyboardInterrupt))
             assert track(clip, "--output", out, *SMALL) == 130
         assert "m2f: stopped" in capsys.readouterr().err
         if is_first:

@@ -1,0 +1,250 @@
+"""What `m2f track` writes: overlays as a video and an animation, id maps, and results in YouTube-VIS' form."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..draw.segments import ClassColors, draw_segments
+from ..hub.families import label_names
+from ..inference.tracking import to_id_map
+from ..known.label_sets import find_label_set
+from ..processing.frames import DamagedFrame
+from ..processing.rle import encode_rle
+from .common import write_errors
+from .track import FILES, FOLDERS
+
+
+# An overlay is enlarged until its shorter side has so many pixels, for labels that can be read.
+_READABLE_SIDE = 320
+_LONGEST_ENLARGED = 4096
+_LONGEST_SIDE = 16384  # H.264's limit
+_GIF_SIDE = 480
+_GIF_FRAMES = 120
+# In milliseconds: a picture's time is 16 bits of hundredths of a second, and Pillow merges equal pictures.
+_LONGEST_GIF = 655350
+
+
+class ClipWriter:
+    """Writes results frame by frame; memory grows with the encodings of masks alone.
+
+    Args:
+        folder: an empty one.
+        config: the model's.
+        rate: frames a second.
+    """
+
+    def __init__(self, folder: Path, config: Any, rate: float) -> None:
+        self.folder, self.num_frames = folder, 0
+        self.id2label, self.colors = label_names(config), config.label_colors
+        self.category_ids = category_ids(self.id2label)
+        self.tracks: dict[int, _TrackRecord] = {}
+        self.movie: _Movie | _Pictures = _Movie.open(folder / "overlay.mp4", rate) or _Pictures(folder / "overlay")
+        self.gif = _Gif(rate)
+        (folder / "ids").mkdir()
+
+    def add(self, result: Mapping[str, Any], frame: np.ndarray | DamagedFrame) -> None:
+        ids = to_id_map(result)
+        height, width = ids.shape
+        masks = np.asarray(result["segmentation"])
+        for index, info in enumerate(result["segments_info"]):
+            track = self.tracks.setdefault(info["id"], _TrackRecord(info["label_id"]))
+            mask = masks == info["id"] if masks.ndim == 2 else masks[index]
+            track.add(self.num_frames, info, encode_rle(mask))
+        with write_errors(self.folder.parent):
+            picture = Image.fromarray(ids.astype(np.uint8 if ids.max(initial=0) < 256 else np.uint16))
+            picture.save(self.folder / "ids" / f"{self.num_frames:06d}.png")
+            pixels = np.zeros((3, height, width), np.uint8) if isinstance(frame, DamagedFrame) else frame
+            overlay = self._draw(pixels, ids)
+            self.movie.add(overlay)
+            self.gif.add(overlay)
+        self.num_frames += 1
+
+    def _draw(self, pixels: np.ndarray, ids: np.ndarray) -> Image.Image:
+        if pixels.dtype != np.uint8:
+            pixels = (pixels.clip(0, 1) * 255).astype(np.uint8)
+        height, width = ids.shape
+        scale = max(1, min(round(_READABLE_SIDE / min(height, width)), _LONGEST_ENLARGED // max(height, width)))
+        # All tracks so far, with the class that each had first: so one keeps its colour.
+        infos = [
+            {
+                "id": number,
+                "label_id": track.first_label,
+                "isthing": track.isthing,
+                "label": f"{self.id2label[track.label]} #{number}",
+            }
+            for number, track in sorted(self.tracks.items())
+        ]
+        colors: ClassColors | None = self.colors
+        return draw_segments(Image.fromarray(pixels.transpose(1, 2, 0)), ids, infos, colors=colors, scale=scale)
+
+    def infos(self) -> list[dict[str, Any]]:
+        """Return `segments_info` of the tracks of the whole clip."""
+        return [
+            {
+                "id": number,
+                "label": self.id2label[track.label],
+                "isthing": track.isthing,
+                "score": track.score,
+            }
+            for number, track in sorted(self.tracks.items())
+        ]
+
+    def finish(self) -> None:
+        with write_errors(self.folder.parent):
+            self.movie.close()
+            self.gif.save(self.folder / "overlay.gif")
+            entries = [
+                {
+                    "video_id": 1,
+                    "category_id": self.category_ids[self.tracks[info["id"]].label],
+                    "score": info["score"],
+                    "segmentations": [self.tracks[info["id"]].encodings.get(frame) for frame in range(self.num_frames)],
+                    "track_id": info["id"],
+                    "label": info["label"],
+                }
+                for info in self.infos()
+            ]
+            lines = ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+            (self.folder / "results.json").write_text(f"[{lines}]\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close files that an error leaves half-written; they are removed with their folder."""
+        with suppress(Exception):
+            self.movie.close()
+
+
+class _TrackRecord:
+    def __init__(self, label: int) -> None:
+        self.first_label = self.label = label
+        self.isthing: bool | None = None
+        self.encodings: dict[int, dict[str, Any]] = {}  # frame -> COCO RLE
+        self._sum = 0.0
+
+    def add(self, frame: int, info: Mapping[str, Any], encoding: dict[str, Any]) -> None:
+        self.label, self.isthing = info["label_id"], info["isthing"]
+        self.encodings[frame] = encoding
+        self._sum += info["score"]
+
+    @property
+    def score(self) -> float:
+        return round(self._sum / len(self.encodings), 6)
+
+
+def category_ids(id2label: Mapping[int, str]) -> list[int]:
+    """Return the category id of each label, for a data set's files.
+
+    Labels of a known data set have its own ids; others count from 1, as YouTube-VIS' do and as `write_youtube_vis`
+    writes them.
+    """
+    known = find_label_set(id2label)
+    if known is not None and len(known.labels) == len(id2label):
+        return [label.dataset_id for label in known.labels]
+    return [label_id + 1 for label_id in range(len(id2label))]
+
+
+class _Movie:
+    """Writes an MP4 file frame by frame."""
+
+    def __init__(self, av: Any, path: Path, rate: float) -> None:
+        self._av, self._rate = av, Fraction(rate).limit_denominator(1001)
+        self._container = av.open(str(path), "w")
+        self._stream: Any = None
+
+    @classmethod
+    def open(cls, path: Path, rate: float) -> _Movie | None:
+        """Return a new one, or None where PyAV is missing."""
+        try:
+            import av
+        except ImportError:
+            return None
+        return cls(av, path, rate)
+
+    def add(self, picture: Image.Image) -> None:
+        if max(picture.size) > _LONGEST_SIDE:
+            picture = picture.copy()
+            picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+        pixels = np.asarray(picture)
+        height, width = pixels.shape[:2]
+        # The format stores colours at half the size.
+        pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._stream is None:
+            codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
+            self._stream = self._container.add_stream(codec, rate=self._rate)
+            self._stream.height, self._stream.width = pixels.shape[:2]
+            self._stream.pix_fmt = "yuv420p"
+        self._container.mux(self._stream.encode(self._av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+            self._stream = None
+        self._container.close()
+
+
+class _Pictures:
+    """Writes a folder of numbered pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        folder.mkdir()
+
+    def add(self, picture: Image.Image) -> None:
+        picture.save(self._folder / f"{self._count:06d}.png")
+        self._count += 1
+
+    def close(self) -> None:
+        pass
+
+
+class _Gif:
+    """Writes an animation of bounded size: small pictures, and of a long clip every second frame, every fourth, …"""
+
+    def __init__(self, rate: float) -> None:
+        self._rate, self._stride, self._count = rate, 1, 0
+        self._pictures: list[Image.Image] = []
+
+    def add(self, picture: Image.Image) -> None:
+        if self._count % self._stride == 0:
+            if len(self._pictures) == _GIF_FRAMES:
+                self._pictures = self._pictures[::2]
+                self._stride *= 2
+            if self._count % self._stride == 0:
+                small = picture.copy()
+                small.thumbnail((_GIF_SIDE, _GIF_SIDE))
+                self._pictures.append(small.quantize(128, dither=Image.Dither.NONE))
+        self._count += 1
+
+    def save(self, path: Path) -> None:
+        first, *others = self._pictures
+        duration = min(max(20, round(1000 * self._stride / self._rate)), _LONGEST_GIF // len(self._pictures))
+        first.save(path, save_all=True, append_images=others, duration=duration, loop=0)
+
+
+def replace_results(work: Path, output: Path) -> None:
+    """Replace an earlier run's files; `results.json` goes first and comes last, as it vouches for the others."""
+    for name in FILES:
+        (output / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        if (output / name).is_dir():
+            for file in (output / name).glob("[0-9]*.png"):
+                if len(file.stem) == 6 and file.stem.isdecimal():
+                    file.unlink()
+            with suppress(OSError):  # it holds other files too
+                (output / name).rmdir()
+        if (work / name).is_dir():
+            (output / name).mkdir(exist_ok=True)
+            for file in (work / name).iterdir():
+                os.replace(file, output / name / file.name)
+    for name in reversed(FILES):
+        if (work / name).exists():
+            shutil.move(work / name, output / name)
