@@ -18,7 +18,7 @@ PADDED_INPUTS = ("pixel_values", "pixel_mask")
 
 
 def _pad_together(images: list[Any]) -> torch.Tensor:
-    """(..., h, w) each, or lists of these, of any sizes, to (B, ..., H, W) with zeros at the bottom and right."""
+    """Pad (..., h, w) of any sizes, or lists of these, to (B, ..., H, W) with zeros at the bottom and right."""
     images = [image for item in images for image in (item if isinstance(item, list) else [item])]
     height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
     return torch.stack([F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images])
@@ -28,19 +28,19 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
     """`transformers`' pipeline, unchanged for every model but ours.
 
     The stock one always passes the thresholds 0.9, 0.5 and 0.5 and segments panoptically whenever it can. For our
-    models only what the caller gave is passed on; the rest is the checkpoint's. With `batch_size`, images of different
-    sizes are padded together.
+    models only what the caller gave is passed on, the rest is the checkpoint's, and images are read by `read_image`.
+    With `batch_size`, images of different sizes are padded together.
 
-    Results are those of the stock pipeline, a list of `{"score", "label", "mask"}` for each image: the mask a Pillow
-    image of mode "L" (0 or 255) of the image's size, the score None in semantic segmentation. Masks of instances may
-    overlap; the list is then sorted by score.
+    Results are the stock pipeline's, a list of `{"score", "label", "mask"}` for each image: the mask a Pillow image of
+    mode "L" (0 or 255) of the image's size, the score None in semantic segmentation. Masks of instances may overlap;
+    the list is then sorted by score.
 
     Raises:
         ValueError: a video model, which takes clips.
     """
 
-    # A published checkpoint names its image processor's code; looked at as a video processor's, it would not be known
-    # here, and `transformers` would ask at the terminal whether to fetch and run it.
+    # A published checkpoint names its image processor's code. Looked up as a video processor it would not be known, and
+    # `transformers` would ask at the terminal whether to fetch and run it.
     _load_video_processor: Any = False
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
     def preprocess(  # type: ignore[override]
         self, image: Any, subtask: Any = None, timeout: float | None = None
     ) -> Any:
-        """The model's inputs of one image; for our models as lists, which make a batch whatever the images' sizes."""
+        """Return the model's inputs of one image; for our models as lists, which batch whatever the images' sizes."""
         if not isinstance(self.image_processor, M2FImageProcessor):
             return super().preprocess(image, subtask=subtask, timeout=timeout)
         if (
@@ -77,12 +77,12 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
         return super()._forward(model_inputs)
 
     def postprocess(self, model_outputs: Any, subtask: Any = None, **thresholds: Any) -> Any:  # type: ignore[override]
-        """Segments of one image.
+        """Return the segments of one image.
 
         Args:
             model_outputs: the model's, with `target_size`.
             subtask: "panoptic", "instance" or "semantic"; for our models None is the checkpoint's task.
-            thresholds: `threshold`, `mask_threshold`, `overlap_mask_area_threshold`, as far as given by the caller.
+            thresholds: those of `threshold`, `mask_threshold`, `overlap_mask_area_threshold` that the caller gave.
 
         Raises:
             ValueError: a subtask that does not exist.

@@ -1,4 +1,4 @@
-"""Semantic segmentation from several sizes of an image and their mirror images."""
+"""Test-time augmentation: semantic segmentation from several sizes of an image and their mirror images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.image_utils import SizeDict
 
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Of the checkpoint's own size: those of the original's settings for ADE20K, Cityscapes and Mapillary."""
+"""Times the checkpoint's own size: the original's settings for ADE20K, Cityscapes and Mapillary."""
 
 
 @torch.no_grad()
@@ -26,11 +26,11 @@ def semantic_scores_with_augmentation(
     flip: bool = True,
     target_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Scores of every class at every pixel: the mean over sizes, and over each as it is and mirrored.
+    """Average the scores of every class at every pixel over several sizes of an image, each as it is and mirrored.
 
-    As the original's `SemanticSegmentorWithTTA`: each size is resized, mirrored and segmented by itself, each result is
-    resized to the target and mirrored back, and scores are averaged, not decisions. (The original's own evaluation
-    resizes an image to the checkpoint's size before these sizes are made of it; here they are made of `image`.)
+    As the original's `SemanticSegmentorWithTTA`: each view is segmented by itself, its scores are resized to the target
+    and mirrored back, and scores are averaged, not decisions. (The original's own evaluation resizes an image to the
+    checkpoint's size before these sizes are made of it; here they are made of `image`.)
 
     Args:
         model: a Mask2Former of this package or of transformers, in evaluation mode.
@@ -85,7 +85,7 @@ def _sizes(
 def _views(
     processor: Any, pixels: np.ndarray, shortest_edges: Sequence[int], longest_edge: int | None, flip: bool
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each resized image (3, h, w), then its mirror image, which is made after resizing as in the original."""
+    """Yield each resized image (3, h, w), then its mirror image, made after resizing as in the original."""
     for shortest_edge in shortest_edges:
         size = SizeDict(shortest_edge=shortest_edge, longest_edge=longest_edge)
         resized = processor.resize(pixels, size, processor.resample)

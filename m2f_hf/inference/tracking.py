@@ -1,7 +1,7 @@
-"""Long clips: the video model over windows of frames, whose tracks are joined so that an object keeps its id.
+"""Track objects through clips of any length: windows of frames, whose tracks are joined so that an object keeps its id.
 
-Frames are encoded once, whatever the overlap of the windows, and what was made of them is dropped with their window: a
-clip of any length needs the memory of one window.
+Frames are encoded once, whatever the overlap of the windows, and their features are dropped with their window: a clip
+of any length needs the memory of one window.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ..processing.post_processing import check_max_detections, check_probabiliti
 from ..processing.video_processor import Mask2FormerVideoProcessor
 
 
-# Of tracks of equal masks, such as two classes of one query, the one of the same class goes on.
+# Breaks ties between tracks of equal masks, such as two classes of one query: the one of the same class goes on.
 _SAME_LABEL = 1e-3
 
 
 class WindowTracks(NamedTuple):
-    """What was found in a window of T frames, N tracks.
+    """The N tracks of a window of T frames.
 
     Args:
-        start: the number of its first frame.
-        masks: (N, T, h, w) bool, in any scale.
-        embeddings: (N, C), of the tracks' queries.
-        class_probs: (N, K), of the classes without "no object".
-        labels: the class of each.
-        is_stuff: whether it is all that the clip has of its class.
+        start: index of the window's first frame.
+        masks: (N, T, h, w) bool, at any scale.
+        embeddings: (N, C), the tracks' queries.
+        class_probs: (N, K), without "no object".
+        labels: each track's class.
+        is_stuff: whether a track is all that the clip has of its class.
     """
 
     start: int
@@ -61,39 +61,39 @@ class _Track:
 
 
 class TrackMemory:
-    """Joins the tracks of one window after another, one to one, and remembers those that are gone for a while.
+    """Joins the tracks of successive windows, one to one, and remembers those that are out of sight for a while.
 
-    First by masks: the best one-to-one matching by the overlap (IoU) on the frames that both windows have. What is
-    left on both sides, and what was gone before, is matched by the likeness of the queries: the cosine of their
-    embeddings x the agreement of their class probabilities (Bhattacharyya's coefficient). Two that are both seen on
-    the shared frames, but in different places, are never one.
+    First by masks: the best one-to-one matching by the IoU on the frames that both windows have. The rest, with tracks
+    that were out of sight, is matched by the similarity of the queries: the cosine of their embeddings x the agreement
+    of their class probabilities (Bhattacharyya's coefficient). Two tracks that are both seen on the shared frames, but
+    in different places, are never joined.
 
     Args:
-        min_iou: least overlap of two that are matched by their masks.
-        min_similarity: least likeness of two that are matched by their queries.
-        memory: for how many frames a track that is gone is remembered.
+        min_iou: least IoU of two tracks that are matched by their masks.
+        min_similarity: least similarity of two tracks that are matched by their queries.
+        memory: for how many frames a track that is out of sight is remembered.
     """
 
     def __init__(self, min_iou: float = 0.3, min_similarity: float = 0.6, memory: int = 100) -> None:
         self.min_iou, self.min_similarity, self.memory = min_iou, min_similarity, memory
         self._tracks: list[_Track] = []
         self._stuff: dict[int, int] = {}  # label -> id
-        self._end = 0
+        self.end = 0
         self._num_ids = 0
 
     def __len__(self) -> int:
-        """How many tracks are remembered, stuff left out."""
+        """Count the tracks that are remembered, without stuff."""
         return len(self._tracks)
 
     def join(self, window: WindowTracks, scores: Sequence[float] | None = None) -> tuple[list[int], list[int]]:
-        """The ids of a window's tracks, from 1 on, and their labels: by all windows so far, weighted with the scores.
+        """Return the ids of a window's tracks, from 1, and their labels by all windows so far, weighted by the scores.
 
-        Windows come in the order of time; each has frames that the one before has not.
+        Windows come in the order of time; each has frames that the one before does not have.
         """
         things = [index for index, is_stuff in enumerate(window.is_stuff) if not is_stuff]
         found = self._describe(window, things)
         self._tracks = [track for track in self._tracks if window.start - track.last_seen - 1 <= self.memory]
-        known = self._match(found, self._end - window.start)
+        known = self._match(found, self.end - window.start)
         end = window.start + window.masks.shape[1]
         for track in self._tracks:
             track.masks = None
@@ -113,7 +113,7 @@ class TrackMemory:
             if is_stuff:
                 label = window.labels[index]
                 ids[index] = self._stuff[label] = self._stuff.get(label) or self._new_id()
-        self._end = end
+        self.end = end
         return ids, labels
 
     def _new_id(self) -> int:
@@ -122,7 +122,7 @@ class TrackMemory:
 
     @staticmethod
     def _describe(window: WindowTracks, things: list[int]) -> list[_Track]:
-        """The window's things, each with its position among them for an id."""
+        """Return the window's things as tracks whose ids are their positions in `things`."""
         is_seen = window.masks.flatten(2).any(2).cpu()  # (N, T)
         tracks = []
         for position, index in enumerate(things):
@@ -141,7 +141,7 @@ class TrackMemory:
         return tracks
 
     def _match(self, found: list[_Track], num_shared: int) -> dict[int, _Track]:
-        """Position in the window -> the track that it goes on with."""
+        """Return position in `found` -> the known track that it continues."""
         if not found or not self._tracks:
             return {}
         shape = (len(self._tracks), len(found))
@@ -161,32 +161,32 @@ class TrackMemory:
         )
         # (known, C) x (found, C) -> (known, found), times the same of K classes
         similarity = ((old @ new.T) * (old_probs @ new_probs.T)).cpu()
-        may = (similarity >= self.min_similarity) & ~is_apart
+        is_allowed = (similarity >= self.min_similarity) & ~is_apart
         for row, column in pairs:
-            may[row], may[:, column] = False, False
-        pairs += _assign(similarity + _SAME_LABEL * same_label, may)
+            is_allowed[row], is_allowed[:, column] = False, False
+        pairs += _assign(similarity + _SAME_LABEL * same_label, is_allowed)
         return {column: self._tracks[row] for row, column in pairs}
 
 
 def _overlaps(before: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
-    """Of tubes, (P, T, h, w) and (N, T, h, w) bool, the IoU and whether both have a pixel: (P, N), on the CPU."""
+    """Return the IoU of tubes (P, T, h, w) and (N, T, h, w) bool, and whether both have a pixel: (P, N), on the CPU."""
     ours, theirs = before.flatten(1).float(), now.flatten(1).float()
     common = ours @ theirs.T
     areas, other_areas = ours.sum(1)[:, None], theirs.sum(1)
     return (common / (areas + other_areas - common).clamp(min=1)).cpu(), ((areas > 0) & (other_areas > 0)).cpu()
 
 
-def _assign(values: Tensor, may: Tensor) -> list[tuple[int, int]]:
-    """The one-to-one pairs of the largest sum of values, of those that may be."""
-    rows, columns = linear_sum_assignment(torch.where(may, values, 0).numpy(), maximize=True)
-    is_pair = may.numpy()[rows, columns]
+def _assign(values: Tensor, is_allowed: Tensor) -> list[tuple[int, int]]:
+    """Return the one-to-one pairs with the largest sum of values, among the allowed ones."""
+    rows, columns = linear_sum_assignment(torch.where(is_allowed, values, 0).numpy(), maximize=True)
+    is_pair = is_allowed.numpy()[rows, columns]
     return list(zip(rows[is_pair].tolist(), columns[is_pair].tolist(), strict=True))
 
 
 class _FeatureWindow:
-    """What was made of the last frames, in the order of time; frames that windows share are moved, not copied.
+    """Features of the last frames, in the order of time, in buffers of one window's size.
 
-    The first that room is made for are a whole window, or all of a shorter clip.
+    The first frames that room is made for are a whole window, or all of a shorter clip.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ class _FeatureWindow:
         self._sizes: tuple[Tensor, Tensor | None] | None = None
 
     def make_room(self, number: int) -> None:
-        """Drop the earliest frames, as many as leave room for a number of new ones."""
+        """Drop the earliest frames to leave room for a number of new ones."""
         self.size = self.size or number
         surplus = max(0, self.count + number - self.size)
         for level in self._maps:
@@ -227,25 +227,26 @@ class ClipTracker:
     """Tracks the objects of clips of any length with a video model: frames stream in, and results stream out.
 
     The model reads `window` frames at a time, `overlap` of which the next window reads again; the tracks of the windows
-    are joined by [`TrackMemory`]. A clip no longer than a window gives what one forward pass and post-processing give.
+    are joined by [`TrackMemory`]. For a clip no longer than a window, results are those of one forward pass and
+    post-processing.
 
     Args:
         model: a [`Mask2FormerForVideoSegmentation`] in evaluation mode.
         processor: its [`Mask2FormerVideoProcessor`].
         window: frames that the masked-attention decoder reads at once, 1 or more.
-        overlap: frames that successive windows share, less than `window`; by default half of it. Without any, tracks
-            are joined by the likeness of their queries alone. The last window has its full length and may share more.
+        overlap: frames that successive windows share, less than `window`; by default half of it. With 0, tracks are
+            joined by the similarity of their queries alone. The last window has its full length and may share more.
         task: "instance", whose tracks may overlap, or "panoptic", whose do not, with stuff; None: the processor's.
-        threshold: least score of a track. None: the processor's of the task; of instances 0.5 where the processor has
-            none (0), since tracks of any score would each go on.
+        threshold: least score of a track. None: the processor's for the task; for instances 0.5 where the processor's
+            is 0, since tracks of any score would be followed.
         mask_threshold: None: the processor's.
         max_detections: most tracks of one window, for instances; None: the processor's.
-        use_mask_quality: as of `post_process_video_instance_segmentation`; None: the processor's.
-        min_iou, min_similarity, memory: as of [`TrackMemory`].
+        use_mask_quality: see `post_process_video_instance_segmentation`; None: the processor's.
+        min_iou, min_similarity, memory: see [`TrackMemory`].
 
     Raises:
         ValueError: an overlap as long as the window, a number out of range, a model in training mode.
-        TypeError: a model or a processor that is not for video, frames that are no whole number.
+        TypeError: a model or a processor that is not for video, `window` or `overlap` that is no whole number.
     """
 
     def __init__(
@@ -311,16 +312,16 @@ class ClipTracker:
         Track one clip.
 
         Args:
-            frames: whatever [`stream_frames`] takes, or its iterator: no more frames than a window's are held.
-            data_format: as of [`stream_frames`].
+            frames: whatever [`stream_frames`] takes, or its iterator; at most a window of frames is held.
+            data_format: see [`stream_frames`].
 
         Returns:
-            An iterator of one result for each frame, in order and as soon as their window is done: `frame`, its number
+            An iterator of one result for each frame, in order and as soon as its window is done: `frame`, its index
             from 0; `segmentation`, for instances (N, height, width) bool, the masks of the tracks that have a pixel in
             the frame, by falling score, otherwise (height, width) int32 ids, 0 for void; `segments_info`, for each of
             them `id` (from 1, the same in all frames), `label_id` (by all windows so far), `isthing` (None where the
-            processor does not tell), `score` (in this window) and `area` in pixels. A damaged frame has none, and
-            `damaged` says why.
+            processor does not tell), `score` (in this window) and `area` in pixels. A damaged frame has no segments,
+            and `damaged` says why.
 
         Raises:
             ValueError, FileNotFoundError, ImportError: as `stream_frames`.
@@ -330,7 +331,7 @@ class ClipTracker:
     def _track(self, items: Iterator[np.ndarray | DamagedFrame]) -> Iterator[dict[str, Any]]:
         features, memory = _FeatureWindow(), TrackMemory(*self._memory_settings)
         batch: list[np.ndarray | DamagedFrame] = []  # since the last window
-        size: tuple[int, ...] = (0, 0)  # damaged frames alone never come first
+        size: tuple[int, ...] = (0, 0)
         num_missing, num_results = self.window, 0
         while True:
             item = next(items, None)
@@ -347,13 +348,13 @@ class ClipTracker:
                 del new
                 batch, num_missing = [], self.window - self.overlap
                 for damaged, reason in zip(is_damaged, reasons, strict=True):
-                    result = {"segmentation": self._nothing(size), "segments_info": [], "damaged": reason}
+                    result = {"segmentation": self._empty_segmentation(size), "segments_info": [], "damaged": reason}
                     yield {"frame": num_results, **(result if damaged else next(results))}
                     num_results += 1
             if item is None:
                 return
 
-    def _nothing(self, size: tuple[int, ...]) -> Tensor:
+    def _empty_segmentation(self, size: tuple[int, ...]) -> Tensor:
         if self.task == "panoptic":
             return torch.zeros(size, dtype=torch.int32)
         return torch.zeros(0, *size, dtype=torch.bool)
@@ -362,7 +363,7 @@ class ClipTracker:
     def _read_window(
         self, frames: list[np.ndarray], features: _FeatureWindow, memory: TrackMemory
     ) -> Iterator[dict[str, Any]]:
-        """The results of new frames, read with as many of those before as the window holds."""
+        """Return the results of new frames, read with as many earlier ones as the window holds."""
         features.make_room(len(frames))
         step = frames_at_once(self.model.config, self.model.device)
         for start in range(0, len(frames), step):
@@ -379,8 +380,8 @@ class ClipTracker:
         queries = torch.tensor([infos[index]["query"] for index in seen], dtype=torch.int64, device=self.model.device)
         threshold = torch.logit(torch.tensor(float(self.settings["mask_threshold"])))
         window = WindowTracks(
-            start=self._start(memory, features, len(frames)),
-            # At the scale of the logits: a sixteenth of the pixels tells as well which is which.
+            start=memory.end + len(frames) - features.count,
+            # At the scale of the logits, a sixteenth of the pixels, which is enough to compare masks.
             masks=outputs.masks_queries_logits[0, queries] > threshold.to(self.model.device),
             embeddings=outputs.transformer_decoder_last_hidden_state[0, queries],
             class_probs=outputs.class_queries_logits[0, queries].float().softmax(-1)[:, :-1],
@@ -392,14 +393,12 @@ class ClipTracker:
             {**infos[index], "track": track, "label_id": label}
             for index, track, label in zip(seen, ids, labels, strict=True)
         ]
-        return self._of_frames(tracks["segmentation"].cpu(), named, len(frames))
+        return self._split_frames(tracks["segmentation"].cpu(), named, len(frames))
 
-    @staticmethod
-    def _start(memory: TrackMemory, features: _FeatureWindow, num_new: int) -> int:
-        return memory._end + num_new - features.count
-
-    def _of_frames(self, segmentation: Tensor, infos: list[dict[str, Any]], num_new: int) -> Iterator[dict[str, Any]]:
-        """The results of a window's last frames; `infos` have the `track` that each goes on with."""
+    def _split_frames(
+        self, segmentation: Tensor, infos: list[dict[str, Any]], num_new: int
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the results of a window's last frames; `infos` have the id of their `track`."""
         is_stuff_known = self.processor.label_ids_to_fuse is not None
         for frame in range(-num_new, 0):
             present = [info for info in infos if info["areas"][frame]]
@@ -407,11 +406,11 @@ class ClipTracker:
                 track_of_segment = torch.zeros(1 + max((info["id"] for info in infos), default=0), dtype=torch.int32)
                 for info in infos:
                     track_of_segment[info["id"]] = info["track"]
-                of_frame = track_of_segment[segmentation[frame].long()]
+                frame_map = track_of_segment[segmentation[frame].long()]
             else:
-                of_frame = segmentation[[info["id"] for info in present], frame]
+                frame_map = segmentation[[info["id"] for info in present], frame]
             yield {
-                "segmentation": of_frame,
+                "segmentation": frame_map,
                 "segments_info": [
                     {
                         "id": info["track"],
@@ -426,7 +425,7 @@ class ClipTracker:
 
 
 def to_id_map(result: Mapping[str, Any]) -> np.ndarray:
-    """A frame's result as a map: (height, width) int32 ids, 0 where there is none; the better score is on top."""
+    """Paint a frame's result as a map: (height, width) int32 ids, 0 where there is none; the better score on top."""
     masks = np.asarray(result["segmentation"])
     if masks.ndim == 2:
         return masks

@@ -1,11 +1,11 @@
-"""The frames of a clip, one after the other: from a folder, a video file (with PyAV) or a sequence of images."""
+"""Stream the frames of a clip from a folder, a video file (with PyAV) or a sequence of images."""
 
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 @dataclass(frozen=True)
 class DamagedFrame:
-    """Takes the place of a frame that cannot be read, so that those after it keep their numbers.
+    """Stands for a frame that cannot be read, so that those after it keep their numbers.
 
     Args:
         index: its number, from 0.
@@ -30,7 +30,7 @@ class DamagedFrame:
 
 
 def stream_frames(source: Any, data_format: str | None = None) -> Iterator[np.ndarray | DamagedFrame]:
-    """The frames of one clip; no more than one of them is in memory at a time.
+    """Stream the frames of one clip; no more than one of them is in memory at a time.
 
     Args:
         source: a folder of frames (in the order of their names, numbers by value: 9 before 10), a video file, an array
@@ -38,14 +38,14 @@ def stream_frames(source: Any, data_format: str | None = None) -> Iterator[np.nd
         data_format: of arrays and tensors, "channels_first" or "channels_last"; by default their shape tells.
 
     Returns:
-        An iterator of upright (3, H, W) arrays, RGB. Of a file that cannot be read, in a folder, a video or a sequence
-        of paths, it warns by name and gives a `DamagedFrame`.
+        An iterator of upright (3, H, W) arrays, RGB. For a file that cannot be read, in a folder, a video or a sequence
+        of paths, it warns by name and yields a `DamagedFrame`.
 
     Raises:
-        FileNotFoundError: a path that leads nowhere.
+        FileNotFoundError: a path that does not exist.
         ImportError: a video file without PyAV.
-        ValueError: a file that is no video, a folder without images, what is no clip; and, when the iterator gets
-            there, no frame that can be read, one of another size than those before, or what is not an image.
+        ValueError: a file that is no video, a folder without images, what is no clip; and, while iterating, no frame
+            that can be read, one of another size than those before, or what is not an image.
     """
     if isinstance(source, str | Path):
         return _checked(_open(Path(source)), str(source), data_format)
@@ -68,7 +68,7 @@ def check_clip(clip: Any) -> None:
 
 
 def count_frames(source: Any) -> int | None:
-    """How many frames a source says it has, damaged ones included; None where only reading it would tell."""
+    """Return how many frames a source says it has, damaged ones included; None where only reading it would tell."""
     if not isinstance(source, str | Path):
         return len(source) if hasattr(source, "__len__") else None
     path = Path(source)
@@ -79,7 +79,7 @@ def count_frames(source: Any) -> int | None:
 
 
 def frame_rate(source: Any) -> float | None:
-    """Frames a second of a video file; None for anything else, and where the file does not say."""
+    """Return the frames per second of a video file; None for anything else, and where the file does not say."""
     if not isinstance(source, str | Path) or Path(source).is_dir():
         return None
     with _container(Path(source)) as container:
@@ -88,17 +88,17 @@ def frame_rate(source: Any) -> float | None:
 
 
 def _checked(items: Iterable[Any], name: str, data_format: str | None) -> Iterator[np.ndarray | DamagedFrame]:
-    first: tuple[int, tuple[int, int]] | None = None  # number and size of the first that was read
+    first: tuple[int, tuple[int, int]] | None = None  # index and size of the first frame that was read
     for index, item in enumerate(items):
-        if isinstance(item, DamagedFrame):  # of a stream that has been through here
+        if isinstance(item, DamagedFrame):  # `items` is a stream itself
             yield item
             continue
         try:
-            if isinstance(item, _Broken):
-                raise ValueError(item.reason)
+            if isinstance(item, ValueError):  # from `_open` or `_decode`
+                raise item
             array = read_image(item, data_format)
         except (ValueError, OSError) as error:
-            if not isinstance(item, str | Path | _Broken) or isinstance(error, FileNotFoundError):
+            if not isinstance(item, str | Path | ValueError) or isinstance(error, FileNotFoundError):
                 raise
             warnings.warn(f"{name} goes on without what cannot be read: frame {index} ({error})", stacklevel=2)
             yield DamagedFrame(index, str(error))
@@ -126,10 +126,6 @@ def _no_frames(name: str) -> ValueError:
 # --- folders and files ---
 
 
-class _Broken(NamedTuple):
-    reason: str
-
-
 def _open(path: Path) -> Iterable[Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no folder or video file {path}")
@@ -138,8 +134,8 @@ def _open(path: Path) -> Iterable[Any]:
     files = _files_in(path)
     if not files:
         raise _no_frames(str(path))
-    # A link may lead nowhere, and a file be gone by its turn.
-    return (file if file.exists() else _Broken(f"there is no image file {file}") for file in files)
+    # A link may be broken, and a file be gone by its turn.
+    return (file if file.exists() else ValueError(f"there is no image file {file}") for file in files)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -148,7 +144,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _by_numbers(file: Path) -> tuple[list[Any], str]:
-    # Texts and numbers take turns, so that only like is compared; of 1 and 01 the name decides.
+    # Texts and numbers alternate, so that only like is compared; between 1 and 01 the name decides.
     parts = re.split(r"([0-9]+)", file.name)
     return [int(part) if position % 2 else part for position, part in enumerate(parts)], file.name
 
@@ -175,9 +171,10 @@ def _container(path: Path) -> Any:
     return container
 
 
-def _decode(path: Path, container: Any) -> Iterator[np.ndarray | _Broken]:
+def _decode(path: Path, container: Any) -> Iterator[np.ndarray | ValueError]:
     av = _pyav(path)
-    broken: list[int] = []  # times of what could not be decoded; pictures may be stored in another order than shown
+    damage = ValueError(f"{path} is damaged there")
+    broken: list[int] = []  # times of what could not be decoded; frames may be stored in another order than shown
     with container:
         for packet in container.demux(container.streams.video[0]):
             try:
@@ -190,9 +187,9 @@ def _decode(path: Path, container: Any) -> Iterator[np.ndarray | _Broken]:
             for frame in frames:
                 earlier = [time for time in broken if frame.pts is None or time < frame.pts]
                 broken = [time for time in broken if time not in earlier]
-                yield from [_Broken(f"{path} is damaged there")] * len(earlier)
+                yield from [damage] * len(earlier)
                 if getattr(frame, "is_corrupt", False):
-                    yield _Broken(f"{path} is damaged there")
+                    yield damage
                 else:
                     yield np.rot90(frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0) / 90))
-    yield from [_Broken(f"{path} is damaged there")] * len(broken)
+    yield from [damage] * len(broken)

@@ -84,7 +84,7 @@ def to_pillow(image: np.ndarray) -> Image.Image:
 
 
 def list_of_images(images: Any) -> list[Any]:
-    """One image, a list of images or a (B, ...) array of four dimensions, to a list of images.
+    """Return a list of images from one image, a list, or an array of four dimensions.
 
     Raises:
         ValueError: an empty list.
@@ -140,7 +140,7 @@ def _decode(file: Any) -> Image.Image:
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode, (H, W, 3) uint8 or (H, W) of the mode's own type where that is wider than 8 bits."""
+    """Convert a Pillow image to (H, W, 3) uint8, or (H, W) of the mode's own type where that is wider than 8 bits."""
     is_png = image.format == "PNG"  # a copy no longer knows
     image = ImageOps.exif_transpose(image)
     if image.mode == "I" and is_png:
@@ -153,7 +153,7 @@ def _to_array(image: Image.Image) -> np.ndarray:
 
 
 def _to_channels_first(array: np.ndarray, prefers_channels_first: bool, data_format: str | None) -> np.ndarray:
-    """(H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels -> (3, H, W); alpha is left out, grey is repeated."""
+    """Convert (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels to (3, H, W); alpha is dropped, grey repeated."""
     if array.ndim == 2:
         array = array[None]
     elif array.ndim == 3:
@@ -172,9 +172,9 @@ def _to_channels_first(array: np.ndarray, prefers_channels_first: bool, data_for
 
 
 def _to_known_range(array: np.ndarray) -> np.ndarray:
-    """uint8 of 0 to 255 from any whole numbers; float32 from fractions, whose range stays as it is.
+    """Convert whole numbers to uint8 of 0 to 255, and fractions to float32 in their own range.
 
-    uint16 is 16 bits however dark it is. Other whole numbers do not say: they are 8 bits unless any is above 255.
+    uint16 is 16 bits however dark it is; other whole numbers are 8 bits unless any is above 255.
     """
     if array.dtype == np.uint8:
         return array
@@ -194,7 +194,7 @@ def _to_known_range(array: np.ndarray) -> np.ndarray:
 
 
 def scale_to_255(image: np.ndarray) -> int:
-    """What to multiply an image with to have 0 to 255: 255 for fractions from 0 to 1, otherwise 1.
+    """Return the factor that brings an image to 0 to 255: 255 for fractions from 0 to 1, otherwise 1.
 
     Raises:
         ValueError: fractions outside of 0 to 255.
@@ -211,10 +211,10 @@ def scale_to_255(image: np.ndarray) -> int:
 
 
 def get_resized_size(image_size: Size, size: SizeDict) -> Size:
-    """Height and width after resizing, rounded half up.
+    """Return height and width after resizing, rounded half up.
 
-    With a `shortest_edge` the aspect ratio is kept: the shorter side has that length unless the longer one would exceed
-    `longest_edge` (which may be missing), which then is the longer one's length. `height` and `width` stretch.
+    With `shortest_edge` the aspect ratio is kept: the shorter side gets that length, or less where the longer one would
+    exceed `longest_edge` (optional). `height` and `width` stretch.
 
     Raises:
         ValueError: for other keys, and where the shorter side would be left without a pixel.
@@ -259,7 +259,7 @@ def _to_8_bit(image: np.ndarray) -> np.ndarray:
 
 
 def pad_to(array: np.ndarray, size: Size | None) -> np.ndarray:
-    """(..., H, W) -> (..., *size) with zeros (False) at the bottom and right; as it is where `size` is None.
+    """Pad (..., H, W) to (..., *size) with zeros (False) at the bottom and right; None leaves it as it is.
 
     Raises:
         ValueError: the array is larger.

@@ -1,4 +1,4 @@
-"""Label maps and masks of any kind to the `mask_labels` and `class_labels` that a model learns from."""
+"""Turn label maps and masks of any kind into the `mask_labels` and `class_labels` that a model learns from."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from .segment_ids import rgb_to_id
 
 
 def read_label_map(label_map: Any) -> tuple[np.ndarray, bool]:
-    """A label map of any kind to (H, W) whole numbers, and whether it was colour-coded.
+    """Read a label map of any kind as (H, W) whole numbers, and tell whether it was colour-coded.
 
     Args:
         label_map: path, Pillow image (a palette image's indices are its labels), array or tensor, (H, W), (1, H, W) or
@@ -46,7 +46,7 @@ def read_label_map(label_map: Any) -> tuple[np.ndarray, bool]:
 
 
 def resize_labels(labels: np.ndarray, size: Size) -> np.ndarray:
-    """(..., H, W) -> (..., *size) by nearest neighbour, any dtype; it reads the pixels that Pillow's reads."""
+    """Resize (..., H, W) of any dtype to (..., *size) by nearest neighbour, with the pixels that Pillow picks."""
     rows, columns = (
         np.asarray(Image.fromarray(np.arange(old, dtype=np.int32)[None]).resize((new, 1), Image.Resampling.NEAREST))[0]
         for old, new in zip(labels.shape[-2:], size, strict=True)
@@ -55,7 +55,7 @@ def resize_labels(labels: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _classes_of_segments(segments_info: Sequence[Mapping[str, Any]]) -> dict[int, int | None]:
-    """Segment id -> class; None for crowds, which are left out.
+    """Return segment id -> class; None for crowds, which are left out.
 
     Raises:
         ValueError: an entry without id or class, a class that is no whole number from 0, an id given twice.
@@ -82,14 +82,14 @@ def convert_label_map_to_masks(
     ignore_index: int | None = 255,
     do_reduce_labels: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One boolean mask and one class for each segment of a label map, by rising id.
+    """Return one boolean mask and one class for each segment of a label map, by rising id.
 
     Args:
         label_map: (H, W) whole numbers: classes, or segment ids if `class_of_id` is given.
         class_of_id: segment id -> class; None leaves the segment out. The ids 0 and `ignore_index` need not be in it:
             they are void then.
-        ignore_index: the class that is no class; its pixels are in no mask.
-        do_reduce_labels: classes count from 1 and 0 is none: 1 becomes 0, and 0 is ignored; `ignore_index` stays so.
+        ignore_index: stands for no class; its pixels are in no mask.
+        do_reduce_labels: classes count from 1 and 0 is none: 1 becomes 0, and 0 is ignored, as is `ignore_index`.
 
     Returns:
         Masks (N, H, W) bool and classes (N,) int64.
@@ -131,7 +131,7 @@ def _check_classes(classes: np.ndarray, num_labels: int | None) -> None:
 
 
 class Labels(NamedTuple):
-    """One image's labels at its own size: a label map, or masks (N, H, W) with their classes."""
+    """One image's labels at its own size: a label map (H, W), or masks (N, H, W) with their classes."""
 
     array: np.ndarray
     class_of_id: Mapping[int, int | None] | None = None
@@ -139,20 +139,19 @@ class Labels(NamedTuple):
 
 
 def _ndim(value: Any) -> int:
-    """Dimensions of an array, of nested lists, or of arrays in lists."""
+    """Count the dimensions of an array, of nested lists, or of arrays in lists."""
     if isinstance(value, list | tuple):
         return 1 + (_ndim(value[0]) if len(value) else 0)
     return getattr(value, "ndim", 0)
 
 
 def _per_image(values: Any, num_images: int, name: str, ndim: int | None = None) -> list[Any]:
-    """`values`, one for each image. A single value may come without a list around it if there is one image.
+    """Return a list with one value for each image. For one image the list around the value may be missing.
 
     `ndim` is that of one image's value where this may be a list itself.
     """
     is_batch = isinstance(values, list | tuple) or (isinstance(values, np.ndarray | torch.Tensor) and num_images > 1)
-    if num_images == 1 and _ndim(values) == ndim:
-        is_batch = False
+    is_batch = is_batch and not (num_images == 1 and _ndim(values) == ndim)
     values = list(values) if is_batch else [values]
     if len(values) != num_images:
         raise ValueError(f"{len(values)} {name} for {num_images} images: pass one for each image")
@@ -167,7 +166,7 @@ def labels_of_images(
     mask_labels: Any,
     class_labels: Any,
 ) -> list[Labels] | None:
-    """The arguments of `M2FImageProcessor.preprocess` that say what is where, by image; None where none was given.
+    """Sort the label arguments of `M2FImageProcessor.preprocess` by image; None where none was given.
 
     Raises:
         ValueError: arguments that don't go together, or not one for each image; maps or masks that can't be read.
@@ -181,16 +180,11 @@ def labels_of_images(
             raise ValueError("mask_labels without class_labels: pass one class for each mask")
         masks = _per_image(mask_labels, num_images, "mask_labels", ndim=3)
         classes = _per_image(class_labels, num_images, "class_labels", ndim=1)
-        return [_read_masks(*of_image) for of_image in zip(masks, classes, strict=True)]
+        return list(map(_read_masks, masks, classes))
     if mask_labels is not None or class_labels is not None:
         raise ValueError("pass segmentation_maps, or mask_labels and class_labels, not both")
     maps = _per_image(segmentation_maps, num_images, "segmentation maps")
-    return [
-        _read_labels(*of_image)
-        for of_image in zip(
-            maps, _classes_per_image(instance_id_to_semantic_id, segments_info, num_images), strict=True
-        )
-    ]
+    return list(map(_read_labels, maps, _classes_per_image(instance_id_to_semantic_id, segments_info, num_images)))
 
 
 def _classes_per_image(
@@ -206,7 +200,7 @@ def _classes_per_image(
         return [None] * num_images
     if num_images == 1 and (len(segments_info) == 0 or isinstance(segments_info[0], Mapping)):
         segments_info = [segments_info]
-    return [_classes_of_segments(of_image) for of_image in _per_image(segments_info, num_images, "segments_info")]
+    return [_classes_of_segments(infos) for infos in _per_image(segments_info, num_images, "segments_info")]
 
 
 def _read_labels(label_map: Any, class_of_id: Mapping[int, int | None] | None) -> Labels:
@@ -220,7 +214,7 @@ def _read_labels(label_map: Any, class_of_id: Mapping[int, int | None] | None) -
 
 
 def _read_masks(masks: Any, classes: Any) -> Labels:
-    """(N, H, W) of any number type, above 0 inside, and (N,) whole numbers."""
+    """Check masks (N, H, W) of any number type, above 0 inside, and classes (N,), whole numbers."""
     masks, classes = (
         value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
         for value in (masks, classes)
@@ -244,7 +238,7 @@ def to_targets(
     num_labels: int | None,
     **kwargs: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masks (N, *new_size) bool and classes (N,) int64; settings as in `M2FImageProcessorKwargs`, others are left out.
+    """Return masks (N, *new_size) bool and classes (N,) int64; settings as in `M2FImageProcessorKwargs`.
 
     Raises:
         ValueError: labels of another size than the image, ids without a class, classes out of range.

@@ -1,4 +1,4 @@
-"""Masks as annotations keep them (run lengths, polygons, maps of segment ids), and as boolean arrays."""
+"""Convert masks between boolean arrays and what annotations hold: COCO run lengths, polygons, maps of segment ids."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 FARTHEST = 100_000
-"""Pixels that a corner of a polygon may lie from the image's origin: to draw a line takes memory for its length."""
+"""Largest distance in pixels of a corner from the image's origin: to draw a line takes memory for its length."""
 _MAGNIFICATION = 10
-"""How much larger than it is stored an image may be when its polygons are drawn."""
+"""How much an image may be enlarged before its polygons are drawn."""
 
 
 def decode_segmentation(
     segmentation: Mapping[str, Any] | Sequence[Any] | np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    """A COCO `segmentation` as a mask: (height, width) bool.
+    """Decode a COCO `segmentation` to a mask: (height, width) bool.
 
     Args:
         segmentation: run lengths `{"size": [height, width], "counts": …}`, compressed (str or bytes) or not (list); or
@@ -89,7 +89,7 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
 
 
 def decode_rle(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
-    """A COCO RLE, compressed or not, as a mask: (height, width) bool.
+    """Decode a COCO RLE, compressed or not, to a mask: (height, width) bool.
 
     Raises:
         ValueError: it is for another size, or damaged.
@@ -101,7 +101,7 @@ def decode_rle(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def check_rle(rle: Mapping[str, Any], height: int | None = None, width: int | None = None) -> np.ndarray:
-    """The run lengths of a COCO RLE for a mask of this size, or of its own.
+    """Return the run lengths of a COCO RLE, checked against this size, by default its own.
 
     Raises:
         ValueError: it is for another size, or damaged.
@@ -134,7 +134,7 @@ def _draw_polygons(polygons: Sequence[Any], height: int, width: int) -> np.ndarr
 
 
 def as_polygons(segmentation: Any) -> list[list[float]]:
-    """The parts of a `segmentation`, `[x0, y0, x1, y1, …]` each; also of corners `[x, y]`, and of one part alone.
+    """Return the parts of a `segmentation` as `[x0, y0, x1, y1, …]`; corners may be `[x, y]`, and one part stand alone.
 
     Raises:
         ValueError: it is no list of lists of numbers.
@@ -156,7 +156,7 @@ def _flat(part: Any) -> list[float]:
 
 
 def drawable_polygons(polygons: Sequence[list[float]], farthest: int = FARTHEST) -> list[list[float]]:
-    """Those with three corners or more, as many x as y.
+    """Return the polygons with three corners or more and as many x as y.
 
     Raises:
         ValueError: a corner is no number, or further than `farthest` pixels from the origin.
@@ -172,7 +172,7 @@ def drawable_polygons(polygons: Sequence[list[float]], farthest: int = FARTHEST)
 
 
 def segment_masks(annotation: Mapping[str, Any]) -> np.ndarray:
-    """The masks of an item's `segments_info`, in its order, crowds among them: (N, height, width) bool.
+    """Return the masks of an item's `segments_info`, in its order, crowds included: (N, height, width) bool.
 
     Args:
         annotation: an item of a dataset or what its `annotation` gives: `segments_info`, `height`, `width`, and

@@ -1,4 +1,4 @@
-"""Segment ids as colours, the way COCO's panoptic PNGs hold them: id = R + 256 G + 65536 B."""
+"""Convert segment ids to the colours of COCO's panoptic PNGs and back: id = R + 256 G + 65536 B."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ NUM_IDS = 2**24  # ids that three channels of 8 bits can hold
 
 
 def id_to_rgb(segment_ids: Any) -> np.ndarray:
-    """Ids, (...) whole numbers from 0 to 2^24 - 1, to (..., 3) uint8 colours.
+    """Convert ids, (...) whole numbers from 0 to 2^24 - 1, to (..., 3) uint8 colours.
 
     Raises:
         ValueError: fractions, and ids out of range.
@@ -18,15 +18,13 @@ def id_to_rgb(segment_ids: Any) -> np.ndarray:
     if ids.dtype.kind not in "iu":
         raise ValueError(f"segment ids are whole numbers, not {ids.dtype}")
     if ids.size and (ids.min() < 0 or ids.max() >= NUM_IDS):
-        raise ValueError(
-            f"segment ids must lie in 0 to {NUM_IDS - 1}, not {ids.min()} to {ids.max()}: renumber them first"
-        )
+        raise ValueError(f"segment ids must be 0 to {NUM_IDS - 1}, not {ids.min()} to {ids.max()}: renumber them first")
     ids = ids.astype(np.uint32)
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
 
 
 def rgb_to_id(rgb: Any) -> np.ndarray:
-    """Inverse of `id_to_rgb`: (..., 3) whole numbers from 0 to 255, or a Pillow image of mode RGB, to (...) int32.
+    """Convert (..., 3) whole numbers from 0 to 255, or a Pillow image of mode RGB, to ids: (...) int32.
 
     Raises:
         ValueError: another number of channels, fractions, and values out of range.

@@ -1,4 +1,4 @@
-"""Frames to the video model's input, and its outputs back to tracks, with the image processor's arithmetic."""
+"""The video processor: frames to the video model's input, outputs back to tracks, as the image processor does."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -16,14 +16,14 @@ from .post_processing import split_batch, video_instance_segmentation, video_pan
 
 
 class Mask2FormerVideoProcessor(M2FImageProcessor):
-    """Prepares clips for [`Mask2FormerForVideoSegmentation`], and turns its outputs into tracks.
+    """Prepare clips for [`Mask2FormerForVideoSegmentation`], and turn its outputs into tracks.
 
     Args:
         max_detections: most tracks of a clip; the original's 10.
         instance_threshold: least score of a track, 0 to 1; the original has none.
         use_mask_quality: whether a score is the class's probability times the mean mask probability inside the mask; in
             the original it is the former alone.
-        kwargs: as [`M2FImageProcessor`]'s, whose saved settings it reads, too.
+        kwargs: as of [`M2FImageProcessor`], whose saved settings can be loaded, too.
 
     Raises:
         ValueError: a setting that does not exist.
@@ -48,20 +48,21 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As the image processor's; settings of an image processor are read with the task of clips."""
+        """Make a processor from its settings, or from an image processor's, whose task becomes "instance"."""
         settings = dict(image_processor_dict)
         if settings.get("image_processor_type") != cls.__name__:
             settings["task"] = "instance"
         return super().from_dict(settings, **kwargs)
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """As `preprocess`."""
+        """Call `preprocess`."""
         return self.preprocess(videos, **kwargs)
 
     def preprocess(  # type: ignore[override]
         self, videos: Any, mask_labels: Any = None, class_labels: Any = None, **kwargs: Any
     ) -> BatchFeature:
-        """
+        """Read, resize, normalise and pad clips, and their masks with them.
+
         Args:
             videos: one or a list of clips, each a folder of frames (by name), a video file (read with PyAV), an array
                 or tensor (T, H, W, 3) or (T, 3, H, W), or a sequence of images in any form that `M2FImageProcessor`
@@ -78,11 +79,11 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         Raises:
             ValueError: no frames, frames of different sizes or clips of different lengths, what is not an image or not
                 a mask; each says what to do.
-            FileNotFoundError: a path that leads nowhere.
+            FileNotFoundError: a path that does not exist.
             ImportError: a video file without PyAV.
         """
         if stray := {"segmentation_maps", "segments_info", "instance_id_to_semantic_id"} & kwargs.keys():
-            raise ValueError(f"{min(stray)} is of images: give the masks of a clip as mask_labels (N, T, H, W)")
+            raise ValueError(f"{min(stray)} is for images: give the masks of a clip as mask_labels (N, T, H, W)")
         data_format = kwargs.pop("input_data_format", None)
         clips = [read_frames(clip, data_format) for clip in list_of_clips(videos)]
         lengths = [len(clip) for clip in clips]
@@ -92,21 +93,19 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
             raise ValueError("mask_labels and class_labels go together: give both or neither")
         labels: dict[str, Any] = {}
         if mask_labels is not None:
-            # (N, T, H, W) -> one (N, H, W) for each frame, as of the batch of images that all frames are.
-            masks = [np.asarray(of_clip) for of_clip in mask_labels]
+            masks = [np.asarray(clip_masks) for clip_masks in mask_labels]
             if not len(masks) == len(class_labels) == len(clips):
                 raise ValueError(
                     f"mask_labels and class_labels are lists with one entry for each clip: there are {len(clips)} "
                     f"clips, but {len(masks)} and {len(class_labels)} entries"
                 )
-            for index, (of_clip, length) in enumerate(zip(masks, lengths, strict=True)):
-                if of_clip.ndim != 4 or of_clip.shape[1] != length:
-                    raise ValueError(
-                        f"mask_labels of clip {index} must be (N, {length}, H, W), but are {of_clip.shape}"
-                    )
-            labels["mask_labels"] = [of_clip[:, frame] for of_clip in masks for frame in range(of_clip.shape[1])]
+            for index, (tubes, length) in enumerate(zip(masks, lengths, strict=True)):
+                if tubes.ndim != 4 or tubes.shape[1] != length:
+                    raise ValueError(f"mask_labels of clip {index} must be (N, {length}, H, W), but are {tubes.shape}")
+            # (N, T, H, W) -> one (N, H, W) for each frame, since all frames are one batch of images.
+            labels["mask_labels"] = [tubes[:, frame] for tubes in masks for frame in range(tubes.shape[1])]
             labels["class_labels"] = [
-                of_clip for of_clip, length in zip(class_labels, lengths, strict=True) for _ in range(length)
+                classes for classes, length in zip(class_labels, lengths, strict=True) for _ in range(length)
             ]
         frames = [frame for clip in clips for frame in clip]
         batch = super().preprocess(frames, input_data_format="channels_first", **labels, **kwargs)
@@ -114,18 +113,20 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
 
     @staticmethod
     def _to_clips(batch: BatchFeature, num_clips: int) -> BatchFeature:
-        """A batch of all their frames -> one of clips."""
+        """Turn a batch of all frames into one of clips."""
         as_arrays = not isinstance(batch["pixel_values"], torch.Tensor)
-        frames, masks = (np.stack(batch[name]) if as_arrays else batch[name] for name in ("pixel_values", "pixel_mask"))
+        frames, pixel_masks = (
+            np.stack(batch[name]) if as_arrays else batch[name] for name in ("pixel_values", "pixel_mask")
+        )
         length = len(frames) // num_clips
         data: dict[str, Any] = {
             "pixel_values_videos": frames.reshape(num_clips, length, *frames.shape[1:]),
-            "pixel_mask": masks[::length],
+            "pixel_mask": pixel_masks[::length],
         }
         if "mask_labels" in batch:
             stack: Any = np.stack if as_arrays else torch.stack
-            of_frames = batch["mask_labels"]
-            data["mask_labels"] = [stack(of_frames[i : i + length], 1) for i in range(0, len(of_frames), length)]
+            masks = batch["mask_labels"]
+            data["mask_labels"] = [stack(masks[i : i + length], 1) for i in range(0, len(masks), length)]
             data["class_labels"] = batch["class_labels"][::length]
         return BatchFeature(data=data)
 
@@ -139,7 +140,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         use_mask_quality: bool | None = None,
         return_coco_annotation: bool = False,
     ) -> list[dict[str, Any]]:
-        """Tracks by falling score, each with its own masks; see `post_processing.video_instance_segmentation`.
+        """Find tracks by falling score, each with its own masks; see `post_processing.video_instance_segmentation`.
 
         The classes in the processor's `label_ids_to_fuse`, stuff, are left out.
 
@@ -173,7 +174,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         target_sizes: list[Size] | torch.Tensor | None = None,
         use_mask_quality: bool | None = None,
     ) -> list[dict[str, Any]]:
-        """Tracks of things and stuff without overlaps; see `post_processing.video_panoptic_segmentation`.
+        """Find tracks of things and stuff without overlaps; see `post_processing.video_panoptic_segmentation`.
 
         Args:
             outputs: the model's, of a batch of clips.
@@ -195,7 +196,7 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
 
 
 def list_of_clips(videos: Any) -> list[Any]:
-    """One clip or several, as a list.
+    """Return one clip or several as a list.
 
     Raises:
         ValueError: what is no clip, such as a single image.
@@ -218,5 +219,5 @@ def list_of_clips(videos: Any) -> list[Any]:
 
 
 def read_frames(clip: Any, data_format: str | None = None) -> list[np.ndarray]:
-    """The frames of one clip, (3, H, W) each, without those that cannot be read; as `frames.stream_frames`."""
+    """Read the frames of one clip, (3, H, W) each, without those that cannot be read; see `frames.stream_frames`."""
     return [frame for frame in stream_frames(clip, data_format) if not isinstance(frame, DamagedFrame)]

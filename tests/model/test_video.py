@@ -581,7 +581,7 @@ def test_labels_that_are_not_the_clips_are_told():
             processor(frames, **labels)
     with pytest.raises(ValueError, match=r"mask_labels of clip 0 must be \(N, 3, H, W\), but are \(2, 2, 40, 60\)"):
         processor(frames, mask_labels=[masks[:, :2]], class_labels=[[1, 2]])
-    with pytest.raises(ValueError, match=r"segmentation_maps is of images: give .* as mask_labels"):
+    with pytest.raises(ValueError, match=r"segmentation_maps is for images: give .* as mask_labels"):
         processor(frames, segmentation_maps=[np.zeros((40, 60))] * 3)
 
 
