@@ -1,4 +1,4 @@
-"""Whether there is such a checkpoint, asked once and answered in one line, before anything is loaded from it."""
+"""Look a checkpoint up, with one question to the Hub and errors of one line, before anything is loaded from it."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ def find_config(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The `config.json` of a folder or of a model on the Hub, fetched if it is not in the cache.
+    """Return the `config.json` of a folder or of a model on the Hub, downloaded if it is not in the cache.
 
     Args:
         model: folder, or `owner/name` on the Hub.
@@ -41,7 +41,7 @@ def find_config(
         local_files_only: whether to look into folders and the cache alone.
 
     Raises:
-        FileNotFoundError: no such folder, model, branch or file.
+        FileNotFoundError: there is no such folder, model, branch or file.
         PermissionError: the model's owner has to consent first.
         ConnectionError: the Hub cannot be reached, or refuses.
     """

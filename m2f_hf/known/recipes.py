@@ -1,4 +1,4 @@
-"""What the original trains each data set with: augmentation, schedule and steps; and a default for other data."""
+"""The original's training recipe for each data set (augmentation, schedule, steps), and a default for other data."""
 
 import itertools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ SIZE_MULTIPLE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How images become training samples, and how long and how fast a model learns from them.
+    """How images become training samples, for how many steps a model trains, and at which learning rate.
 
     Images are resized in one of two ways. *Large-scale jitter* (`scale_range`; arXiv 2012.07177) fits an image into
     `crop_size` times a random factor. Otherwise the shortest side becomes one of `shortest_edges`, unless the longest
@@ -29,7 +29,7 @@ class Recipe:
             drawn again, up to ten times; 1.0 takes the first.
         is_padded: Whether smaller samples are padded to `crop_size`, with grey 128, at the bottom and right.
         color_jitter: Whether brightness, contrast, saturation and hue vary (as in SSD, arXiv 1512.02325).
-        flip_probability: Of mirroring left and right.
+        flip_probability: Probability of mirroring left and right.
         evaluation_size: Shortest and longest edge that images are resized to at evaluation.
         steps: Number of optimizer steps; None leaves it to the size of the data set.
         schedule, milestones, warmup_steps, warmup_factor: See `m2f_hf.training.optimization.get_schedule`; milestones
@@ -39,7 +39,7 @@ class Recipe:
         max_grad_norm: Greatest norm of the gradient of all parameters together.
 
     Raises:
-        ValueError: unless exactly one way of resizing is given, and ranges make sense.
+        ValueError: no or two ways of resizing are given, or a range is impossible.
     """
 
     crop_size: Size
@@ -72,12 +72,12 @@ class Recipe:
             raise ValueError(f"Sizes are 1 pixel or more; crop_size, shortest_edges and longest_edge give {lengths}.")
         if not 0 < self.max_category_share <= 1 or not 0 <= self.flip_probability <= 1:
             raise ValueError(
-                "max_category_share lies in (0, 1] and flip_probability in [0, 1], got "
+                "max_category_share is in (0, 1] and flip_probability in [0, 1], got "
                 f"{self.max_category_share} and {self.flip_probability}."
             )
 
     def at_size(self, size: int) -> "Recipe":
-        """This recipe with crops whose shorter side is `size`, everything else in pixels in proportion."""
+        """Return this recipe with crops whose shorter side is `size`, and every other length in proportion."""
         scale = size / min(self.crop_size)
         height, width = (max(1, round(side * scale / SIZE_MULTIPLE)) * SIZE_MULTIPLE for side in self.crop_size)
         return replace(
@@ -89,12 +89,12 @@ class Recipe:
 
 
 def half_to_double(size: int) -> tuple[int, ...]:
-    """The original's sixteen shortest edges, from a half to twice `size`."""
+    """Return the original's sixteen shortest edges, from half of `size` to twice."""
     return tuple(int(tenths * 0.1 * size) for tenths in range(5, 21))
 
 
 def cropped(size: int, **settings: Any) -> Recipe:
-    """The original's crops: images at half to double `size`, a square of `size` cut out of them."""
+    """Return the original's recipe of crops: squares of `size`, cut out of images at half to double `size`."""
     values: dict[str, Any] = {
         "crop_size": (size, size),
         "shortest_edges": half_to_double(size),
@@ -139,7 +139,7 @@ segmentation of ADE20K at 640 pixels."""
 
 
 _YOUTUBE_VIS = Recipe(
-    crop_size=(1333, 1333),  # of nothing: no frame is larger
+    crop_size=(1333, 1333),  # cuts nothing: no frame is larger
     shortest_edges=(360, 480),
     longest_edge=1333,
     is_padded=False,
@@ -160,10 +160,10 @@ Evaluation is at 480 pixels with Swin backbones (2021's Swin-L: 360)."""
 
 
 def get_recipe(name: str) -> Recipe:
-    """The original's recipe of that name.
+    """Return the original's recipe of that name.
 
     Raises:
-        ValueError: if there is none; the message names those there are.
+        ValueError: there is none; the message names the known ones.
     """
     if name not in RECIPES:
         raise ValueError(f"Unknown recipe {name!r}: use one of {', '.join(RECIPES)}.")
@@ -171,18 +171,18 @@ def get_recipe(name: str) -> Recipe:
 
 
 def default_recipe(size: Mapping[str, int | None]) -> Recipe:
-    """A recipe for data that the original has none for, around the size at which the checkpoint looks at images.
+    """Return a recipe for data that the original has none for, around the checkpoint's image size.
 
-    It is the one that the original uses for ADE20K, with the checkpoint's shortest edge: images at half to twice that
-    size, so that objects appear around the scale at which they will be looked for; a square of that size; colour jitter
-    and flip. (Large-scale jitter down to a tenth, as on COCO, leaves most of a sample grey, which pays with a hundred
-    thousand images rather than with a hundred.) The number of steps is left to the size of the data set.
+    It is the original's for ADE20K with the checkpoint's shortest edge: images at half to twice that size, a square of
+    that size cut out of them, colour jitter and flip. (Large-scale jitter down to a tenth, as on COCO, leaves most of a
+    sample grey, which pays with a hundred thousand images rather than with a hundred.) The number of steps is left to
+    the size of the data set.
 
     Args:
         size: The processor's: `shortest_edge` and maybe `longest_edge`, or `height` and `width`.
 
     Raises:
-        ValueError: if `size` has neither.
+        ValueError: `size` has neither.
     """
     edges = [size.get(key) for key in ("shortest_edge", "height", "width")]
     given = [edge for edge in edges if edge]
@@ -223,7 +223,7 @@ class SizeSchedule:
         """Read `"0:256,0.5:384,0.8:512"`: crops of 256 pixels, 384 from half of the steps on, 512 from 80 % on.
 
         Raises:
-            ValueError: if the text has another form, or the schedule makes no sense.
+            ValueError: the text has another form, or the schedule is impossible.
         """
         try:
             pairs = [stage.split(":") for stage in text.split(",")]
@@ -235,6 +235,6 @@ class SizeSchedule:
         return cls(stages)
 
     def size_at(self, step: int, total_steps: int) -> int:
-        """The size at `step`, counted from 0, of `total_steps`."""
+        """Return the size at `step`, counted from 0, of `total_steps`."""
         done = step / max(total_steps, 1)
         return [size for share, size in self.stages if share <= done][-1]

@@ -1,7 +1,7 @@
-"""Reads the settings of `transformers`' own Mask2Former checkpoints as ours, and fills in what they leave unsaid.
+"""Translate the settings of `transformers`' own Mask2Former checkpoints into ours, and add what they lack.
 
-Their files know neither the task nor which labels are stuff, and those of the released ones stretch every image to
-384x384. Name and labels tell better where they are those of a known data set.
+Their files have neither the task nor the stuff labels, and those of the released ones stretch every image to 384x384.
+Where name and labels are those of a known data set, the rest follows from it.
 """
 
 import os
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 _DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
 
-# How the released checkpoints are called on the Hub.
+# Names of the released checkpoints on the Hub.
 _RELEASED_NAME = re.compile(
     r"mask2former-(?P<backbone>swin-(tiny|small|base|base-in21k|large)|resnet-(50|101))-"
     r"(coco|ade|cityscapes|mapillary-vistas)-(panoptic|instance|semantic)"
@@ -28,12 +28,12 @@ _RELEASED_NAME = re.compile(
 
 _TEST_SIZES = {"coco": (800, 1333), "ade20k": (640, 2560), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
 
-# Beside a `size` of one number, in the versions of transformers that wrote such.
+# Of a `size` of one number, in the versions of transformers that wrote such.
 _DEFAULT_MAX_SIZE = 1333
 
 
 def released_test_size(dataset: str, task: str, backbone: str) -> tuple[int, int]:
-    """Shortest and longest edge, in pixels, at which the figures of a released image model were measured.
+    """Return the shortest and longest edge, in pixels, at which a released image model was measured.
 
     Args:
         dataset, task: As in the names of label sets.
@@ -45,12 +45,12 @@ def released_test_size(dataset: str, task: str, backbone: str) -> tuple[int, int
 
 
 def released_threshold(dataset: str) -> float:
-    """The class probability above which queries of a released model take part in a panoptic map."""
+    """Return the class probability above which queries of a released model take part in a panoptic map."""
     return 0.0 if dataset == "mapillary" else 0.8
 
 
 def checkpoint_name(path: str | os.PathLike[str]) -> str:
-    """A checkpoint's id, or its folder's absolute path, also if what is given is a file in that folder."""
+    """Return a checkpoint's id, or its folder's absolute path; a file in the folder may be given too."""
     path = Path(path)
     if path.is_file():
         path = path.parent
@@ -58,16 +58,16 @@ def checkpoint_name(path: str | os.PathLike[str]) -> str:
 
 
 def read_labels(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> dict[int, str]:
-    """The labels in the `config.json` beside a processor's settings; none where there is no such file.
+    """Return the labels in the `config.json` next to a processor's settings; none where there is no such file.
 
     Args:
         path: a checkpoint's id, its folder, or a file in it.
         arguments: of `from_pretrained`; those of the download are used.
     """
-    place = Path(path).parent if Path(path).is_file() else path
+    checkpoint = Path(path).parent if Path(path).is_file() else path
     try:
         fields, _ = PreTrainedConfig.get_config_dict(
-            place, **{name: arguments[name] for name in _DOWNLOAD_ARGUMENTS if name in arguments}
+            checkpoint, **{name: arguments[name] for name in _DOWNLOAD_ARGUMENTS if name in arguments}
         )
     except OSError:  # there is none, or the Hub cannot be reached
         return {}
@@ -80,7 +80,7 @@ def _labels_in(fields: Mapping[str, Any]) -> dict[int, str]:
 
 
 def add_known_labels(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A stock configuration with the data set's colours and, for placeholders (`LABEL_0`), names, where it is known."""
+    """Return a stock configuration with the colours of its data set, and names for placeholders (`LABEL_0`)."""
     labels = _labels_in(fields)
     known = find_label_set(labels, name)
     if known is None:
@@ -93,10 +93,10 @@ def add_known_labels(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def translate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `transformers`' Mask2Former image processor, of any version, as those of ours.
+    """Translate settings of `transformers`' Mask2Former image processor, of any version, into ours.
 
-    `size_divisor` is what images are padded to rather than stretched to, with 0 for no change; the number of classes is
-    left out, which is the model's to know: a fine-tuned one has others than the folder it came from.
+    Images are padded to a multiple of `size_divisor` rather than stretched, and 0 stands for the default. The number of
+    classes is left out, since it is the model's: a fine-tuned one has others than the folder it came from.
     """
     translated = {name: value for name, value in settings.items() if value is not None}
     longest_edge = translated.pop("max_size", translated.get("_max_size", _DEFAULT_MAX_SIZE))
@@ -106,25 +106,24 @@ def translate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         translated.setdefault("do_reduce_labels", translated["reduce_labels"])
     if translated.get("size_divisor") == 0:
         del translated["size_divisor"]
-    for left_behind in ("_max_size", "num_labels", "reduce_labels", "size_divisibility"):
-        translated.pop(left_behind, None)
+    for name in ("_max_size", "num_labels", "reduce_labels", "size_divisibility"):
+        translated.pop(name, None)
     return translated
 
 
 def add_known_settings(
     settings: Mapping[str, Any], labels: Mapping[int, str], name: str, arguments: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Translated settings with the task, stuff, threshold and test size that a checkpoint's name and labels tell.
+    """Add task, stuff, threshold and test size to translated settings, from the checkpoint's name and labels.
 
-    A task in the name is the checkpoint's; otherwise it is that of the data set with these labels, if there is one, and
-    otherwise "panoptic". The test size takes the place of a fixed height and width for released checkpoints only: what
-    was fine-tuned at a size is used at that size.
+    The task is that in the name, else that of the data set with these labels, else "panoptic". The test size replaces a
+    fixed height and width for released checkpoints only: what was fine-tuned at a size is used at that size.
 
     Args:
-        settings: those of the processor; what they say already stays.
+        settings: the processor's; they stay as they are.
         labels: the model's.
         name: the checkpoint's id or folder.
-        arguments: the settings that the caller passes; what these say is not warned of.
+        arguments: the settings that the caller passes; nothing is assumed, and no warning given, for these.
     """
     given = {**settings, **(arguments or {})}
     candidates, known = matching_label_sets(labels, name), find_label_set(labels, name)
@@ -146,8 +145,8 @@ def add_known_settings(
         assumed.append("that none of its labels is stuff (pass `label_ids_to_fuse=[...]`, the stuff labels, or `[]`)")
     if assumed:
         logger.warning(
-            f"The settings of {name or 'this checkpoint'} are of transformers' image processor, which has no word for "
-            f"task and stuff, and name and labels do not tell all. Assumed: {'; '.join(assumed)}. `save_pretrained` "
-            "keeps the answer."
+            f"The settings of {name or 'this checkpoint'} are of transformers' image processor, which has neither task "
+            f"nor stuff, and name and labels do not tell them. Assumed: {'; '.join(assumed)}. `save_pretrained` keeps "
+            "what you pass."
         )
     return {**{field: value for field, value in added.items() if value is not None}, **settings}
