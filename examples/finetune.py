@@ -51,8 +51,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from m2f_hf import Segmenter
-from m2f_hf.data.augmentation import TrainingTransform, inspect_augmentation
-from m2f_hf.data.clips import ClipTransform, inspect_clips
+from m2f_hf.data import ClipTransform, TrainingTransform, inspect_augmentation, inspect_clips
 from m2f_hf.data.hub_datasets import StreamingDataset
 from m2f_hf.data.loading import StepSampler, TrainingStream, evaluation_loader, to_model_inputs, training_loader
 from m2f_hf.hub import HubFolder

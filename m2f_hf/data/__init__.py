@@ -2,10 +2,11 @@
 
 from ..known.recipes import RECIPES, VIDEO_RECIPES, Recipe, SizeSchedule, default_recipe, get_recipe
 from ..processing.rle import decode_segmentation, segment_masks
-from .augmentation import TrainingTransform, inspect_augmentation
+from .augmentation import TrainingTransform
 from .base import SegmentationDataset
-from .clips import ClipTransform, CollateClips, inspect_clips, sample_frames
+from .clips import ClipTransform, CollateClips, sample_frames
 from .coco import CocoInstanceDataset, CocoPanopticDataset
+from .inspection import inspect_augmentation, inspect_clips
 from .opening import DataSplits, open_dataset
 from .problems import DatasetError
 from .report import DatasetReport, check_dataset

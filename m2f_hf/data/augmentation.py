@@ -1,8 +1,8 @@
 """Random training samples of images and their masks, as the original makes them.
 
-An item of a dataset becomes a sample in three steps: a `Placement` is drawn, which says where the image lands on the
-canvas of the sample; image and annotation are placed; colours are jittered. Of annotations only what lands on the
-canvas is ever written down as boolean masks. Everything random comes from the generator that is passed.
+A sample is made in three steps: a `Placement` of the image on the sample's canvas is drawn; image and annotation are
+placed; colours are jittered. Only what is on the canvas becomes boolean masks. Everything random comes from the
+generator that is passed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_utils import SizeDict
 
-from ..draw.segments import contact_sheet, draw_segments
 from ..known.recipes import Recipe, Size
 from ..processing.images import get_resized_size
 from ..processing.labels import resize_labels
@@ -23,9 +22,9 @@ from ..processing.rle import as_polygons, decode_segmentation, drawable_polygons
 
 
 PADDING = 128
-"""Grey that fills a sample where the image does not reach."""
+"""Grey that fills a sample outside the image."""
 CROP_TRIES = 10
-"""Windows drawn to find one that no class covers too much of."""
+"""Windows drawn at most to find one without a dominant class."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18
 """Ranges of the colour jitter: what is added, what is multiplied (twice), and turns of hue by up to 2 * 18 degrees."""
 
@@ -34,14 +33,14 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18
 
 
 class Placement(NamedTuple):
-    """Where an image lands on a canvas: it is mirrored or not, then resized, then cut, then laid at the top left.
+    """Place of an image on a canvas: it is mirrored or not, resized, cropped, and put at the top left.
 
     Attributes:
-        is_mirrored: Whether left and right change places.
-        resized: Height and width after resizing.
-        offset: Rows above and columns left of the window that is cut out of the resized image.
-        window: Height and width of that window.
-        canvas: Height and width of the canvas, no smaller than the window.
+        is_mirrored: whether left and right change places.
+        resized: height and width after resizing.
+        offset: rows above and columns left of the window that is cropped from the resized image.
+        window: height and width of that window.
+        canvas: height and width of the canvas, no smaller than the window.
     """
 
     is_mirrored: bool
@@ -51,8 +50,13 @@ class Placement(NamedTuple):
     canvas: Size
 
 
+def whole_image(size: Size) -> Placement:
+    """Return the placement that changes nothing."""
+    return Placement(False, size, (0, 0), size, size)
+
+
 def draw_placement(size: Size, recipe: Recipe, rng: Generator) -> Placement:
-    """Draw where an image of `size` (height, width) lands, as the recipe says.
+    """Draw a random placement of an image of `size` (height, width) by a recipe.
 
     Raises:
         ValueError: if the image is so elongated that resizing would leave one side without a pixel.
@@ -73,7 +77,7 @@ def draw_placement(size: Size, recipe: Recipe, rng: Generator) -> Placement:
 
 
 def place_item(item: Mapping[str, Any], size: Size, recipe: Recipe, rng: Generator) -> Placement:
-    """`draw_placement` for an item of this size; errors name it."""
+    """Draw a placement for an item of this size; errors name the item."""
     try:
         return draw_placement(size, recipe, rng)
     except ValueError as error:
@@ -81,7 +85,7 @@ def place_item(item: Mapping[str, Any], size: Size, recipe: Recipe, rng: Generat
 
 
 def _fit(size: Size, frame: Size, factor: float) -> Size:
-    """`size` scaled as large as `factor` times the frame holds."""
+    """Scale `size` to fit into `factor` times the frame."""
     scale = min(factor * outer / inner for outer, inner in zip(frame, size, strict=True))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -96,37 +100,29 @@ def _draw_offset(resized: Size, window: Size, rng: Generator) -> Size:
 
 
 def cut_image(image: Image.Image, placement: Placement) -> Image.Image:
-    """The window of the mirrored and bilinearly resized image, RGB.
+    """Crop the window of the mirrored and bilinearly resized image, RGB.
 
-    Only the window is computed, from the part of the image that it shows: at twice the size of a large photo the rest
-    would take most of the time and memory.
+    Only the window is computed: at twice the size of a large photo the rest would take most of the time and memory.
     """
     (top, left), (height, width) = placement.offset, placement.window
     if placement.is_mirrored:
         left = placement.resized[1] - left - width
     across, down = image.width / placement.resized[1], image.height / placement.resized[0]
-    box = (
-        left * across,
-        top * down,
-        min((left + width) * across, image.width),
-        min((top + height) * down, image.height),
-    )
+    right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+    box = (left * across, top * down, right, bottom)
     window = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
     return ImageOps.mirror(window) if placement.is_mirrored else window
 
 
 def lay_on_canvas(window: Image.Image, canvas: Size) -> np.ndarray:
-    """An RGB image at the top left of a grey canvas (height, width): (height, width, 3) uint8."""
+    """Put an RGB image at the top left of a grey canvas (height, width): (height, width, 3) uint8."""
     pixels = np.full((*canvas, 3), PADDING, dtype=np.uint8)
     pixels[: window.height, : window.width] = np.asarray(window)
     return pixels
 
 
 def place_map(labels: np.ndarray, placement: Placement) -> np.ndarray:
-    """Labels or a mask (H, W) on the canvas, by nearest neighbour; where they do not reach it is 0: canvas, any dtype.
-
-    Reads the pixels that resizing with Pillow would.
-    """
+    """Place labels or a mask (H, W) on the canvas by nearest neighbour, as Pillow resizes; 0 elsewhere; same dtype."""
     rows = _source_positions(labels.shape[0], placement.resized[0], placement.offset[0], placement.window[0])
     columns = _source_positions(labels.shape[1], placement.resized[1], placement.offset[1], placement.window[1])
     if placement.is_mirrored:
@@ -137,14 +133,14 @@ def place_map(labels: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def _source_positions(old: int, new: int, offset: int, length: int) -> np.ndarray:
-    """Which of `old` pixels each of `length` pixels from `offset` on shows, after resizing to `new`: (length,) int."""
+    """Return which of `old` pixels `length` pixels from `offset` on show after resizing to `new`: (length,) int."""
     return resize_labels(np.arange(old)[None], (1, new))[0, offset : offset + length]
 
 
 def place_polygons(polygons: Sequence[Any], size: Size, placement: Placement) -> list[list[float]]:
-    """Polygons `[x0, y0, x1, y1, …]` on an image of `size` (height, width), in pixels of the canvas.
+    """Move polygons `[x0, y0, x1, y1, …]` of an image of `size` (height, width) to pixels of the canvas.
 
-    Parts with fewer than three corners are left out; corners outside the window keep their places there.
+    Polygons with fewer than three corners are left out; corners outside the window stay outside.
     """
     across, down = placement.resized[1] / size[1], placement.resized[0] / size[0]
     placed = []
@@ -160,12 +156,12 @@ def place_polygons(polygons: Sequence[Any], size: Size, placement: Placement) ->
 
 
 def place_targets(item: Mapping[str, Any], placement: Placement) -> tuple[np.ndarray, np.ndarray]:
-    """Masks and classes of the segments that land on the canvas, crowds and void left out.
+    """Place the segments of an item on the canvas: masks and classes, without crowds and void.
 
     Args:
         item: `segments_info` (dicts of `id`, `category_id`, maybe `iscrowd`), and a `segmentation_map` (H, W) of ids,
             or a `segmentation` in each entry: COCO run lengths or polygons.
-        placement: where the image lands.
+        placement: of the image.
 
     Returns:
         (N, height, width) bool and (N,) int64, in the order of `segments_info`; N may be 0.
@@ -187,7 +183,7 @@ def place_targets(item: Mapping[str, Any], placement: Placement) -> tuple[np.nda
 def _place_instances(
     item: Mapping[str, Any], segments: Sequence[Mapping[str, Any]], placement: Placement
 ) -> tuple[np.ndarray, list[bool]]:
-    """Masks that may overlap: those left on the canvas, (N, height, width) bool, and which of `segments` they are."""
+    """Place masks that may overlap: those on the canvas, (N, height, width) bool, and which of `segments` they are."""
     # A bit for a pixel until it is known how many are left: hundreds of masks are there twice for a moment.
     packed = []
     is_kept = []
@@ -203,7 +199,7 @@ def _place_instances(
 
 
 def place_mask(segmentation: Any, size: Size, placement: Placement) -> np.ndarray:
-    """One COCO `segmentation` of an image of `size` (height, width), on the canvas: bool.
+    """Place one COCO `segmentation` of an image of `size` (height, width) on the canvas: bool.
 
     Polygons are moved and then drawn, so that their edges stay sharp; run lengths are decoded and resized.
     """
@@ -212,38 +208,35 @@ def place_mask(segmentation: Any, size: Size, placement: Placement) -> np.ndarra
     mask = np.zeros(placement.canvas, dtype=bool)
     height, width = placement.window
     polygons = place_polygons(segmentation, size, placement)
-    is_inside = [
-        min(polygon[::2]) < width and max(polygon[::2]) > 0 and min(polygon[1::2]) < height and max(polygon[1::2]) > 0
-        for polygon in polygons
-    ]
+    is_inside = (
+        min(xs) < width and max(xs) > 0 and min(ys) < height and max(ys) > 0
+        for xs, ys in ((polygon[::2], polygon[1::2]) for polygon in polygons)
+    )
     if any(is_inside):
         mask[:height, :width] = decode_segmentation(polygons, height, width)
     return mask
 
 
 def pack_masks(masks: np.ndarray) -> np.ndarray:
-    """Eight pixels in a byte, for the way from a worker to the device: (..., W) bool -> (..., ceil(W / 8)) uint8."""
+    """Pack eight pixels into a byte for the way to the device: (..., W) bool -> (..., ceil(W / 8)) uint8."""
     return np.packbits(masks, axis=-1, bitorder="little")
 
 
 def unpack_masks(packed: Tensor, width: int) -> Tensor:
-    """Inverse of `pack_masks`, on the tensor's own device: (..., ceil(width / 8)) uint8 -> (..., width) bool."""
+    """Invert `pack_masks` on the tensor's own device: (..., ceil(width / 8)) uint8 -> (..., width) bool."""
     bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=packed.device)
     # (..., bytes, 1) & (8,) -> (..., bytes, 8) -> (..., 8 * bytes)
     return (packed[..., None] & bits).ne(0).flatten(-2)[..., :width]
 
 
 def largest_category_share(item: Mapping[str, Any], placement: Placement) -> float:
-    """Share (0 to 1) of the pixels of segments on the canvas that the most frequent class has; 1 without any."""
+    """Return the share (0 to 1) of the most frequent class in the pixels of segments on the canvas; 1 without any."""
     areas: dict[int, int] = {}
-    masks, classes = place_targets({**item, "segments_info": _with_crowds(item)}, placement)
+    segments = [{**info, "iscrowd": 0} for info in item["segments_info"]]  # crowds count too
+    masks, classes = place_targets({**item, "segments_info": segments}, placement)
     for mask, category in zip(masks, classes.tolist(), strict=True):
         areas[category] = areas.get(category, 0) + int(np.count_nonzero(mask))
     return max(areas.values()) / sum(areas.values()) if areas else 1.0
-
-
-def _with_crowds(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{**info, "iscrowd": 0} for info in item["segments_info"]]
 
 
 # --- colours ---
@@ -253,7 +246,7 @@ def jitter_colors(image: Image.Image, rng: Generator) -> Image.Image:
     """Vary brightness, contrast, saturation and hue of an RGB image, each with a probability of one half.
 
     Brightness comes first, contrast before or after the other two. Like the original's, results are clipped to 0–255
-    and cut to whole numbers after each change. Hue and saturation have Pillow's 8-bit steps (of 1.4 degrees and 1/255;
+    and truncated after each change. Hue and saturation have Pillow's 8-bit steps (of 1.4 degrees and 1/255;
     the original's are OpenCV's, of 2 degrees and 1/255).
     """
     image = _scale_values(image, offset=rng.uniform(-BRIGHTNESS, BRIGHTNESS)) if rng.random() < 0.5 else image
@@ -267,7 +260,7 @@ def jitter_colors(image: Image.Image, rng: Generator) -> Image.Image:
 
 
 def _scale_values(image: Image.Image, factor: float = 1.0, offset: float = 0.0) -> Image.Image:
-    """`factor` times each value plus `offset`, clipped and cut to whole numbers."""
+    """Return `factor` times each value plus `offset`, clipped and truncated to whole numbers."""
     if factor == 1.0 and offset == 0.0:
         return image
     return image.point(_table(np.arange(256, dtype=np.float32) * factor + offset) * len(image.getbands()))
@@ -284,7 +277,7 @@ def shift_hue(image: Image.Image, saturation: float, turn: int) -> Image.Image:
 
 
 def _table(values: np.ndarray) -> list[int]:
-    """A look-up table for one channel: 256 whole numbers from 0 to 255."""
+    """Return a lookup table for one channel: 256 whole numbers from 0 to 255."""
     return values.clip(0, 255).astype(np.uint8).tolist()
 
 
@@ -292,22 +285,18 @@ def _table(values: np.ndarray) -> list[int]:
 
 
 class TrainingTransform:
-    """Items of a dataset to random training samples, by a recipe.
-
-    Args:
-        recipe: How. Recipes of the original are in `m2f_hf.known.recipes`.
-    """
+    """Makes random training samples of items by a recipe; the original's are in `m2f_hf.known.recipes`."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     def __call__(self, item: Mapping[str, Any], rng: Generator, size: int | None = None) -> dict[str, Any]:
-        """One sample of an item. The same state of `rng` gives the same sample.
+        """Make a sample of an item. The same state of `rng` gives the same sample.
 
         Args:
             item: `image` (Pillow, RGB) and its segments, see `place_targets`.
-            rng: Where everything random comes from.
-            size: Shorter side of the crops in pixels, other than the recipe's (`SizeSchedule.size_at`).
+            rng: the source of everything random.
+            size: shorter side of the crops in pixels, other than the recipe's (`SizeSchedule.size_at`).
 
         Returns:
             `image` (height, width, 3) uint8, `mask_labels` (N, height, width) bool and `class_labels` (N,) int64, for
@@ -333,92 +322,3 @@ class TrainingTransform:
                     break
                 placement = placement._replace(offset=_draw_offset(placement.resized, placement.window, rng))
         return placement
-
-
-# --- inspection ---
-
-
-def draw_sample(
-    sample: Mapping[str, Any],
-    id2label: Mapping[int, str] | None = None,
-    colors: Mapping[int, Sequence[int]] | None = None,
-) -> Image.Image:
-    """A sample's targets drawn over its image. Where masks overlap, the smaller one is seen.
-
-    Args:
-        sample: What `TrainingTransform` returns.
-        id2label: Names of the classes.
-        colors: RGB of classes.
-    """
-    masks, classes = sample["mask_labels"], sample["class_labels"]
-    segmentation = np.zeros(masks.shape[1:], dtype=np.int32)
-    for index in sorted(range(len(masks)), key=lambda index: -np.count_nonzero(masks[index])):
-        segmentation[masks[index]] = index + 1
-    segments = [{"id": index, "label_id": int(label)} for index, label in enumerate(classes, start=1)]
-    return draw_segments(Image.fromarray(sample["image"]), segmentation, segments, id2label, colors)
-
-
-def inspect_augmentation(
-    dataset: Any,
-    transform: TrainingTransform,
-    categories: Sequence[Mapping[str, Any]] = (),
-    indices: Sequence[int] = (0, 1, 2),
-    num_samples: int = 4,
-    seed: int = 0,
-    size: int | None = None,
-    side: int = 400,
-) -> Image.Image:
-    """A contact sheet: one row for each item, with the item and random samples of it, targets drawn over them.
-
-    Args:
-        dataset: Items as the readers of `m2f_hf.data` give them.
-        transform: What makes the samples.
-        categories: Dicts of `id`, `name` and maybe `color` (RGB), for names and colours of classes.
-        indices: Which items.
-        num_samples: How many samples of each.
-        seed: Of the samples.
-        size: Shorter side of the crops in pixels, other than the recipe's.
-        side: Pixels that a picture's longer side is shown with.
-
-    Raises:
-        ValueError: without an item to show.
-    """
-    if not len(indices):
-        raise ValueError("Nothing to show: give at least one index of the dataset.")
-    id2label, colors = names_and_colors(categories)
-    rows, titles = [], []
-    for index in indices:
-        item = dataset[index]
-        height, width = item["image"].size[::-1]
-        whole = Placement(False, (height, width), (0, 0), (height, width), (height, width))
-        masks, classes = place_targets(item, whole)
-        samples = [{"image": np.array(item["image"]), "mask_labels": masks, "class_labels": classes}]
-        samples += [transform(item, np.random.default_rng((seed, index, k)), size) for k in range(num_samples)]
-        pictures = [draw_sample(sample, id2label, colors) for sample in samples]
-        rows.append([ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) for picture in pictures])
-        counts = ", ".join(str(len(sample["class_labels"])) for sample in samples[1:])
-        titles.append(f"{item.get('file_name') or item['image_id']}: {len(masks)} targets; in the samples {counts}")
-    return sheet_of(rows, titles, ["as it lies", *(f"sample {k + 1}" for k in range(num_samples))], side)
-
-
-def names_and_colors(
-    categories: Sequence[Mapping[str, Any]],
-) -> tuple[dict[int, str], dict[int, Sequence[int]]]:
-    """The names of classes by their ids, and the colours (RGB) of those that have one."""
-    names = {category["id"]: category["name"] for category in categories}
-    return names, {category["id"]: category["color"] for category in categories if category.get("color")}
-
-
-def sheet_of(
-    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], columns: Sequence[str], side: int
-) -> Image.Image:
-    """A contact sheet of pictures that are `side` pixels wide at most, each at the top left of its place."""
-    height = max(picture.height for row in rows for picture in row)
-    return contact_sheet([[_on_white(picture, (side, height)) for picture in row] for row in rows], titles, columns)
-
-
-def _on_white(picture: Image.Image, size: Size) -> Image.Image:
-    """The picture at the top left of a white one of this width and height."""
-    sheet = Image.new("RGB", size, "white")
-    sheet.paste(picture, (0, 0))
-    return sheet

@@ -7,22 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.random import Generator
-from PIL import Image, ImageOps
 
 from ..known.recipes import Recipe
 from ..processing.video_processor import Mask2FormerVideoProcessor
-from .augmentation import (
-    Placement,
-    cut_image,
-    draw_sample,
-    jitter_colors,
-    lay_on_canvas,
-    names_and_colors,
-    place_item,
-    place_map,
-    place_mask,
-    sheet_of,
-)
+from .augmentation import Placement, cut_image, jitter_colors, lay_on_canvas, place_item, place_map, place_mask
 
 
 NUM_FRAMES, FRAME_RANGE = 2, 20
@@ -30,32 +18,25 @@ NUM_FRAMES, FRAME_RANGE = 2, 20
 
 
 def sample_frames(length: int, num_frames: int, frame_range: int, rng: Generator) -> list[int]:
-    """Positions of the frames of a training clip, ascending: a random one, and others at most `frame_range` from it.
+    """Draw `num_frames` positions of a video of `length` frames: a random one, others at most `frame_range` from it.
 
-    No frame comes twice unless there are too few. (The original draws the others with repetition, which makes a
-    difference from three frames on.)
-
-    Args:
-        length: frames of the video.
-        num_frames: frames of the clip.
+    They ascend, and none comes twice unless there are too few. (The original draws the others with repetition, which
+    makes a difference from three frames on.)
     """
     reference = int(rng.integers(length))
-    near = [
-        frame
-        for frame in range(max(0, reference - frame_range), min(length, reference + frame_range + 1))
-        if frame != reference
-    ] or [reference]
+    span = range(max(0, reference - frame_range), min(length, reference + frame_range + 1))
+    near = [frame for frame in span if frame != reference] or [reference]
     others = rng.choice(near, num_frames - 1, replace=len(near) < num_frames - 1)
     return sorted([reference, *others.tolist()])
 
 
 def place_tubes(item: Mapping[str, Any], frames: Sequence[int], placement: Placement) -> tuple[np.ndarray, np.ndarray]:
-    """Masks and classes of the instances that land on the canvas in one of the frames or more, crowds left out.
+    """Place the instances of a video on the canvas: masks and classes of those in a frame or more, without crowds.
 
     Args:
         item: of a `VideoDataset`.
         frames: positions of T frames.
-        placement: where each of them lands.
+        placement: of each of them.
 
     Returns:
         (N, T, height, width) bool and (N,) int64, in the order of `segments_info`; N may be 0. In frames where an
@@ -79,13 +60,12 @@ def place_tubes(item: Mapping[str, Any], frames: Sequence[int], placement: Place
 
 
 class ClipTransform:
-    """Items of a data set of videos to random training clips, by a recipe: size, place, mirroring and colours are drawn
-    once for all frames of a clip.
+    """Makes random training clips of videos by a recipe, drawing size, place, mirroring and colours once for a clip.
 
     Args:
-        recipe: How. Those of the original are in `m2f_hf.known.recipes.VIDEO_RECIPES`; those for images do, too.
-        num_frames: Frames of a clip.
-        frame_range: How far from the first one drawn the others may be.
+        recipe: the original's are in `m2f_hf.known.recipes.VIDEO_RECIPES`; those for images do, too.
+        num_frames: frames of a clip.
+        frame_range: most distance in frames from the first one drawn.
 
     Raises:
         ValueError: with fewer than one frame, or a recipe that draws windows by the share of a class.
@@ -99,12 +79,12 @@ class ClipTransform:
         self.recipe, self.num_frames, self.frame_range = recipe, num_frames, frame_range
 
     def __call__(self, item: Mapping[str, Any], rng: Generator, size: int | None = None) -> dict[str, Any]:
-        """One clip of an item. The same state of `rng` gives the same clip. Other frames are not read.
+        """Make a clip of an item. The same state of `rng` gives the same clip. Other frames are not read.
 
         Args:
             item: of a `VideoDataset`.
-            rng: Where everything random comes from.
-            size: Shorter side of the crops in pixels, other than the recipe's.
+            rng: the source of everything random.
+            size: shorter side of the crops in pixels, other than the recipe's.
 
         Returns:
             `pixel_values_videos` (T, 3, height, width) uint8, `mask_labels` (N, T, height, width) bool, `class_labels`
@@ -133,12 +113,7 @@ class ClipTransform:
 
 
 class CollateClips:
-    """A list of clips with as many frames each -> a batch of the model's inputs.
-
-    Args:
-        processor: it normalises the frames and pads them, at the bottom and right, to the largest of the batch and its
-            `size_divisor`.
-    """
+    """Makes batches of clips with as many frames each: a processor normalises and pads them to the largest."""
 
     def __init__(self, processor: Mask2FormerVideoProcessor) -> None:
         self.processor = processor
@@ -147,8 +122,9 @@ class CollateClips:
         """Batch clips.
 
         Returns:
-            `pixel_values_videos` (B, T, 3, H, W) float32, `pixel_mask` (B, H, W) int64, 0 on padding; for each clip
-            `mask_labels` (N, T, H, W) bool, False on padding, and `class_labels` (N,) int64; `file_names` where known.
+            `pixel_values_videos` (B, T, 3, H, W) float32, `pixel_mask` (B, H, W) int64, 0 on padding at the bottom and
+            right; for each clip `mask_labels` (N, T, H, W) bool, False on padding, and `class_labels` (N,) int64;
+            `file_names` where known.
         """
         inputs = self.processor(
             [torch.from_numpy(sample["pixel_values_videos"]) for sample in samples],
@@ -158,69 +134,3 @@ class CollateClips:
             return_tensors="pt",
         )
         return {**inputs, "file_names": [str(sample.get("file_name", "")) for sample in samples]}
-
-
-# --- inspection ---
-
-
-def draw_clip(
-    sample: Mapping[str, Any],
-    id2label: Mapping[int, str] | None = None,
-    colors: Mapping[int, Sequence[int]] | None = None,
-) -> list[Image.Image]:
-    """A clip's frames with its targets drawn over them; an instance has the same colour in all of them.
-
-    Args:
-        sample: What `ClipTransform` returns.
-        id2label: Names of the classes.
-        colors: RGB of classes.
-    """
-    return [
-        draw_sample(
-            {"image": pixels.transpose(1, 2, 0), "mask_labels": masks, "class_labels": sample["class_labels"]},
-            id2label,
-            colors,
-        )
-        for pixels, masks in zip(sample["pixel_values_videos"], sample["mask_labels"].swapaxes(0, 1), strict=True)
-    ]
-
-
-def inspect_clips(
-    dataset: Any,
-    transform: ClipTransform,
-    categories: Sequence[Mapping[str, Any]] = (),
-    indices: Sequence[int] = (0, 1),
-    num_samples: int = 2,
-    seed: int = 0,
-    size: int | None = None,
-    side: int = 320,
-) -> Image.Image:
-    """A contact sheet of random clips with their targets: one strip of frames for each, several for each video.
-
-    Args:
-        dataset: Videos as the readers of `m2f_hf.data` give them.
-        transform: What makes the clips.
-        categories: Dicts of `id`, `name` and maybe `color` (RGB), for names and colours of classes.
-        indices: Which videos.
-        num_samples: How many clips of each.
-        seed: Of the clips.
-        size: Shorter side of the crops in pixels, other than the recipe's.
-        side: Pixels that a frame's longer side is shown with.
-
-    Raises:
-        ValueError: without a video to show.
-    """
-    if not len(indices) or num_samples < 1:
-        raise ValueError("Nothing to show: give at least one index of the data set, and one sample.")
-    id2label, colors = names_and_colors(categories)
-    rows, titles = [], []
-    for index in indices:
-        item = dataset[index]
-        for number in range(num_samples):
-            sample = transform(item, np.random.default_rng((seed, index, number)), size)
-            pictures = draw_clip(sample, id2label, colors)
-            rows.append([ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) for picture in pictures])
-            positions = ", ".join(str(index + 1) for index in sample["frame_indices"].tolist())
-            count = len(sample["class_labels"])
-            titles.append(f"{item['file_name']}, frames {positions} of {len(item['frames'])}: {count} targets")
-    return sheet_of(rows, titles, [f"frame {t + 1}" for t in range(transform.num_frames)], side)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.augmentation import sheet_of
+from ..data.inspection import sheet_of
 from ..data.video import frame_mask
 from ..draw.segments import draw_segments, semantic_to_segments
 from ..processing.rle import decode_segmentation

@@ -18,8 +18,6 @@ from m2f_hf.data.augmentation import (
     TrainingTransform,
     cut_image,
     draw_placement,
-    draw_sample,
-    inspect_augmentation,
     jitter_colors,
     largest_category_share,
     pack_masks,
@@ -29,6 +27,7 @@ from m2f_hf.data.augmentation import (
     shift_hue,
     unpack_masks,
 )
+from m2f_hf.data.inspection import draw_sample, inspect_augmentation
 from m2f_hf.known.recipes import RECIPES, Recipe, SizeSchedule, cropped, default_recipe, get_recipe, half_to_double
 
 

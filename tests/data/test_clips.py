@@ -20,7 +20,8 @@ from m2f_hf.data import (
     sample_frames,
     tube_masks,
 )
-from m2f_hf.data.clips import FRAME_RANGE, NUM_FRAMES, draw_clip
+from m2f_hf.data.clips import FRAME_RANGE, NUM_FRAMES
+from m2f_hf.data.inspection import draw_clip
 from m2f_hf.data.loading import TrainingStream
 from m2f_hf.known.recipes import Recipe, cropped
 from m2f_hf.processing.rle import encode_rle
