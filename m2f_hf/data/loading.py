@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: which images a step sees, the same in every run, process and worker."""
+"""Batches for training and evaluation: the same images in a step in every run, process and worker."""
 
 import itertools
 import signal
@@ -18,20 +18,20 @@ from .hub_datasets import StreamingDataset
 
 
 SHUFFLE_BUFFER = 1000
-"""Rows of a stream among which the next one is drawn."""
+"""Rows of a stream that the next one is drawn from."""
 
 
 class StepSampler(Sampler[list[int]]):
-    """Places in the endless sequence of images that one process sees, batch by batch, from step `first` to `last`.
+    """Yields one process's batches of positions in the endless sequence of images, from step `first` to `last`.
 
-    A step sees `accumulation * num_processes * batch_size` images in a row. They are the same ones however the step is
-    split over processes and accumulated batches.
+    A step has `accumulation * num_processes * batch_size` images in a row, the same ones however it is split over
+    processes and accumulated batches.
 
     Args:
         first, last: steps, counted from 0, the last exclusive.
         batch_size: images of one batch of one process.
         accumulation: batches of one process in a step.
-        process, num_processes: which one of how many.
+        process, num_processes: position among how many.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class StepSampler(Sampler[list[int]]):
 
     @property
     def images_per_step(self) -> int:
-        """Images that all processes see in a step."""
+        """Number of images of all processes in a step."""
         return self.batch_size * self.accumulation * self.num_processes
 
     def first_image(self, index: int) -> int:
-        """Place in its step of the first image of this process's batch `index` of the step."""
+        """Return the position in a step of the first image of this process's batch `index` of the step."""
         return (index * self.num_processes + self.process) * self.batch_size
 
     def __len__(self) -> int:
@@ -62,11 +62,11 @@ class StepSampler(Sampler[list[int]]):
 class TrainingStream(Dataset[dict[str, Any]]):
     """An endless sequence of training samples: each epoch a new permutation of the images, each a new random sample.
 
-    Place p gives the same sample in every run with the same seed, whatever came before.
+    A position gives the same sample in every run with the same seed, whatever came before.
 
     Args:
         dataset: items as the readers of `m2f_hf.data` give them, with a length.
-        transform: what makes samples of them: a `TrainingTransform`, or a `ClipTransform` of videos.
+        transform: makes samples of them: a `TrainingTransform`, or a `ClipTransform` for videos.
         seed: of the order and the samples.
         sizes: shorter side of the samples over training, if not the recipe's throughout.
         images_per_step, total_steps: for `sizes`.
@@ -94,7 +94,7 @@ class TrainingStream(Dataset[dict[str, Any]]):
         return self.sample(self.dataset[int(self._order[offset])], position, (self.seed, epoch, offset))
 
     def sample(self, item: Mapping[str, Any], position: int, key: tuple[int, ...]) -> dict[str, Any]:
-        """The sample of an item at this place; everything random comes from `key`."""
+        """Make the sample of an item at a position; everything random comes from `key`."""
         step = position // self.images_per_step
         size = None if self.sizes is None else self.sizes.size_at(step, self.total_steps)
         sample = self.transform(item, np.random.default_rng(key), size)
@@ -102,14 +102,9 @@ class TrainingStream(Dataset[dict[str, Any]]):
 
 
 class StreamedBatches(IterableDataset[dict[str, Any]]):
-    """The batches of a sampler, of a data set that can only be read from front to back, and again.
+    """The batches of a sampler from a stream (`samples.dataset`), which is read from front to back, again and again.
 
-    Rows are shuffled within a buffer. To start at a later step, what lies before it is read and thrown away.
-
-    Args:
-        samples: its `dataset` is the stream.
-        sampler: which places are wanted.
-        collate: makes a batch of samples.
+    Rows are shuffled within a buffer. To start at a later step, earlier rows are read and dropped.
     """
 
     def __init__(self, samples: TrainingStream, sampler: StepSampler, collate: "CollateSamples") -> None:
@@ -135,7 +130,7 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
 
 
 class CollateSamples:
-    """Training samples, images or clips as the processor's -> the model's inputs, masks as bits on their way there."""
+    """Turns training samples, images or clips as the processor's, into the model's inputs, with masks as bits."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -158,7 +153,7 @@ class CollateSamples:
 
 
 def to_model_inputs(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `CollateSamples` made, as arguments of the model: masks (N, H, W) or (N, T, H, W) bool, all on `device`."""
+    """Turn a batch of `CollateSamples` into arguments of the model: masks (N, [T,] H, W) bool, all on `device`."""
     pixels = "pixel_values" if "pixel_values" in batch else "pixel_values_videos"
     width = batch[pixels].shape[-1]
 
@@ -174,7 +169,7 @@ def to_model_inputs(batch: Mapping[str, Any], device: torch.device | str = "cpu"
 
 
 class CollateItems:
-    """A list of items -> the model's inputs without labels, and the items themselves, to be measured with."""
+    """Turns a list of items into the model's inputs without labels, and the items, to measure with."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -187,7 +182,7 @@ class CollateItems:
 def training_loader(
     samples: TrainingStream, sampler: StepSampler, processor: Any, num_workers: int
 ) -> DataLoader[dict[str, Any]]:
-    """This process's batches, in order, the same with any number of workers. A stream is read by exactly one."""
+    """Load this process's batches, in order, the same with any number of workers. A stream has exactly one worker."""
     collate = CollateSamples(processor)
     common: dict[str, Any] = {"worker_init_fn": ignore_sigterm, "pin_memory": torch.cuda.is_available()}
     if isinstance(samples.dataset, StreamingDataset):
@@ -200,9 +195,9 @@ def training_loader(
 def evaluation_loader(
     dataset: Any, processor: Any, batch_size: int, process: int = 0, num_processes: int = 1
 ) -> DataLoader[Any]:
-    """A process's share of a data set, as pairs of inputs and items; shares may differ by one image, or be empty.
+    """Load a process's share of a data set, as pairs of inputs and items; shares may differ by one image, or be empty.
 
-    A video comes alone: others have other lengths.
+    Batches have one video, as others have other lengths.
     """
     batch_size = 1 if isinstance(processor, Mask2FormerVideoProcessor) else batch_size
     share = torch.utils.data.Subset(dataset, range(process, len(dataset), num_processes))
@@ -210,5 +205,5 @@ def evaluation_loader(
 
 
 def ignore_sigterm(worker: int) -> None:
-    """Who ends a run often tells the whole process group; the workers must see the last step through."""
+    """Ignore SIGTERM in a worker: it is often sent to the whole process group, and the last step needs the workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

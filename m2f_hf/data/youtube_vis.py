@@ -56,10 +56,10 @@ class YouTubeVISDataset(AnnotationFile, VideoDataset):
     """Videos of an annotation file in YouTube-VIS' form: for each instance a mask or None in every frame.
 
     Masks stay as the file has them (polygons, run lengths), so instances may overlap. Videos without an annotation are
-    kept, and so are files without annotations, of which the items have empty `segments_info`.
+    kept, with empty `segments_info`, also those of a file without annotations.
 
-    Items are as `VideoDataset` says, with `segmentations`; `frame_files` are the paths of their frames, and what is
-    not read is not opened.
+    Items are as `VideoDataset` says, with `segmentations`, and `frame_files`, the paths of their frames. Frames are
+    opened when they are accessed.
 
     Args:
         annotation_file: for example `ytvis_2019/train.json`, or `ytvis_2021/train/instances.json`.
@@ -114,7 +114,7 @@ class YouTubeVISDataset(AnnotationFile, VideoDataset):
         }
 
     def check(self, index: int, problems: Problems) -> tuple[int, int] | None:
-        """Decode every frame of a video; what is wrong with any goes to `problems`. Returns height and width."""
+        """Decode every frame of a video and report what is wrong; return height and width."""
         record = self._record(index)
         size: tuple[int, int] | None = record["size"] and (record["size"][0], record["size"][1])
         for name in record["file_names"]:
@@ -215,11 +215,7 @@ def _check_size(name: str, size: tuple[int, int], expected: tuple[int, int]) -> 
 
 
 def _read_frame(files: Sequence[str], size: tuple[int, int], index: int) -> Image.Image:
-    """One frame, RGB.
-
-    Raises:
-        FileProblem: it is missing or damaged, or of another size.
-    """
+    """Read one frame, RGB; raise a `FileProblem` where it is missing, damaged or of another size."""
     image = read_image(Path(files[index]), files[index])
     _check_size(files[index], (image.height, image.width), size)
     return image

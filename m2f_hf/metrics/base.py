@@ -1,4 +1,4 @@
-"""What all measures have in common: they see one image at a time, and what they keep can be sent to other processes."""
+"""What all measures have in common: they see one image at a time, and their state can be sent to other processes."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -7,10 +7,7 @@ from typing import Any, TypeVar
 
 
 Gather = Callable[[list[Any]], list[Any]]
-"""Takes a list of objects on every process and returns all of them on every process, whatever the shares.
-
-`accelerate.utils.gather_object` is one.
-"""
+"""Function that gathers the lists of all processes on every process, such as `accelerate.utils.gather_object`."""
 
 M = TypeVar("M", bound="Metric")
 
@@ -24,13 +21,11 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self) -> dict[str, Any]:
-        """The result so far, which changes nothing: figures in [0, 1] under the names of the field, None where
-        undefined, and `per_class`, `{name: figures}`, where there are classes.
-        """
+        """Return the result so far: figures in [0, 1], None where undefined, and `per_class`, `{name: figures}`."""
 
 
 def merged(parts: Sequence[M]) -> M:
-    """One measure that has seen what all `parts` have; these stay as they are."""
+    """Merge measures into a new one."""
     total = copy.deepcopy(parts[0])
     for part in parts[1:]:
         total.merge(part)
@@ -38,7 +33,7 @@ def merged(parts: Sequence[M]) -> M:
 
 
 def names_of(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Id -> name of classes in COCO's form; the id is added to a name that several have.
+    """Map ids to names of classes in COCO's form; the id is added to a name that several have.
 
     Raises:
         ValueError: if two categories have one id.

@@ -1,4 +1,4 @@
-"""Run a model over a data set, and hand what it says to a measure."""
+"""Run a model over a data set and update measures with its outputs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ def evaluate_model(
     update: Callable[[Any, Sequence[Mapping[str, Any]]], None],
     show_progress: bool = True,
 ) -> None:
-    """Run `model` over batches of inputs and dataset items, and hand outputs and items to `update`.
+    """Run `model` in evaluation mode over batches of inputs and items; call `update(outputs, items)` for each.
 
-    `update` is an `Evaluation`'s, for example. The model is in evaluation mode meanwhile.
+    `update` is an `Evaluation`'s, for example.
     """
     was_training = model.training
     model.eval()

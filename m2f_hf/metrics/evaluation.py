@@ -1,7 +1,7 @@
 """Measures of one model on one data set, from the model's outputs and the data set's items."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -19,16 +19,14 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "semantic": ("miou",),
     "video": ("ap",),
 }
-"""What the papers report for each task, the main one first; a panoptic model is measured for all three of images."""
+"""What the papers report for each task, the main one first."""
 MAIN_FIGURE = {"panoptic": "pq_all", "instance": "ap", "semantic": "miou", "video": "ap"}
 """The figure by which checkpoints and images of a task are compared."""
 VOID_LABEL = -1  # outside the classes, however many there are
 
 
 class Prediction(TypedDict, total=False):
-    """One image's results at its own size: those of `post_process_*_segmentation` that the measures need.
-
-    A video's tracks are its `instances`, each with a mask for every frame."""
+    """One image's results of `post_process_*_segmentation` at its own size; of a video the tracks as `instances`."""
 
     panoptic: Mapping[str, Any]
     instances: Mapping[str, Any]
@@ -38,15 +36,14 @@ class Prediction(TypedDict, total=False):
 class Evaluation:
     """PQ, mask AP and mIoU of one model, image by image, or video AP, clip by clip, in the original images' frame.
 
-    Its state is a few numbers per class, image and detection. Processes may have seen different numbers of images, or
-    none.
+    Its state is a few numbers per class, image and detection.
 
     Args:
         task: "panoptic", "instance", "semantic" or "video".
-        processor: an `M2FImageProcessor` (for "video" a `Mask2FormerVideoProcessor`), or what has its
+        processor: an `M2FImageProcessor` (for "video" a `Mask2FormerVideoProcessor`), or another object with its
             `post_process_*_segmentation` methods; its thresholds and stuff classes are used.
         categories: the classes in COCO's form with contiguous ids.
-        measures: some of `MEASURES[task]`, where not all are wanted: "pq", "ap" (which takes most of the time), "miou".
+        measures: some of `MEASURES[task]`; None: all. "ap" takes most of the time.
 
     Raises:
         ValueError: if the task or a measure of it does not exist.
@@ -78,8 +75,7 @@ class Evaluation:
             self.metrics["miou"] = MeanIoU(categories, VOID_LABEL)
 
     def update(self, outputs: Any, items: Sequence[Mapping[str, Any]]) -> None:
-        """Add a batch: the model's outputs, and the items of a data set (`SegmentationDataset`, or for task "video"
-        `VideoDataset`) they are for.
+        """Add a batch of the model's outputs and the items (of a `SegmentationDataset` or `VideoDataset`) they are for.
 
         Raises:
             ValueError: an image added before (by its `image_id`), an item without the labels that a measure needs, and
@@ -89,26 +85,18 @@ class Evaluation:
             self.add(prediction, item)
 
     def predict(self, outputs: Any, items: Sequence[Mapping[str, Any]]) -> list[Prediction]:
-        """What the measures compare with the items: the outputs, post-processed to the images' sizes."""
+        """Post-process outputs to the images' sizes: what the measures compare with the items."""
         sizes = [image_size(item) for item in items]
-        predictions: list[Prediction] = [{} for _ in items]
+        found: dict[str, Any] = {}
         if "pq" in self.metrics:
-            found = self.processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)
-            for prediction, result in zip(predictions, found, strict=True):
-                prediction["panoptic"] = result
+            found["panoptic"] = self.processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)
         if "ap" in self.metrics:
-            of_video = self.task == "video"
-            post_process = f"post_process_{'video_' if of_video else ''}instance_segmentation"
-            found = getattr(self.processor, post_process)(
-                outputs, threshold=0.0, target_sizes=sizes, return_coco_annotation=True
-            )
-            for prediction, result in zip(predictions, found, strict=True):
-                prediction["instances"] = result
+            kind = "video_instance" if self.task == "video" else "instance"
+            post_process = getattr(self.processor, f"post_process_{kind}_segmentation")
+            found["instances"] = post_process(outputs, threshold=0.0, target_sizes=sizes, return_coco_annotation=True)
         if "miou" in self.metrics:
-            found = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-            for prediction, labels in zip(predictions, found, strict=True):
-                prediction["semantic"] = labels
-        return predictions
+            found["semantic"] = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+        return [cast(Prediction, {name: results[k] for name, results in found.items()}) for k in range(len(items))]
 
     def add(self, prediction: Prediction, item: Mapping[str, Any]) -> None:
         """Add one image: a prediction as `predict` gives it, and the item it is for."""
@@ -130,7 +118,7 @@ class Evaluation:
             self.metrics["miou"].update(to_array(prediction["semantic"]), target)
 
     def empty(self) -> "Evaluation":
-        """Another with the same settings that has seen nothing."""
+        """Return an empty one with the same settings."""
         return Evaluation(self.task, self.processor, self.categories, self.measures)
 
     def merge(self, other: "Evaluation") -> None:
@@ -139,10 +127,10 @@ class Evaluation:
             metric.merge(other.metrics[name])
 
     def compute(self, gather: Gather | None = None) -> dict[str, Any]:
-        """The measures' figures in one flat dict, each in [0, 1], None where undefined; nothing is changed by it.
+        """Return the measures' figures in one flat dict, each in [0, 1], None where undefined.
 
         Args:
-            gather: combines what all processes have seen (`accelerate.utils.gather_object`); all must call it then.
+            gather: `accelerate.utils.gather_object` or the like, for all processes' images; all must call it then.
 
         Returns:
             For PQ `pq_all`, `sq_things`, …; for mask AP `ap`, `ap50`, …; for mIoU `miou`, `fwiou`, `macc`,
@@ -154,8 +142,8 @@ class Evaluation:
         for name in self.metrics:
             metric: Metric = merged([part[name] for part in parts])
             figures = metric.compute()
-            for class_name, of_class in figures.pop("per_class").items():
-                per_class[class_name] |= of_class
+            for class_name, own in figures.pop("per_class").items():
+                per_class[class_name] |= own
             result |= figures
         return {**result, "per_class": per_class}
 
@@ -164,7 +152,7 @@ class Evaluation:
 
 
 def image_size(item: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of an item's image, or of its frames."""
+    """Return height and width of an item's image, or of its frames."""
     if "frames" in item:
         return item["height"], item["width"]
     if "segmentation_map" in item:
@@ -174,7 +162,7 @@ def image_size(item: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def semantic_map(segmentation_map: np.ndarray, segments_info: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Class of each pixel of a panoptic map: (H, W) int32, `VOID_LABEL` where there is none."""
+    """Return the class of each pixel of a panoptic map: (H, W) int32, `VOID_LABEL` where there is none."""
     labels = np.full(segmentation_map.shape, VOID_LABEL, dtype=np.int32)
     for info in segments_info:
         labels[segmentation_map == info["id"]] = info["category_id"]
@@ -182,14 +170,14 @@ def semantic_map(segmentation_map: np.ndarray, segments_info: Sequence[Mapping[s
 
 
 def with_masks(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The segments of an item, each with its `segmentation`: its own, or cut out of the map as (H, W) bool."""
+    """Return the segments of an item with a `segmentation` each: their own, or the map's as (H, W) bool."""
     if "segmentation_map" not in item:
         return list(item["segments_info"])
     return [{**info, "segmentation": item["segmentation_map"] == info["id"]} for info in item["segments_info"]]
 
 
 def detections(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The instances of a `post_process_instance_segmentation` result, each with its own mask as `segmentation`.
+    """Return the instances of a `post_process_instance_segmentation` result, each with its mask as `segmentation`.
 
     Raises:
         ValueError: if the result is a map, where instances hide each other.
@@ -213,5 +201,5 @@ def _label_map(item: Mapping[str, Any]) -> np.ndarray:
 
 
 def to_array(labels: Any) -> np.ndarray:
-    """A tensor on any device, an array or nested lists, as array."""
+    """Convert a tensor on any device, an array or nested lists to an array."""
     return labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)

@@ -1,4 +1,4 @@
-"""Predictions beside targets, as pictures: where a model is right and wrong is seen sooner than measured."""
+"""Pictures of predictions next to targets, which show where a model is right and wrong."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ Segments = tuple[np.ndarray, list[dict[str, Any]]]
 
 
 def to_map(segments: Sequence[Mapping[str, Any]], size: tuple[int, int], label_key: str) -> Segments:
-    """Segments with a `segmentation` each, painted one over the other in this order."""
+    """Paint segments with a `segmentation` each one over the other, in this order."""
     painted = np.zeros(size, dtype=np.int32)
     infos = []
     for number, segment in enumerate(segments, start=1):
@@ -32,7 +32,7 @@ def to_map(segments: Sequence[Mapping[str, Any]], size: tuple[int, int], label_k
 def predicted_segments(
     prediction: Prediction, task: str, size: tuple[int, int], id2label: Mapping[int, str], threshold: float
 ) -> Segments:
-    """A prediction as `Evaluation.predict` gives it, to be drawn; of instances those that score `threshold` or more."""
+    """Return the segments to draw of an `Evaluation.predict` result; instances from score `threshold` on."""
     if task == "panoptic":
         return to_array(prediction["panoptic"]["segmentation"]), list(prediction["panoptic"]["segments_info"])
     if task == "semantic":
@@ -42,7 +42,7 @@ def predicted_segments(
 
 
 def target_segments(item: Mapping[str, Any], evaluation: Evaluation) -> Segments:
-    """The segments of an item that the task is about."""
+    """Return the segments of an item that belong to the task."""
     things = {int(category["id"]) for category in evaluation.categories if is_thing(category)}
     segments = [info for info in with_masks(item) if evaluation.task != "instance" or info["category_id"] in things]
     return to_map(segments, image_size(item), "category_id")
@@ -56,12 +56,12 @@ def draw_comparison(
     colors: Mapping[int, Sequence[int]] | None = None,
     side: int = 480,
 ) -> list[Image.Image]:
-    """An item's image, the prediction and the target drawn over it: three pictures, enlarged to about `side` pixels.
+    """Draw an item's image, its prediction and its target: three pictures, enlarged to about `side` pixels.
 
     Args:
         item: of a data set.
         prediction: of `evaluation.predict` for it.
-        evaluation: says task and classes; its processor's `instance_threshold` says which instances are drawn.
+        evaluation: has task and classes; its processor's `instance_threshold` decides which instances are drawn.
         id2label: names of the classes.
         colors: RGB of classes.
         side: longer side of the pictures, in pixels, where the image is at most half as large.
@@ -83,23 +83,20 @@ def draw_frames(
     colors: Mapping[int, Sequence[int]] | None = None,
     number: int = 4,
 ) -> tuple[list[list[Image.Image]], list[str]]:
-    """`draw_comparison` of some frames of a video, evenly spread from the first to the last, and their titles.
+    """Draw `draw_comparison` of at most `number` frames of a video, spread evenly, and return them with their titles.
 
-    A track has one colour in all of them. Arguments as `draw_comparison`'s; `number`: of frames, at most.
+    A track has one colour in all of them. Other arguments are `draw_comparison`'s.
     """
     length = len(item["frames"])
     frames = np.linspace(0, length - 1, min(number, length)).round().astype(int).tolist()
     absent = np.zeros(image_size(item), dtype=bool)
     rows = []
     for frame in frames:
-        targets = [frame_mask(item, info, frame) for info in item["segments_info"]]
-        still = {
-            "image": item["frames"][frame],
-            "segments_info": [
-                {**info, "segmentation": absent if mask is None else mask}
-                for info, mask in zip(item["segments_info"], targets, strict=True)
-            ],
-        }
+        segments = []
+        for info in item["segments_info"]:
+            mask = frame_mask(item, info, frame)
+            segments.append({**info, "segmentation": absent if mask is None else mask})
+        still = {"image": item["frames"][frame], "segments_info": segments}
         tracks = prediction["instances"]
         found = [tube[frame] for tube in tracks["segmentation"]]
         instances = {**tracks, "segmentation": [absent if mask is None else mask for mask in found]}
@@ -108,7 +105,7 @@ def draw_frames(
 
 
 def comparison_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], side: int = 480) -> Image.Image:
-    """Rows of `draw_comparison` in one picture, each with its title; images are fitted into `side` pixels."""
+    """Put rows of `draw_comparison` into one picture, each with its title; images are fitted into `side` pixels."""
     return sheet_of([[_fit(picture, side) for picture in row] for row in rows], titles, COLUMNS, side)
 
 

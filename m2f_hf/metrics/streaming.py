@@ -1,7 +1,6 @@
 """The base of the `evaluate` modules in `modules`: each image is measured when it is added, and no map is stored.
 
-`evaluate`'s own base writes every prediction and reference into an Arrow file and measures at the end. Needs the
-`evaluate` library (`pip install "m2f_hf[train]"`).
+(`evaluate`'s own base writes everything into an Arrow file first.) Needs `evaluate`: `pip install "m2f_hf[train]"`.
 """
 
 from abc import abstractmethod
@@ -18,10 +17,10 @@ __all__ = ["StreamingMetric", "to_array"]
 
 
 class StreamingMetric(evaluate.Metric):
-    """An `evaluate.Metric` around a `Metric` of this package.
+    """An `evaluate.Metric` around a `Metric` of this package, whose settings `evaluate.load` takes after the path.
 
-    Settings are given to `evaluate.load` after the path. Processes are not `evaluate`'s `num_process` (which wants a
-    shared file system and one image at least for each), but a function given to `compute`.
+    Several processes are combined by `compute(gather=…)` instead of `evaluate`'s `num_process`, which needs a shared
+    file system and an image for each.
 
     Raises:
         ValueError: for `num_process` other than 1.
@@ -40,7 +39,7 @@ class StreamingMetric(evaluate.Metric):
 
     @abstractmethod
     def build(self, **settings: Any) -> Metric:
-        """The measure that counts."""
+        """Make the measure."""
 
     @abstractmethod
     def update(self, prediction: Any, reference: Any) -> None:
@@ -55,19 +54,15 @@ class StreamingMetric(evaluate.Metric):
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one image."""
-        if kwargs:
-            raise ValueError(f"unknown inputs {', '.join(kwargs)}: an image has a prediction and a reference")
+        _refuse(kwargs)
         self.update(prediction, reference)
         self.num_images += 1
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add a batch of images: one prediction and one reference for each."""
-        if kwargs:
-            raise ValueError(f"unknown inputs {', '.join(kwargs)}: a batch has predictions and references")
+        _refuse(kwargs)
         if len(predictions) != len(references):
-            raise ValueError(
-                f"{len(predictions)} predictions for {len(references)} references: pass one for each image"
-            )
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references: pass one of each")
         for prediction, reference in zip(predictions, references, strict=True):
             self.add(prediction=prediction, reference=reference)
 
@@ -78,7 +73,7 @@ class StreamingMetric(evaluate.Metric):
         references: Iterable[Any] | None = None,
         gather: Gather | None = None,
     ) -> dict[str, Any]:
-        """The figures over all images added, and these if given; the module begins anew after it.
+        """Return the figures over all images added, and these if given, and reset the module.
 
         With `gather` (such as `accelerate.utils.gather_object`) those of all processes, on every one; all must call it.
         """
@@ -90,3 +85,8 @@ class StreamingMetric(evaluate.Metric):
         result = merged(parts).compute()
         self._reset()
         return result
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    if unknown:
+        raise ValueError(f"unknown inputs {', '.join(unknown)}: pass predictions and references")

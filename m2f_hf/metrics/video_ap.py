@@ -21,12 +21,7 @@ class VideoAP(MaskAP):
     of them. Instances are small up to 128 x 128 pixels and large from 256 x 256 on, in the mean over the frames where
     they are seen, as in YouTube-VIS' own evaluation. Of crowds, which YouTube-VIS does not have, COCO's rules hold.
 
-    Args:
-        categories: the classes in COCO's form; those with a false `isthing` are left out.
-
-    Raises:
-        ImportError: if pycocotools is not installed.
-        ValueError: if two categories have one id.
+    Arguments and errors as `MaskAP`'s.
     """
 
     area_ranges = area_ranges(128, 256)
@@ -58,36 +53,32 @@ class VideoAP(MaskAP):
     def _mask_of(
         self, entry: Mapping[str, Any], size: tuple[int, ...], is_target: bool
     ) -> tuple[Mapping[str, Any], float]:
-        runs = [_run_lengths(mask, (size[1], size[2])) for mask in _frames_of(entry["segmentations"], size[0])]
+        frames = entry["segmentations"]
+        if len(frames) != size[0]:
+            raise ValueError(
+                f"A tube has {len(frames)} masks and its video {size[0]} frames: give one for each frame, None where "
+                "there is none."
+            )
+        runs = [_run_lengths(mask, (size[1], size[2])) for mask in frames]
         areas: Sequence[Any] = [int(lengths[1::2].sum()) for lengths in runs]
         if is_target and entry.get("areas") is not None:
             areas = entry["areas"]
         seen = [area for area in areas if area]
-        return {"size": [size[1], size[0] * size[2]], "counts": _side_by_side(runs)}, float(
-            np.mean(seen)
-        ) if seen else 0.0
-
-
-def _frames_of(segmentations: Any, num_frames: int) -> Sequence[Any]:
-    if len(segmentations) != num_frames:
-        raise ValueError(
-            f"A tube has {len(segmentations)} masks and its video {num_frames} frames: give one for each frame, None "
-            "where there is none."
-        )
-    return segmentations
+        rle = {"size": [size[1], size[0] * size[2]], "counts": _side_by_side(runs)}
+        return rle, float(np.mean(seen)) if seen else 0.0
 
 
 def _run_lengths(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """Run lengths down the columns of a frame's mask, of zeros first: (runs,) int64."""
+    """Return the run lengths down the columns of a frame's mask, of zeros first: (runs,) int64."""
     if mask is None:
         return np.array([size[0] * size[1]])
     return run_lengths(to_rle(mask, size)["counts"])
 
 
 def _side_by_side(runs: Sequence[np.ndarray]) -> list[int]:
-    """Run lengths of one mask that shows the frames from left to right: down the columns, one frame after the other."""
+    """Join the run lengths of frames into those of one mask that shows the frames from left to right."""
     lengths = np.concatenate(runs)
-    is_one = np.concatenate([np.arange(len(of_frame)) % 2 for of_frame in runs])[lengths > 0]
+    is_one = np.concatenate([np.arange(len(frame)) % 2 for frame in runs])[lengths > 0]
     lengths = lengths[lengths > 0]
     starts = np.flatnonzero(np.diff(is_one, prepend=-1))
     joined = np.add.reduceat(lengths, starts).tolist()
@@ -95,7 +86,7 @@ def _side_by_side(runs: Sequence[np.ndarray]) -> list[int]:
 
 
 def tubes(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The segments of an item of a `VideoDataset`, each with its `segmentations`."""
+    """Return the segments of an item of a `VideoDataset`, each with its `segmentations`."""
     if "segmentation_maps" not in item:
         return list(item["segments_info"])
     masks = tube_masks(item)

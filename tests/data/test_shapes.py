@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from m2f_hf.data import CATEGORIES, CocoPanopticDataset, ShapesDataset, write_coco_panoptic
-from m2f_hf.data.synthetic.shapes import MORE_SHAPES, NUM_THINGS, SHAPES, draw_shape
+from m2f_hf.data.synthetic.shapes import MORE_SHAPES, NUM_THINGS, SHAPES, fill_outline, outline
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_shapes_lie_in_their_circle_and_differ_in_area(shape):
     bounds |= {"cross": (0.47, 0.66), "ring": (0.62, 0.82), "hexagon": (0.81, 0.85), "crescent": (0.45, 0.63)}
     yy, xx = np.mgrid[:100, :100] + 0.5
     for seed in range(10):
-        coverage = draw_shape(np.random.default_rng(seed), shape, 100, (50.0, 50.0), 80.0)
+        coverage = fill_outline(outline(np.random.default_rng(seed), shape), 100, (50.0, 50.0), 80.0)
         low, high = bounds[shape]
         assert low < coverage.sum() / (np.pi * 40**2) < high
         assert coverage[(xx - 50) ** 2 + (yy - 50) ** 2 > 42**2].max() == 0
@@ -87,7 +87,9 @@ def test_shapes_lie_in_their_circle_and_differ_in_area(shape):
 def test_a_ring_has_a_hole_and_a_crescent_is_hollow():
     for seed in range(10):
         for shape, sign in (("ring", 0), ("crescent", 0), ("cross", 1), ("hexagon", 1)):
-            assert draw_shape(np.random.default_rng(seed), shape, 100, (50.0, 50.0), 80.0)[50, 50] == sign, shape
+            assert fill_outline(outline(np.random.default_rng(seed), shape), 100, (50.0, 50.0), 80.0)[50, 50] == sign, (
+                shape
+            )
 
 
 def test_the_default_scenes_are_those_that_the_bundled_checkpoint_was_trained_on():
@@ -118,7 +120,7 @@ def test_other_shapes_are_other_classes_on_the_same_ground():
 
 def test_a_hidden_thing_is_no_segment(monkeypatch):
     """Where every thing is drawn over the one before it, only the last is left."""
-    disc = draw_shape(np.random.default_rng(0), "circle", 64, (32.0, 32.0), 30.0)
+    disc = fill_outline(outline(np.random.default_rng(0), "circle"), 64, (32.0, 32.0), 30.0)
     monkeypatch.setattr("m2f_hf.data.synthetic.shapes.place_thing", lambda *arguments: (disc, "circle"))
     scene = ShapesDataset(1, 64)[0]
     assert [info["category_id"] for info in scene["segments_info"] if info["isthing"]] == [0]

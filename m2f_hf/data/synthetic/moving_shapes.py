@@ -1,4 +1,4 @@
-"""Generated videos: the things of `shapes` move over a ground that rests, hide each other, leave and come back.
+"""Generated videos: the things of `shapes` move over a still ground, hide each other, leave and come back.
 
 Every video is a function of `(seed, index)` alone, and a longer one begins with the shorter.
 """
@@ -6,7 +6,6 @@ Every video is a function of `(seed, index)` alone, and a longer one begins with
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,18 +33,18 @@ MOVING_SIZE = (0.15, 0.4)
 SPEED = (0.01, 0.05)
 """Slowest and fastest a thing moves along each axis, in sides of the image per frame."""
 _BEYOND = 0.75
-"""How far beyond the image's edge a thing's centre goes before it turns, in diameters: it is out of sight there."""
+"""Distance, in diameters, beyond the image's edge where a thing's centre turns back: it is out of sight there."""
 
 
 @dataclass(frozen=True)
 class MovingThing:
-    """A thing and its way.
+    """A thing and its path.
 
     Attributes:
         category_id: its class.
         corners: (N, 2), its outline in the unit circle.
         diameter: of its circumscribed circle, in pixels.
-        start, velocity: (2,), x and y of its centre in frame 0, in pixels, and what is added to them in each frame.
+        start, velocity: (2,), x and y of its centre in frame 0, in pixels, and its change in each frame.
         paint: (side, side, 3) float32, its colours, which move with it; a bit larger than the thing.
     """
 
@@ -57,14 +56,14 @@ class MovingThing:
     paint: np.ndarray
 
     def center(self, frame: int, size: int) -> np.ndarray:
-        """x and y of the centre; it turns back a way beyond the edges of the image of `size` pixels: (2,) float64."""
+        """Return x and y of the centre, which turns back beyond the edges of an image of `size` pixels: (2,)."""
         beyond = _BEYOND * self.diameter
         span = size + 2 * beyond
-        way = (self.start + frame * self.velocity + beyond) % (2 * span)
-        return np.minimum(way, 2 * span - way) - beyond
+        path = (self.start + frame * self.velocity + beyond) % (2 * span)
+        return np.minimum(path, 2 * span - path) - beyond
 
     def coverage(self, frame: int, size: int) -> tuple[np.ndarray, tuple[slice, slice], tuple[slice, slice]]:
-        """How much of each pixel it covers: (h, w) float32; where in the image that is, and where in `paint`."""
+        """Return each pixel's coverage by the thing, (h, w) float32, and its place in the image and in `paint`."""
         center = self.center(frame, size)
         side = len(self.paint)
         left, top = (int(value) for value in np.floor(center - side / 2))
@@ -75,7 +74,7 @@ class MovingThing:
 
 
 def _visible(offset: int, side: int, size: int) -> slice:
-    """Which of `side` pixels from `offset` on lie in an image of `size` pixels; maybe none."""
+    """Return which of `side` pixels from `offset` on are in an image of `size` pixels; maybe none."""
     first = max(0, -offset)
     return slice(first, max(first, min(side, size - offset)))
 
@@ -85,10 +84,10 @@ class MovingScene:
     """A video before it is drawn.
 
     Attributes:
-        key: what the noise of its frames is drawn from.
+        key: seed of the noise of its frames.
         ground: (size, size, 3) float32, colours of the stuff.
         things: from the farthest to the nearest; a thing's instance id is its position + 1.
-        light: (size, size, 1) float32, what colours are multiplied with.
+        light: (size, size, 1) float32, factor of all colours.
         noise: standard deviation of the noise, in steps of 8 bits.
     """
 
@@ -99,7 +98,7 @@ class MovingScene:
     noise: float
 
     def ids(self, frame: int) -> np.ndarray:
-        """The instance id of each pixel, 0 where there is no thing: (size, size) int32."""
+        """Return the instance id of each pixel, 0 where there is no thing: (size, size) int32."""
         ids = np.zeros(self.ground.shape[:2], dtype=np.int32)
         for number, thing in enumerate(self.things, start=1):
             alpha, place, _ = thing.coverage(frame, len(ids))
@@ -107,7 +106,7 @@ class MovingScene:
         return ids
 
     def frame(self, frame: int) -> Image.Image:
-        """One frame, RGB."""
+        """Draw one frame, RGB."""
         color = self.ground.copy()
         for thing in self.things:
             alpha, place, inside = thing.coverage(frame, len(color))
@@ -128,27 +127,24 @@ def draw_moving_thing(
     velocity: Sequence[float] | np.ndarray,
     bases: list[np.ndarray],
 ) -> MovingThing:
-    """A thing in a colour that differs from the `bases` (3,), to which it is added; lengths are in pixels."""
+    """Draw a thing in a colour unlike the `bases` (3,), to which it is added; lengths are in pixels."""
     bases.append(distinct_color(rng, bases))
     side = math.ceil(diameter) + 2
     paint = texture(rng, size, str(rng.choice(THING_TEXTURES)), bases[-1])[:side, :side]
-    return MovingThing(
-        shapes.index(shape), outline(rng, shape), diameter, np.asarray(start), np.asarray(velocity), paint
-    )
+    corners = outline(rng, shape)
+    return MovingThing(shapes.index(shape), corners, diameter, np.asarray(start), np.asarray(velocity), paint)
 
 
 def _describe(scene: MovingScene, num_frames: int, video_id: int) -> dict[str, Any]:
-    """The item of a scene, as `VideoDataset` says."""
+    """Return a scene as an item of a `VideoDataset`."""
     size = len(scene.ground)
     maps = np.stack([scene.ids(frame) for frame in range(num_frames)])
     visible = np.flatnonzero(np.bincount(maps.ravel(), minlength=1 + len(scene.things))[1:]).tolist()
+    segments = [{"id": i + 1, "category_id": scene.things[i].category_id, "isthing": 1, "iscrowd": 0} for i in visible]
     return {
-        "frames": Frames(partial(MovingScene.frame, scene), num_frames),
+        "frames": Frames(scene.frame, num_frames),
         "segmentation_maps": maps,
-        "segments_info": [
-            {"id": index + 1, "category_id": scene.things[index].category_id, "isthing": 1, "iscrowd": 0}
-            for index in visible
-        ],
+        "segments_info": segments,
         "video_id": video_id,
         "file_name": f"moving shapes {video_id}",
         "height": size,
@@ -163,10 +159,10 @@ def _light(rng: Generator, size: int) -> np.ndarray:
 class MovingShapesDataset(VideoDataset):
     """Videos of `num_frames` frames of `image_size` x `image_size` pixels, with things that move.
 
-    Video `index` depends on `(seed, index, image_size)` only; of its frames, longer videos have more. Things keep
-    their velocity and their order from back to front, and turn back out of sight, so that they hide each other, leave
-    and come back. An item is as `VideoDataset` says, with `segmentation_maps`; `segments_info` lists the things that
-    are seen in some frame. Frames are drawn when they are looked at.
+    Video `index` depends on `(seed, index, image_size)` only; longer videos have more of its frames. Things keep their
+    velocity and their order from back to front, and turn back out of sight, so that they hide each other, leave and
+    come back. Items have `segmentation_maps`; `segments_info` lists the things seen in some frame. Frames are drawn
+    when they are accessed.
 
     Args:
         num_videos, num_frames, image_size, seed: see above.
@@ -219,38 +215,33 @@ class MovingShapesDataset(VideoDataset):
 
 
 def occlusion_clip(num_frames: int = 16, image_size: int = 160, seed: int = 0) -> dict[str, Any]:
-    """One video to test identity with: a star goes from left to right and on the way completely behind a circle.
+    """Return one video to test identity with: a star goes from left to right, on the way completely behind a circle.
 
-    A second star goes the other way below, in full view: who loses the first may take the second for it. The ids are 1
-    (the star that is hidden), 2 (the circle) and 3 (the other star); classes are those of `MovingShapesDataset`.
+    A second star goes the other way below, in full view, where it may be taken for the first. The ids are 1 (the star
+    that is hidden), 2 (the circle) and 3 (the other star); classes are those of `MovingShapesDataset`.
 
     Args:
         num_frames: the star is hidden in about a third of them, in the middle; 5 or more.
         image_size, seed: of the ground and the colours, as in `MovingShapesDataset`.
-
-    Returns:
-        An item as `VideoDataset` says, `video_id` 0.
 
     Raises:
         ValueError: for fewer than 5 frames, or less than 32 pixels.
     """
     _check_size(num_frames, image_size)
     if num_frames < 5:
-        raise ValueError(
-            f"num_frames must be 5 or more for a star to be seen, hidden and seen again, got {num_frames}."
-        )
+        raise ValueError(f"num_frames must be 5 or more for a star to be hidden and seen again, got {num_frames}.")
     size = image_size
     rng = np.random.default_rng(seed)
     ground, _, bases = draw_ground(rng, size, categories_of(SHAPES))
     step = 0.76 * size / (num_frames - 1)
-    ways = [
+    paths = [
         ("star", 0.2, (0.12, 0.4), (step, 0.0)),
         ("circle", 0.5, (0.5, 0.4), (0.0, 0.0)),
         ("star", 0.2, (0.88, 0.85), (-step, 0.0)),
     ]
     things = [
         draw_moving_thing(rng, size, SHAPES, shape, diameter * size, np.array(start) * size, velocity, bases)
-        for shape, diameter, start, velocity in ways
+        for shape, diameter, start, velocity in paths
     ]
     return _describe(MovingScene((seed,), ground, things, _light(rng, size), 4.0), num_frames, 0)
 

@@ -1,7 +1,7 @@
 """Generated panoptic scenes: things that only their shape tells apart, on stuff that only its pattern tells apart.
 
-Colours and textures of things come from one distribution for all four classes, so a model cannot name a thing without
-seeing its outline. Every scene is a function of `(seed, index)` alone.
+Colours and textures of things come from one distribution for all classes, so a model needs the outline to name a thing.
+Every scene is a function of `(seed, index)` alone.
 """
 
 import math
@@ -27,7 +27,7 @@ CATEGORIES: list[dict[str, Any]] = [
 
 SHAPES: tuple[str, ...] = tuple(category["name"] for category in CATEGORIES if category["isthing"])
 MORE_SHAPES = ("cross", "ring", "hexagon", "crescent")
-"""Shapes that are not among the seven classes: new ones, for who fine-tunes to those."""
+"""Shapes outside the seven classes: new ones to fine-tune to."""
 NUM_THINGS = (3, 8)
 """Fewest and most things in a scene."""
 THING_SIZE = (0.08, 0.50)
@@ -37,7 +37,7 @@ THING_TEXTURES = ("plain", "gradient", "striped", "dotted", "blotchy")
 
 VALIDATION_SEED = 1_000_001
 TEST_SEED = 2_000_003
-"""Seeds of the scenes that training never sees: to choose a checkpoint and its thresholds by, and to report."""
+"""Seeds of scenes that training never sees: to choose a checkpoint and its thresholds, and to report."""
 
 _COLORS = {category["name"]: category["color"] for category in CATEGORIES}
 _COLORS |= dict(zip(MORE_SHAPES, ([214, 39, 160], [255, 127, 14], [60, 60, 200], [20, 160, 130]), strict=True))
@@ -47,7 +47,7 @@ _PLACEMENT_TRIES = 12
 
 
 def categories_of(shapes: Sequence[str]) -> list[dict[str, Any]]:
-    """The classes of scenes with these things, as `CATEGORIES` are those of scenes with `SHAPES`.
+    """Return the classes of scenes with these things, as `CATEGORIES` are those of scenes with `SHAPES`.
 
     Raises:
         ValueError: if a shape is unknown or there twice, or there is none.
@@ -65,16 +65,15 @@ def categories_of(shapes: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def smooth_field(rng: Generator, size: int, cells: int) -> np.ndarray:
-    """Smooth random field with about `cells` bumps along a side: (size, size) float32, roughly unit variance."""
+    """Draw a smooth random field with about `cells` bumps along a side: (size, size) float32, variance about 1."""
     coarse = Image.fromarray(rng.standard_normal((cells + 1, cells + 1)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def pattern(rng: Generator, size: int, kind: str) -> np.ndarray:
-    """Blending weight of a texture's second colour: (size, size) float32 in [0, 1].
+    """Draw the weight of a texture's second colour, for a kind of `THING_TEXTURES`: (size, size) float32 in [0, 1].
 
-    `kind` is "plain", "gradient", "striped", "dotted" or "blotchy". Periods are in pixels of a 160-pixel image and
-    scale with `size`.
+    Periods are in pixels of a 160-pixel image and scale with `size`.
     """
     if kind == "plain":
         return np.zeros((size, size), dtype=np.float32)
@@ -94,7 +93,7 @@ def pattern(rng: Generator, size: int, kind: str) -> np.ndarray:
         across = math.cos(angle) * axis[:, None] - math.sin(angle) * axis[None, :]
         second = np.sin(2 * math.pi / period * across + rng.uniform(0.0, 2 * math.pi))
         return np.clip(2.0 * (first + second) - 1.0, 0.0, 1.0)
-    raise ValueError(f"Unknown texture {kind!r}: use 'plain', 'gradient', 'striped', 'dotted' or 'blotchy'.")
+    raise ValueError(f"Unknown texture {kind!r}: use one of {', '.join(THING_TEXTURES)}.")
 
 
 def texture(rng: Generator, size: int, kind: str, base: np.ndarray) -> np.ndarray:
@@ -107,7 +106,7 @@ def texture(rng: Generator, size: int, kind: str, base: np.ndarray) -> np.ndarra
 
 
 def distinct_color(rng: Generator, others: Sequence[np.ndarray]) -> np.ndarray:
-    """Random colour (3,) in [0, 255]: of six draws the one farthest from all `others`, so that edges can be seen."""
+    """Draw a colour (3,) in [0, 255]: of six draws the one farthest from all `others`, so that edges can be seen."""
     draws = rng.uniform(20.0, 235.0, (6, 3))
     if not others:
         return draws[0]
@@ -116,10 +115,7 @@ def distinct_color(rng: Generator, others: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def outline(rng: Generator, shape: str) -> np.ndarray:
-    """Corners of a randomly turned `shape` in the unit circle: (N, 2) float64; the circle is a 48-gon.
-
-    The ring's outline goes around, in, around the hole and back.
-    """
+    """Draw the corners of a randomly turned `shape` in the unit circle: (N, 2) float64; the circle is a 48-gon."""
     if shape == "circle":
         angles = np.arange(48) * 2 * math.pi / 48
         radii = np.ones(48)
@@ -139,7 +135,7 @@ def outline(rng: Generator, shape: str) -> np.ndarray:
         quarters = np.arange(4)[:, None] * math.pi / 2
         angles = (quarters + np.array([-half, half, math.pi / 4])).ravel()
         radii = np.tile([1.0, 1.0, inner], 4)
-    elif shape == "ring":
+    elif shape == "ring":  # around, in, around the hole and back
         around = np.linspace(0.0, 2 * math.pi, 49)
         angles = np.concatenate([around, around[::-1]])
         radii = np.repeat([1.0, rng.uniform(0.45, 0.6)], 49)
@@ -155,8 +151,8 @@ def outline(rng: Generator, shape: str) -> np.ndarray:
 
 
 def crescent(tip: float, depth: float) -> tuple[np.ndarray, np.ndarray]:
-    """Angles and radii (N,) of the unit circle without a disc that meets it at the angles `tip` and -`tip` (radians)
-    and reaches `depth` beyond the centre.
+    """Return angles and radii (N,) of the unit circle without a disc, which meets it at the angles `tip` and -`tip`
+    (radians) and reaches `depth` beyond the centre.
     """
     center = (1 - depth**2) / (2 * (math.cos(tip) + depth))  # as far from both tips as from (-depth, 0)
     end = math.atan2(math.sin(tip), math.cos(tip) - center)
@@ -166,13 +162,8 @@ def crescent(tip: float, depth: float) -> tuple[np.ndarray, np.ndarray]:
     return np.angle(corners), np.abs(corners)
 
 
-def draw_shape(rng: Generator, shape: str, size: int, center: tuple[float, float], diameter: float) -> np.ndarray:
-    """Coverage of each pixel by `shape` with its circumscribed circle at `center` (x, y): (size, size) float32."""
-    return fill_outline(outline(rng, shape), size, center, diameter)
-
-
 def fill_outline(corners: np.ndarray, size: int, center: tuple[float, float], diameter: float) -> np.ndarray:
-    """Coverage of each pixel by an outline (N, 2) in the unit circle, laid at `center` (x, y): (size, size) float32."""
+    """Fill an outline (N, 2) of the unit circle at `center` (x, y): each pixel's coverage, (size, size) float32."""
     corners = (corners * diameter / 2 + np.asarray(center)) * _SUPERSAMPLING
     canvas = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING))
     ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in corners], fill=255)
@@ -189,7 +180,7 @@ def draw_ground(
     stuff = np.array([category["id"] for category in categories if not category["isthing"]])
     chosen = rng.permutation(stuff)[: int(rng.integers(1, len(stuff) + 1))]
     relief = np.stack([smooth_field(rng, size, 2) + 0.25 * smooth_field(rng, size, 9) for _ in chosen])  # (S, H, W)
-    # A strip a few pixels wide would be a segment that nobody can name.
+    # A strip a few pixels wide would be a segment that no one can name.
     large_enough = np.bincount(relief.argmax(axis=0).ravel(), minlength=len(chosen)) >= 0.08 * size**2
     chosen, relief = chosen[large_enough], relief[large_enough]
     owner = relief.argmax(axis=0)  # (S, H, W) -> (H, W)
@@ -207,17 +198,16 @@ def draw_ground(
 def place_thing(
     rng: Generator, size: int, ids: np.ndarray, areas: Sequence[int], shapes: Sequence[str]
 ) -> tuple[np.ndarray, str]:
-    """Find a place for one more thing on top of the things in `ids` ((H, W), 0 = none), whose full areas are `areas`.
+    """Place one more thing on top of those in `ids` ((H, W), 0 = none) of these full areas: coverage (H, W) and shape.
 
-    Overlap is wanted, but a place that would hide most of an earlier thing is tried again a few times. Returns the
-    coverage (H, W) and the shape's name.
+    Overlap is wanted, but a place that would hide most of an earlier thing is drawn again a few times.
     """
     shape = str(rng.choice(shapes))
     diameter = rng.uniform(*THING_SIZE) * size
     for _ in range(_PLACEMENT_TRIES):
         margin = 0.35 * diameter
         center = rng.uniform(margin, size - margin, 2)
-        alpha = draw_shape(rng, shape, size, (center[0], center[1]), diameter)
+        alpha = fill_outline(outline(rng, shape), size, (center[0], center[1]), diameter)
         remaining = np.bincount(ids[alpha < 0.5], minlength=len(areas) + 1)[1:]
         if all(left >= _MIN_VISIBLE_SHARE * area for left, area in zip(remaining, areas, strict=True)):
             break
@@ -227,11 +217,8 @@ def place_thing(
 def render_scene(
     rng: Generator, size: int, categories: Sequence[dict[str, Any]]
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Draw one scene of these classes, which are as `categories_of` gives them.
-
-    Returns the image (size, size, 3) uint8, the segment ids (size, size) int32 and the category id of each segment;
-    ids count from 1 in the order of that list, stuff first. A thing that others hide completely keeps its place in the
-    list but has no pixel.
+    """Draw one scene of the classes of `categories_of`: image (size, size, 3) uint8, segment ids (size, size) int32,
+    category ids of the segments. Segment ids count from 1 in that order, stuff first; hidden things have no pixel.
     """
     shapes = [category["name"] for category in categories if category["isthing"]]
     color, category_map, bases = draw_ground(rng, size, categories)
@@ -262,22 +249,19 @@ def render_scene(
 def describe_segments(
     segment_ids: np.ndarray, category_of: dict[int, int], categories: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """COCO's `segments_info` of a panoptic map (H, W): one entry per id present in it, 0 (void) left out.
+    """Return COCO's `segments_info` of a panoptic map (H, W): one entry for each id in it, without 0 (void).
 
-    `category_of` maps a segment id to its category id, a position in `categories`. `bbox` is x, y, width, height in
-    pixels, `area` is in pixels.
+    `category_of` maps a segment id to its category id, a position in `categories`.
     """
     segments = []
-    for segment_id in np.unique(segment_ids):
-        if segment_id == 0:
-            continue
+    for segment_id in np.unique(segment_ids[segment_ids > 0]).tolist():
         mask = segment_ids == segment_id
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         x, y = int(columns[0]), int(rows[0])
-        category_id = int(category_of[int(segment_id)])
+        category_id = int(category_of[segment_id])
         segments.append(
             {
-                "id": int(segment_id),
+                "id": segment_id,
                 "category_id": category_id,
                 "isthing": categories[category_id]["isthing"],
                 "iscrowd": 0,
@@ -289,16 +273,14 @@ def describe_segments(
 
 
 class ShapesDataset(Dataset[dict[str, Any]]):
-    """Map-style dataset of `num_scenes` generated scenes of `image_size` x `image_size` pixels.
+    """`num_scenes` generated scenes of `image_size` x `image_size` pixels.
 
-    Scene `index` depends on `(seed, index, image_size)` only, so it is the same in every process and whatever was drawn
-    before; other seeds give other scenes. An item has
+    Scene `index` depends on `(seed, index, image_size)` only. An item has
 
-    - `image`: `PIL.Image.Image`, RGB;
+    - `image`: `PIL.Image.Image`, RGB; `image_id`: int, the index;
     - `segmentation_map`: (H, W) int32 of segment ids, every pixel >= 1;
     - `segments_info`: a list of dicts in COCO's form: `id`, `category_id` (see `categories`), `isthing`, `iscrowd`,
-      `area` in pixels, `bbox` as x, y, width, height in pixels; things that others hide completely are left out;
-    - `image_id`: int, the index.
+      `area` in pixels, `bbox` as x, y, width, height in pixels; things that others hide completely are left out.
 
     Args:
         num_scenes, image_size, seed: see above.
@@ -317,9 +299,7 @@ class ShapesDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"num_scenes must be 0 or more, got {num_scenes}.")
         if image_size < 32:
             raise ValueError(f"image_size must be at least 32 pixels for shapes to be seen, got {image_size}.")
-        self.num_scenes = num_scenes
-        self.image_size = image_size
-        self.seed = seed
+        self.num_scenes, self.image_size, self.seed = num_scenes, image_size, seed
         self.categories = categories_of(shapes)
 
     def __len__(self) -> int:

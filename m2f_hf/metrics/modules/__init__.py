@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def module_path(name: str) -> str:
-    """Where `evaluate.load` finds a module: "panoptic_quality", "mask_ap", "mean_iou", "pixel_scores" or "video_ap".
+    """Return the path for `evaluate.load`: "panoptic_quality", "mask_ap", "mean_iou", "pixel_scores" or "video_ap".
 
     Raises:
         ValueError: if there is no such module.
