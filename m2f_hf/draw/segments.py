@@ -1,4 +1,4 @@
-"""Pictures of segmentation results. Needs Pillow and NumPy only."""
+"""Draw segments over pictures, with Pillow and NumPy alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Color = tuple[int, int, int]
 ClassColors = Mapping[int, Sequence[int]] | Sequence[Sequence[int]]
 
 _FILL_PERCENT = 45
-# Labels are placed on a map no larger than this, so that the search costs the same for a phone's photo.
+# Labels are placed on a map no larger than this, so that the search takes as long for a large photo.
 _MAX_PLACEMENT_SIDE = 320
-# Share of a label's box that must lie on its segment; a smaller font is tried otherwise.
+# Share of a label's box that must be on its segment; a smaller font is tried otherwise.
 _COMFORTABLE_COVER = 0.7
 # Hue (turns) and lightness (0-1) added for the first, second, … instance of a class.
 _INSTANCE_VARIATION = (
@@ -32,8 +32,7 @@ _INSTANCE_VARIATION = (
 
 
 def semantic_to_segments(semantic_map: Any, id2label: Mapping[int, str]) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """
-    Turn a semantic map into the (id map, `segments_info`) form of a panoptic result: one segment for each class seen.
+    """Turn a semantic map into the (id map, `segments_info`) form of a panoptic result, a segment for each class seen.
 
     Args:
         semantic_map: (H, W) integer class ids; pixels whose class is not in `id2label` (such as 255) become void.
@@ -50,21 +49,18 @@ def semantic_to_segments(semantic_map: Any, id2label: Mapping[int, str]) -> tupl
 
 
 def label_color(label_id: int) -> Color:
-    """A fixed, vivid colour (RGB, 0-255) for a class: hues a golden angle apart, so that successive classes differ."""
+    """Return a fixed, vivid colour (RGB, 0-255) for a class; successive classes' hues are a golden angle apart."""
     hue = (0.58 + label_id * 0.61803398875) % 1.0
     lightness = (0.55, 0.42, 0.66)[label_id // 5 % 3]
     return _from_hls(hue, lightness, 0.85)
 
 
 def segment_colors(segments_info: Iterable[Mapping[str, Any]], colors: ClassColors | None = None) -> dict[int, Color]:
-    """
-    One colour for each segment: its class's, in another shade for each further instance of a class. Segments of stuff
-    all have their class's.
+    """Return a colour for each segment: its class's, in another shade for each further instance of a thing.
 
     Args:
         segments_info: dictionaries with `id` and `label_id`, and where known `isthing`.
-        colors: RGB of classes by label id, such as a configuration's `label_colors`; those not given get
-            [`label_color`].
+        colors: RGB of classes by label id, such as a configuration's `label_colors`; others get [`label_color`].
 
     Returns:
         Segment id -> RGB, 0-255.
@@ -90,8 +86,7 @@ def draw_segments(
     colors: ClassColors | None = None,
     scale: int = 1,
 ) -> Image.Image:
-    """
-    Draw segments over a photo: coloured fill, outline, and a label with the score where there is room.
+    """Draw segments over a photo: coloured fill, outline, and a label with the score where there is room.
 
     Args:
         image: the photo.
@@ -105,7 +100,7 @@ def draw_segments(
         RGB picture, `scale` times the photo's size.
 
     Raises:
-        ValueError: if the map's size is not the photo's.
+        ValueError: the map's size is not the photo's.
     """
     segmentation = np.asarray(segmentation)
     if segmentation.shape != (image.height, image.width):
@@ -153,7 +148,7 @@ def _vary(color: Color, hue_step: float, lightness_step: float) -> Color:
 
 
 def _darken(color: Sequence[int]) -> Color:
-    """The colour at a lightness against which white text can be read."""
+    """Return the colour at a lightness against which white text can be read."""
     hue, _, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in color))
     return _from_hls(hue, 0.16, saturation)
 
@@ -189,7 +184,7 @@ def _paint(pixels: np.ndarray, segmentation: np.ndarray, palette: Mapping[int, C
 
 
 def _edges(index: np.ndarray, width: int) -> np.ndarray:
-    """(H, W) True on pixels within `width` of a pixel of another segment."""
+    """Return (H, W) bool, True on pixels within `width` of a pixel of another segment."""
     edge = np.zeros(index.shape, dtype=bool)
     for step in range(1, width + 1):
         for axis in (0, 1):
@@ -251,9 +246,8 @@ class _Label:
 
 
 def _find_spot(mask: np.ndarray, taken: np.ndarray, height: int, width: int) -> tuple[tuple[int, int], float]:
-    """
-    Top left corner of the free (height, width) box that lies most inside `mask`, preferably near its centre, and the
-    share of that box inside `mask`: 0 where there is no such box.
+    """Return the top left corner of the free (height, width) box that is most inside `mask`, preferably near its
+    centre, and the share of that box inside `mask`: 0 where there is no such box.
     """
     if height > mask.shape[0] or width > mask.shape[1]:
         return (0, 0), 0.0
@@ -268,7 +262,7 @@ def _find_spot(mask: np.ndarray, taken: np.ndarray, height: int, width: int) -> 
 
 
 def _box_means(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Mean of each (height, width) window, from a summed-area table: (H, W) bool -> (H - height + 1, W - width + 1)."""
+    """Return the mean of each (height, width) window, from a summed-area table: (H - height + 1, W - width + 1)."""
     table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
     table[1:, 1:] = mask.cumsum(axis=0).cumsum(axis=1)
     sums = table[height:, width:] - table[:-height, width:] - table[height:, :-width] + table[:-height, :-width]
