@@ -1,13 +1,15 @@
 """`Segmenter`: one call from a picture to its segments, with the bundled model."""
 
 import base64
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from m2f_hf import ClipTracker, Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
+from m2f_hf.inference.pipeline import M2FImageSegmentationPipeline
 from m2f_hf.inference.segmenter import SegmentedImage, Segmenter
 from m2f_hf.known.bundled import BUNDLED_MODEL, BUNDLED_SCENES, BUNDLED_VIDEO_MODEL
 
@@ -58,23 +60,36 @@ def test_masks_of_instances_are_whole(segmenter):
     assert overlap > 0, "nothing overlaps, so nothing is shown"
 
 
-def test_threads_share_a_segmenter(segmenter):
-    """Each call gets what it would get alone, at sizes that differ in padding."""
-    pictures = [np.asarray(Image.open(SCENE).convert("RGB"))[: 60 + 17 * i, : 96 - 5 * i] for i in range(3)]
-    expected = [segmenter(picture) for picture in pictures]
-    wrong = []
+def crops() -> list[Image.Image]:
+    """Pictures whose padding differs."""
+    scene = Image.open(SCENE).convert("RGB")
+    return [scene.crop((0, 0, 96 - 5 * index, 60 + 17 * index)) for index in range(3)]
 
-    def call(index: int) -> None:
-        for _ in range(4):
-            if not same(segmenter(pictures[index]), expected[index]):
-                wrong.append(index)
 
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+def call_segmenter(segmenter):
+    return lambda picture: segmenter(picture).segments
+
+
+def call_pipeline(segmenter):
+    pipeline = M2FImageSegmentationPipeline(segmenter.model, image_processor=segmenter.processor)
+    return lambda picture: [(each["label"], np.asarray(each["mask"]).sum()) for each in pipeline(picture)]
+
+
+def call_tracker(segmenter):
+    model = Mask2FormerForVideoSegmentation.from_pretrained(BUNDLED_VIDEO_MODEL).eval()
+    tracker = ClipTracker(model, Mask2FormerVideoProcessor.from_pretrained(BUNDLED_VIDEO_MODEL), window=2)
+    return lambda picture: [result["segments_info"] for result in tracker([picture] * 3)]
+
+
+@pytest.mark.parametrize("prepare", [call_segmenter, call_pipeline, call_tracker])
+def test_threads_share_model_and_processor(segmenter, prepare):
+    """Each call gives what it would give alone."""
+    call, pictures = prepare(segmenter), crops()
+    expected = [call(picture) for picture in pictures]
+    assert all(expected)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(call, pictures * 3))
+    assert found == expected * 3
 
 
 @pytest.mark.parametrize(

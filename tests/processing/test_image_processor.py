@@ -1,7 +1,5 @@
 """The image processor against Pillow, the original's recorded inputs and transformers' processor."""
 
-import base64
-import io
 import json
 import logging
 import warnings
@@ -169,20 +167,6 @@ def test_every_form_of_an_image_gives_the_same_pixels(processor, picture, conver
     result = processor(convert(picture))["pixel_values"]
     assert len(result) == 1
     np.testing.assert_allclose(result[0], expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", [str, lambda path: path])
-def test_paths(processor, picture, tmp_path, kind):
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    expected = processor(picture)["pixel_values"][0]
-    assert np.array_equal(processor(kind(tmp_path / "picture.png"))["pixel_values"][0], expected)
-
-
-def test_data_address():
-    buffer = io.BytesIO()
-    Image.new("RGB", (1, 1), (255, 0, 0)).save(buffer, "PNG")
-    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    assert pixels(address).tolist() == [[[255, 0, 0]]]
 
 
 def test_grey_becomes_three_equal_channels(picture):
@@ -362,18 +346,6 @@ def test_panoptic_maps_of_every_form(convert):
         batch = plain()(image, convert(IDS), segments_info=segments)
         assert batch["class_labels"][0].tolist() == [2, 1, 2]  # 255 is an id here, the crowd is left out
         assert np.array_equal(batch["mask_labels"][0], IDS[None] == np.array([255, 256, 2**24 - 1])[:, None, None])
-
-
-def test_panoptic_map_from_a_file(tmp_path):
-    Image.fromarray(coloured(IDS)).save(tmp_path / "ids.png")
-    batch = plain()(np.zeros((2, 5, 3), np.uint8), tmp_path / "ids.png", segments_info=SEGMENTS)
-    assert batch["class_labels"][0].tolist() == [2, 1, 2]
-
-
-def test_palette_map():
-    image = Image.fromarray(np.array([[1, 2], [2, 255]], dtype=np.uint8), mode="P")
-    image.putpalette([9] * 768)
-    assert plain()(np.zeros((2, 2, 3), np.uint8), image)["class_labels"][0].tolist() == [1, 2]
 
 
 def test_instance_ids_to_classes():

@@ -1,5 +1,6 @@
 """Images of any kind as arrays of pixels: reading, sizes, resizing, padding."""
 
+import base64
 import json
 
 import numpy as np
@@ -8,13 +9,53 @@ import torch
 from PIL import Image
 from transformers.image_utils import SizeDict
 
-from m2f_hf.processing.images import get_resized_size, list_of_images, pad_to, read_image, resize_image
+from m2f_hf import BUNDLED_MODEL, Segmenter, stream_frames
+from m2f_hf.data.base import read_image as read_training_image
+from m2f_hf.inference.pipeline import M2FImageSegmentationPipeline
+from m2f_hf.processing.images import get_resized_size, list_of_images, pad_to, read_image, read_rgb, resize_image
 
 
 @pytest.fixture
 def picture():
     """(37, 53, 3) uint8, every channel different."""
     return np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+
+
+def deep_pictures() -> dict[str, np.ndarray]:
+    """Grey ramps of more than 8 bits, by the name of a file that holds them."""
+    ramp = np.linspace(0, 65535, 40 * 64).reshape(40, 64)
+    return {
+        "deep.png": ramp.astype(np.uint16),
+        "dark.png": (ramp / 257).astype(np.uint16),
+        "deep.tif": ramp.astype(np.int32),
+        "fractions.tif": (ramp / 65535).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("name", deep_pictures())
+def test_every_way_in_reads_the_same_pixels(name, tmp_path):
+    """A path, an open file, an address, a clip, the pipeline, one call, and training data."""
+    (tmp_path / "clip").mkdir()
+    path = tmp_path / "clip" / name
+    Image.fromarray(deep_pictures()[name]).save(path)
+    expected = read_image(path)
+    address = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    frames = list(stream_frames([path]))
+    if path.suffix == ".png":
+        frames += stream_frames(tmp_path / "clip")
+    for found in (read_image(str(path)), read_image(Image.open(path)), read_image(address), *frames):
+        assert found.dtype == expected.dtype and np.array_equal(found, expected)
+
+    in_8_bits = np.asarray(read_rgb(path))
+    assert in_8_bits.min() == 0 and in_8_bits.max() == (1 if name == "dark.png" else 255)
+    segmenter = Segmenter.from_pretrained(BUNDLED_MODEL, device="cpu")
+    pipeline = M2FImageSegmentationPipeline(segmenter.model, image_processor=segmenter.processor)
+    assert np.array_equal(segmenter(path).image, in_8_bits)
+    assert np.array_equal(read_training_image(path, name), in_8_bits)
+    inputs = pipeline.preprocess(str(path))["pixel_values"][0]
+    assert torch.equal(inputs, segmenter.processor(path, return_tensors="pt")["pixel_values"][0])
+    without_address = pipeline.preprocess(base64.b64encode(path.read_bytes()).decode())
+    assert torch.equal(without_address["pixel_values"][0], inputs)
 
 
 def test_every_kind_is_read_as_rgb_with_channels_first(picture, tmp_path):
