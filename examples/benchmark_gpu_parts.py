@@ -22,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from m2f_hf.kernels import triton_deformable_attention as kernels
 from m2f_hf.kernels.deformable_attention import (
-    form_for,
     grid_sample_deformable_attention,
     multi_scale_deformable_attention,
 )
@@ -212,7 +211,7 @@ def awkward_inputs(setup: Setup) -> tuple[Tensor, list[tuple[int, int]], Tensor,
 
 def check_kernels(setup: Setup, report: Report, pace: Pace) -> None:
     """The Triton kernels against the `grid_sample` form in double precision, forward and backward."""
-    if not kernels.serves(torch.device(setup.device)):
+    if not kernels.runs_on(torch.device(setup.device)):
         report.add("notes", "not run: the Triton kernels need a GPU, or TRITON_INTERPRET=1 in the environment")
         return
 
@@ -242,7 +241,8 @@ def measure_attention(setup: Setup, report: Report, pace: Pace) -> None:
     """Deformable attention as the model calls it beside the `grid_sample` form."""
     forms = {"grid_sample": grid_sample_deformable_attention, OURS.name: multi_scale_deformable_attention}
     value, shapes, locations, weights = setup.attention_inputs()
-    report.add("notes", f"{OURS.name} takes the form {form_for(value)!r} on this device")
+    takes = "takes" if kernels.triton_attention.serves(value, shapes, locations, weights) else "does not take"
+    report.add("notes", f"{OURS.name} {takes} the Triton kernels on this device")
 
     def prepare(function: Callable[..., Tensor], dtype: torch.dtype, backward: bool) -> Callable[[], Any]:
         inputs = [value.to(dtype), locations, weights.to(dtype)]

@@ -15,69 +15,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .pieces import is_recorded
+from .fast_path import Kernel
 
 
 # With fewer channels the transforms cost what the products save. The gradient of the weights gains with fewer, too.
 _LEAST_CHANNELS = 192
 _LEAST_CHANNELS_TO_LEARN = 32
 _TILES_PER_PIECE = 512  # 8 MB of 256 channels in float32, for inputs and outputs each; products with fewer are slower
-
-
-class TiledConv2d(nn.Conv2d):
-    """A convolution that computes in tiles of 2x2 outputs what [`works_in_tiles`] says yes to.
-
-    There it has neither second derivatives nor forward-mode ones, no `torch.func` transforms, and what is infinite
-    makes NaN of its tile. Compilers and exports see PyTorch's convolution.
-    """
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (self.is_three_by_three() and works_in_tiles(input, weight, bias)):
-            return super()._conv_forward(input, weight, bias)
-        output: Tensor = TiledConvolution.apply(input, weight, bias)
-        return output
-
-    def is_three_by_three(self) -> bool:
-        """Whether each output sees the square of nine positions around it, in every channel."""
-        return (
-            self.kernel_size == (3, 3)
-            and self.stride == self.dilation == (1, 1)
-            and self.padding in ((1, 1), "same")
-            and self.padding_mode == "zeros"
-            and self.groups == 1
-        )
-
-
-def works_in_tiles(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether [`TiledConvolution`] can do it and is faster: (B, C, H, W), (O, C, 3, 3), (O,)."""
-    return (
-        suits_tiles(features, weight, bias)
-        and features.shape[1] == weight.shape[1]
-        and features.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def suits_tiles(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """[`works_in_tiles`] of a map of this size, (B, …, H, W), whatever its channels and however they lie in memory.
-
-    On the CPU, H and W even, in single or double precision. Small maps have too few tiles for the sixteen matrices of
-    weights.
-    """
-    return (
-        not is_recorded()
-        and features.device.type == "cpu"
-        and features.dim() == 4
-        and features.dtype in (torch.float32, torch.float64)
-        and all(parameter.dtype == features.dtype for parameter in (weight, bias) if parameter is not None)
-        and features.shape[2] % 2 == features.shape[3] % 2 == 0
-        and min(weight.shape[:2]) >= _LEAST_CHANNELS_TO_LEARN
-        and features.shape[2] * features.shape[3] >= 4 * min(weight.shape[:2])
-        and len(features) > 0
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 class TiledConvolution(torch.autograd.Function):
@@ -104,7 +51,7 @@ class TiledConvolution(torch.autograd.Function):
 
 
 def convolve(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What [`works_in_tiles`] says yes to, by tiles where there are many channels: (B, O, H, W) with channels last."""
+    """Convolve by tiles where there are many channels: (B, C, H, W), (O, C, 3, 3), (O,) -> (B, O, H, W)."""
     if min(weight.shape[:2]) >= _LEAST_CHANNELS:
         return convolve_tiles(features, weight, bias)
     return F.conv2d(features, weight, bias, padding=1)
@@ -254,3 +201,34 @@ def _transform_output_grad(grad: Tensor, product_grad: Tensor, workspace: _Works
         torch.add(given[0], given[1], out=written[1])
         torch.sub(given[0], given[1], out=written[2])
         torch.neg(given[1], out=written[3])
+
+
+def _serves(layer: Any, features: Tensor) -> bool:
+    weight, parameters = layer.weight, list(layer.parameters())
+    return (
+        layer.kernel_size == (3, 3)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.padding in ((1, 1), "same")
+        and layer.padding_mode == "zeros"
+        and layer.groups == 1
+        and features.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and features.dim() == 4
+        and features.dtype in (torch.float32, torch.float64)
+        and all(parameter.dtype == features.dtype for parameter in parameters)
+        and features.numel() > 0
+        and features.shape[1] == weight.shape[1]
+        and features.shape[2] % 2 == features.shape[3] % 2 == 0
+        and features.is_contiguous(memory_format=torch.channels_last)
+        and min(weight.shape[:2]) >= _LEAST_CHANNELS_TO_LEARN
+        # Small maps have too few tiles for the sixteen matrices of weights.
+        and features.shape[2] * features.shape[3] >= 4 * min(weight.shape[:2])
+    )
+
+
+def _forward(layer: Any, features: Tensor) -> Tensor:
+    output: Tensor = TiledConvolution.apply(features, layer.weight, layer.bias)
+    return output
+
+
+winograd_convolution = Kernel(_serves, _forward)

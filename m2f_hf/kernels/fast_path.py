@@ -52,8 +52,10 @@ class Kernel(NamedTuple):
 
 
 def fast_path(*kernels: Kernel) -> Callable[[_Function], _Function]:
-    """Return a decorator that runs the first of `kernels` that serves a call, or else the decorated function itself,
-    which stays reachable as `__wrapped__`."""
+    """Return a decorator that runs the first of `kernels` that serves a call, or else the decorated function itself.
+
+    What it returns has the plain function as `__wrapped__` and the kernels as `kernels`.
+    """
 
     def decorate(plain: _Function) -> _Function:
         @functools.wraps(plain)
@@ -63,6 +65,7 @@ def fast_path(*kernels: Kernel) -> Callable[[_Function], _Function]:
                     return kernel.forward(*args, **kwargs)
             return plain(*args, **kwargs)
 
+        dispatch.kernels = kernels  # type: ignore[attr-defined]
         return dispatch  # type: ignore[return-value]
 
     return decorate
@@ -87,7 +90,7 @@ def is_recorded() -> bool:
 
 def has_plain_parts(layer: nn.Module) -> bool:
     """Return whether a layer's parts do what their classes say and its parameters are ordinary tensors."""
-    return not nn.modules.module._has_any_global_hook() and all(
+    return all(
         all(map(is_plain_tensor, module.parameters(recurse=False))) and (module is layer or is_plain(module))
         for module in layer.modules()
     )
@@ -99,6 +102,7 @@ def is_plain(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return (
         not any(hooks)
+        and not nn.modules.module._has_any_global_hook()
         and "forward" not in vars(module)
         and module._compiled_call_impl is None
         and type(module).forward.__module__.startswith(_KNOWN_PACKAGES)

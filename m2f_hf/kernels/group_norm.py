@@ -5,27 +5,17 @@ the further the mean lies from zero and the larger the map is: at 200x304 positi
 its other form. Here the mean is taken first, and a ReLU that follows is part of the pass.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .pieces import is_recorded, pieces
-
-
-def normalises_channels_last(features: Tensor, norm: nn.GroupNorm) -> bool:
-    """Whether [`ChannelsLastGroupNorm`] should do it: (B, C, H, W) on the CPU, laid out so, float32 or float64."""
-    return (
-        features.device.type == "cpu"
-        and norm.weight.dtype == features.dtype in (torch.float32, torch.float64)
-        and features.is_contiguous(memory_format=torch.channels_last)
-        and not is_recorded()
-    )
+from .fast_path import Kernel
+from .pieces import pieces
 
 
 class ChannelsLastGroupNorm(torch.autograd.Function):
-    """`group_norm`, then ReLU if asked, of what `normalises_channels_last` says yes to."""
+    """`group_norm`, then ReLU if asked, of float32 or float64 maps with channels last."""
 
     @staticmethod
     def forward(
@@ -44,50 +34,34 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
         if output is not None:
             grad = torch.ops.aten.threshold_backward(grad, output, 0)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grads = group_norm_gradients(grad, features, weight, (mean, inverse_deviation), ctx.needs_input_grad[:3])
+        batch, channels, height, width = features.shape
+        grads = torch.ops.aten.native_group_norm_backward(
+            grad, features, mean, inverse_deviation, weight, batch, channels, height * width, mean.shape[1],
+            list(ctx.needs_input_grad[:3]),
+        )  # fmt: skip
         return *grads, None, None, None
-
-
-def group_norm_gradients(
-    grad: Tensor, features: Tensor, weight: Tensor, statistics: tuple[Tensor, Tensor], wanted: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """From the gradient of a norm's output those of its input, weight and bias, as far as they are wanted.
-
-    (B, C, H, W) twice with channels last, (C,), two of (B, groups).
-    """
-    (batch, channels, height, width), groups = features.shape, statistics[0].shape[1]
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.native_group_norm_backward(
-        grad, features, *statistics, weight, batch, channels, height * width, groups, list(wanted)
-    )
-    return grads
 
 
 def normalise_groups(
     features: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: bool, output: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Writes (B, C, H, W) to `output`, which may be `features`; both have channels last.
+    """Normalise (B, C, H, W) into `output`, which may be `features`; both have channels last.
 
     Returns:
         Mean and inverse deviation, (B, groups) each.
     """
-    found = [_statistics(image, groups, eps) for image in rows_of(features)]
-    means, inverse_deviations = (torch.stack(of_images) for of_images in zip(*found, strict=True))
-    apply_statistics(features, weight, bias, (means, inverse_deviations), relu, output)
-    return means, inverse_deviations
-
-
-def apply_statistics(
-    features: Tensor, weight: Tensor, bias: Tensor, statistics: tuple[Tensor, Tensor], relu: bool, output: Tensor
-) -> None:
-    """What `normalise_groups` does with the statistics that it found."""
-    groups = statistics[0].shape[1]
-    for image, normalised, mean, inverse_deviation in zip(rows_of(features), rows_of(output), *statistics, strict=True):
+    statistics = []
+    for image, normalised in zip(rows_of(features), rows_of(output), strict=True):
+        mean, inverse_deviation = _statistics(image, groups, eps)
         scale = (weight.view(groups, -1) * inverse_deviation[:, None]).flatten()
         shift = torch.addcmul(bias, mean.repeat_interleave(len(bias) // groups), scale, value=-1)
-        for piece in pieces(*image.shape):
-            torch.addcmul(shift, image[piece], scale, out=normalised[piece])
+        for chunk in pieces(*image.shape):
+            torch.addcmul(shift, image[chunk], scale, out=normalised[chunk])
             if relu:
-                normalised[piece].relu_()
+                normalised[chunk].relu_()
+        statistics.append((mean, inverse_deviation))
+    means, inverse_deviations = map(torch.stack, zip(*statistics, strict=True))
+    return means, inverse_deviations
 
 
 def rows_of(features: Tensor) -> Tensor:
@@ -105,3 +79,30 @@ def _statistics(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     mean = means.mean(1)
     variance = (variances + (means - mean[:, None]).square()).mean(1)
     return mean, (variance + eps).rsqrt()
+
+
+def _serves(layer: Any, features: Tensor, padding: Tensor | None = None) -> bool:
+    return (
+        padding is None
+        and features.device.type == "cpu"
+        and features.is_contiguous(memory_format=torch.channels_last)
+        and features.numel() > 0
+    )
+
+
+def _forward(layer: Any, features: Tensor, padding: Tensor | None = None) -> Tensor:
+    """A convolution, its norm and, with `layer.relu`, a ReLU."""
+    norm = layer.norm
+    convolved = layer.convolution(features).contiguous(memory_format=torch.channels_last)
+    if norm.weight.dtype != convolved.dtype or convolved.dtype not in (torch.float32, torch.float64):
+        normalised: Tensor = norm(convolved)  # in half precision PyTorch's own adds up in float32
+        return normalised.relu() if layer.relu else normalised
+    arguments = (convolved, norm.weight, norm.bias, norm.num_groups, norm.eps, layer.relu)
+    if torch.is_grad_enabled():
+        output: Tensor = ChannelsLastGroupNorm.apply(*arguments)
+        return output
+    normalise_groups(*arguments, output=convolved)  # in place: no one else has seen it
+    return convolved
+
+
+channels_last_group_norm = Kernel(_serves, _forward)

@@ -67,7 +67,7 @@ def _is_untouched(backbone: nn.Module) -> bool:
     if type(backbone) is not modeling_swin.SwinBackbone:
         return False
     modules = [(backbone.get_submodule(name), kind) for name, kind in kinds.items()]
-    return all(type(module) is kind and is_plain(module, kind) for module, kind in modules)
+    return all(type(module) is kind and is_plain(module) for module, kind in modules)
 
 
 def _view_of_stage(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operator_registration import empty_gradients, free_name, register_deformable_attention
+from .fast_path import Kernel
+from .operator_registration import check_shapes, empty_gradients, free_name, register_deformable_attention
 
 
 try:
@@ -197,14 +198,19 @@ IS_INTERPRETED = IS_AVAILABLE and not isinstance(_forward_kernel, triton.JITFunc
 """Whether the kernels run in Triton's interpreter, which was decided when Triton was imported."""
 
 
-def serves(device: torch.device) -> bool:
-    """Whether the operator takes tensors on this device."""
+def runs_on(device: torch.device) -> bool:
+    """Return whether the operator takes tensors on this device."""
     return IS_AVAILABLE and (device.type == "cuda" or (device.type == "cpu" and IS_INTERPRETED))
+
+
+def works_on(device: torch.device) -> bool:
+    """Return whether the operator is the fastest way on this device and works there."""
+    return device.type == "cuda" and works_on_gpu(device.index)
 
 
 @torch.compiler.assume_constant_result
 def works_on_gpu(index: int) -> bool:
-    """Whether Triton gets a kernel to run on this GPU; warns, once, where Triton is there and does not."""
+    """Return whether Triton gets a kernel to run on this GPU; warn, once, where Triton is installed and does not."""
     return IS_AVAILABLE and _trial_succeeds(index)
 
 
@@ -257,21 +263,6 @@ def launch_options(
     return batch * heads * triton.cdiv(queries, block_queries), constants
 
 
-def _check_shapes(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> None:
-    """Raises ValueError: other shapes would have the kernels read memory that is not theirs."""
-    batch, positions, heads, _ = value.shape
-    _, queries, _, _, points, _ = sampling_locations.shape
-    samples = (batch, queries, heads, len(sizes) // 2, points)
-    if sampling_locations.shape != (*samples, 2) or attention_weights.shape != samples:
-        raise ValueError(
-            f"`value` {tuple(value.shape)} and {len(sizes) // 2} levels want `sampling_locations` {(*samples, 2)} and "
-            f"`attention_weights` {samples}, got {tuple(sampling_locations.shape)} and "
-            f"{tuple(attention_weights.shape)}."
-        )
-    if sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True)) != positions:
-        raise ValueError(f"Levels of heights and widths {sizes} don't have {positions} positions together, as `value`.")
-
-
 def _sides(sizes: list[int]) -> tuple[float, ...]:
     # Triton compiles a kernel anew for integers of 1 and for multiples of 16, so for many a size of the input; numbers
     # with a point it takes as they come. A tensor would have to be copied to the GPU, and the host to wait for it.
@@ -292,7 +283,7 @@ def triton_deformable_attention(
     Sums are kept in float32, in float64 for values in float64. Dtypes may be mixed. The gradient of `value` is added up
     in no fixed order, so its last digits vary from run to run.
     """
-    _check_shapes(value, sizes, sampling_locations, attention_weights)
+    check_shapes(value, sizes, sampling_locations, attention_weights)
     value, sampling_locations, attention_weights = (
         tensor.contiguous() for tensor in (value, sampling_locations, attention_weights)
     )
@@ -317,7 +308,7 @@ def triton_deformable_attention(
 def _triton_deformable_attention_backward(
     grad: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_shapes(value, sizes, sampling_locations, attention_weights)
+    check_shapes(value, sizes, sampling_locations, attention_weights)
     _warn_or_raise_if_order_matters()
     grad, value, sampling_locations, attention_weights = (
         tensor.contiguous() for tensor in (grad, value, sampling_locations, attention_weights)
@@ -356,3 +347,17 @@ def _warn_or_raise_if_order_matters() -> None:
 
 
 register_deformable_attention(triton_deformable_attention, _triton_deformable_attention_backward)
+
+
+def _serves(value: Tensor, spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor) -> bool:
+    return works_on(value.device)
+
+
+def _forward(
+    value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    sizes = [side for shape in spatial_shapes for side in shape]
+    return triton_deformable_attention(value, sizes, sampling_locations, attention_weights)
+
+
+triton_attention = Kernel(_serves, _forward, compiles=True)

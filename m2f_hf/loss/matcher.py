@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..kernels.pieces import pieces
-from ..kernels.products import batched_linear
 from .points import DrawPoints, PointRows, draw_uniform_points, in_floats, in_reading_order, sample_points
 
 
@@ -250,7 +249,7 @@ class Mask2FormerHungarianMatcher(nn.Module):
             # (B * T, p, C) -> (B, T * p, C)
             sampled = features.sample(points[:, piece].repeat_interleave(num_frames, 0)).unflatten(0, (batch_size, -1))
             # (B, Q, C) x (B, T * p, C) -> (B, Q, T * p)
-            yield batched_linear(embeddings, sampled.flatten(1, 2)), labels[..., piece].flatten(2)
+            yield embeddings @ sampled.flatten(1, 2).mT, labels[..., piece].flatten(2)
 
 
 def pairwise_losses(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.convolution import winograd_convolution
+from ..kernels.fast_path import fast_path
+
 
 NUM_FEATURE_LEVELS = 3  # strides 32, 16 and 8 feed the decoder (paper, section 3.2.2)
 NUM_SAMPLING_POINTS = 4  # of deformable attention, for each head and level
@@ -48,6 +51,15 @@ class XavierLinear(nn.Linear):
 
 class XavierConv2d(nn.Conv2d):
     """Convolution with Xavier-uniform weights: those that lead into the deformable encoder."""
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A convolution that the CPU computes by Winograd's algorithm where that is faster."""
+
+    @fast_path(winograd_convolution)
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, O, H, W)."""
+        return super().forward(input)
 
 
 class ZeroLinear(nn.Linear):
@@ -126,3 +138,8 @@ class Mask2FormerSinePositionEmbedding(nn.Module):
 def to_tokens(features: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H * W, C), or a clip's (B, T, C, H, W) -> (B, T * H * W, C)."""
     return features.movedim(-3, -1).flatten(1, -2)
+
+
+def to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, H * W, C) -> (B, C, H, W), in the same memory."""
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)

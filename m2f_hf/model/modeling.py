@@ -28,7 +28,7 @@ from .layers import (
 )
 from .padding import BackbonePaddingHider, hidden_padding, image_sizes_from_mask, may_hide_padding
 from .pixel_decoder import PIXEL_DECODER_CLASSES, Mask2FormerPixelDecoder
-from .transformer_decoder import Mask2FormerMaskedAttention, Mask2FormerTransformerModule, mask_logits
+from .transformer_decoder import Mask2FormerMaskedAttention, Mask2FormerTransformerModule
 
 
 # What of a checkpoint cannot be kept under another value of a field.
@@ -466,9 +466,7 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
             transformer_decoder_intermediate_states=decoded.intermediate_hidden_states,
             # (B, Q, H, W), of a clip (B, Q, T, H, W); of one prediction unless all are wanted. The loss does not read
             # it, but callers of either mode expect an output to have its masks.
-            masks_queries_logits=tuple(
-                mask_logits(embeddings, features).unflatten(2, map_size) for embeddings in wanted
-            ),
+            masks_queries_logits=tuple((embeddings @ features).unflatten(2, map_size) for embeddings in wanted),
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
             mask_embeddings=decoded.mask_embeddings,

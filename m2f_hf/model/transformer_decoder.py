@@ -10,8 +10,6 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from ..kernels.pieces import is_recorded
-from ..kernels.products import linear
 from .configuration import Mask2FormerConfig
 from .layers import NUM_FEATURE_LEVELS, Mask2FormerSinePositionEmbedding, PartlyFrozen, XavierLinear, to_tokens
 from .padding import PADDING_DIVISOR, hidden_padding
@@ -104,7 +102,7 @@ class Mask2FormerMaskedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Q, C), (B, S, C) twice, (B, 1, Q, S) True = blocked -> (B, Q, C) and, eager, (B, heads, Q, S) weights."""
         query, key, value = (
-            split_heads(linear(states, weight, bias), self.config.num_attention_heads)
+            split_heads(nn.functional.linear(states, weight, bias), self.config.num_attention_heads)
             for states, weight, bias in zip(
                 (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
             )
@@ -177,8 +175,7 @@ class Mask2FormerMaskedAttentionDecoderLayer(GradientCheckpointingLayer):
         return (hidden_states if self.pre_norm else norm(hidden_states)), weights
 
     def _drop(self, hidden_states: Tensor) -> Tensor:
-        # Asked only where there is something to drop: without, it would copy.
-        return nn.functional.dropout(hidden_states, self.dropout) if self.training and self.dropout else hidden_states
+        return nn.functional.dropout(hidden_states, self.dropout, self.training)
 
 
 class Mask2FormerPredictionBlock(nn.Sequential):
@@ -195,14 +192,6 @@ class Mask2FormerMLPPredictionHead(nn.Sequential):
             Mask2FormerPredictionBlock(hidden_dim, hidden_dim, nn.ReLU()),
             Mask2FormerPredictionBlock(hidden_dim, output_dim, nn.Identity()),
         )
-
-
-def mask_logits(embeddings: Tensor, features: Tensor) -> Tensor:
-    """(B, Q, C) x (B, C, S) -> (B, Q, S)."""
-    if embeddings.device.type == "cpu" and not is_recorded() and len(embeddings) == 1:
-        # In bfloat16 seven times as fast as the product of a batch of one, which copies the features.
-        return linear(embeddings[0], features[0].T)[None]
-    return embeddings @ features
 
 
 class Mask2FormerMaskPredictor(nn.Module):
@@ -226,7 +215,7 @@ class Mask2FormerMaskPredictor(nn.Module):
         the product linear in the channels, so the resized features give the resized logits.
         """
         # (B, Q, C) x (B, C, S) -> (B, Q, S)
-        logits = mask_logits(mask_embeddings, level_features)
+        logits = mask_embeddings @ level_features
         if padding is not None:
             logits.masked_fill_(padding[:, None], -1.0)
         highest = logits.amax(dim=-1, keepdim=True)
@@ -286,24 +275,6 @@ class Mask2FormerMaskedAttentionDecoder(nn.Module):
         )
 
 
-def shrink(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resizing of (B, C, H, W) to a smaller size.
-
-    Where a side is an even multiple of the smaller one, that is the mean of the four pixels around each middle. On the
-    CPU it is several times faster said this way.
-    """
-    batch, channels, height, width = features.shape
-    if features.device.type == "cpu" and features.dtype == torch.float32 and not torch.compiler.is_exporting():
-        steps = height // size[0], width // size[1]
-        if steps[0] % 2 == steps[1] % 2 == 0 and (height, width) == (steps[0] * size[0], steps[1] * size[1]):
-            middles = features.view(batch, channels, size[0], steps[0], size[1], steps[1])
-            upper, lower = middles[..., steps[0] // 2 - 1, :, :], middles[..., steps[0] // 2, :, :]
-            right = steps[1] // 2
-            upper = upper[..., right - 1] + upper[..., right]
-            return (upper + (lower[..., right - 1] + lower[..., right])).mul_(0.25)
-    return nn.functional.interpolate(features, size, mode="bilinear", align_corners=False)
-
-
 class Mask2FormerTransformerModule(PartlyFrozen):
     """Object queries, and what the masked-attention decoder reads of each level."""
 
@@ -352,8 +323,8 @@ class Mask2FormerTransformerModule(PartlyFrozen):
             # The level embedding joins the source, so it reaches keys and values.
             projected = self.input_projections[index](features.flatten(0, -4)).unflatten(0, leading)
             sources.append(to_tokens(projected) + self.level_embed.weight[index])
-            shrunk = shrink(mask_features.detach().flatten(0, -4), size).unflatten(0, leading)
-            level_features.append(to_tokens(shrunk).transpose(1, 2))
+            resized = nn.functional.interpolate(mask_features.detach().flatten(0, -4), size, mode="bilinear")
+            level_features.append(to_tokens(resized.unflatten(0, leading)).transpose(1, 2))
             paddings.append(None if padding is None else padding.flatten(1).repeat(1, math.prod(leading[1:])))
         return self.decoder(
             self.queries_features.weight.expand(mask_features.shape[0], -1, -1),

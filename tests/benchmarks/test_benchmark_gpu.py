@@ -81,7 +81,7 @@ def test_a_part_has_a_process_of_its_own(tmp_path, repository, monkeypatch, caps
     assert benchmark_gpu.main([*TRY, "--only", "attention"]) == 0
     printed = capsys.readouterr().out
     assert len(rows(printed)) == 2 + 4
-    assert "takes the form 'gather'" in printed
+    assert "does not take the Triton kernels" in printed
 
 
 # --- what goes wrong ---

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from tiny import shake
 from torch import nn
 from torch.nn import functional as F
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerModel
 from m2f_hf.kernels import convolution as module
-from m2f_hf.kernels.convolution import TiledConv2d, TiledConvolution, convolve_tiles, weight_gradient, works_in_tiles
-from m2f_hf.kernels.pyramid_step import PyramidStep
-from m2f_hf.model import pixel_decoder
+from m2f_hf.kernels import fast_path
+from m2f_hf.kernels.convolution import TiledConvolution, convolve_tiles, weight_gradient, winograd_convolution
+from m2f_hf.model.layers import WinogradConv2d
 
 
 def make_inputs(batch=2, channels=5, outputs=7, height=6, width=10, dtype=torch.float32):
@@ -107,7 +108,7 @@ def test_second_derivatives_are_refused():
 
 def make_layer(channels=32, **options):
     torch.manual_seed(0)
-    return TiledConv2d(channels, channels, 3, **{"padding": 1, **options})
+    return WinogradConv2d(channels, channels, 3, **{"padding": 1, **options})
 
 
 @pytest.mark.parametrize("padding", [1, "same"])
@@ -144,7 +145,7 @@ def test_other_convolutions_are_left_to_pytorch(options):
     features, *_ = make_inputs(channels=64, height=16, width=16)
     options = {"kernel_size": 3, "padding": 1, **options}
     torch.manual_seed(0)
-    layer = TiledConv2d(64, 64, **options)
+    layer = WinogradConv2d(64, 64, **options)
     torch.manual_seed(0)
     expected = nn.Conv2d(64, 64, **options)(features)
     actual = layer(features)
@@ -155,18 +156,18 @@ def test_other_convolutions_are_left_to_pytorch(options):
 def test_other_maps_are_left_to_pytorch():
     features, *_ = make_inputs(channels=32, height=14, width=14)
     layer = make_layer()
-    parameters = layer.weight, layer.bias
-    assert works_in_tiles(features, *parameters)
+    serves = winograd_convolution.serves
+    assert serves(layer, features)
     parts = [features[:, :, :13], features[:, :, :, :13], features[:, :, :10, :10]]  # odd sides, few tiles
     others = [features.contiguous(), *(part.contiguous(memory_format=torch.channels_last) for part in parts)]
     for other in (*others, features[:0], features[0]):
-        assert not works_in_tiles(other, *parameters)
-        torch.testing.assert_close(layer(other), F.conv2d(other, *parameters, padding=1))
+        assert not serves(layer, other)
+        torch.testing.assert_close(layer(other), F.conv2d(other, layer.weight, layer.bias, padding=1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not works_in_tiles(features, *parameters)
+        assert not serves(layer, features)
         assert layer(features).dtype == torch.bfloat16
-    assert not works_in_tiles(features.bfloat16(), layer.weight.bfloat16(), None)
-    assert not works_in_tiles(features, *make_layer(channels=16).parameters())
+    assert not serves(make_layer().bfloat16(), features.bfloat16())
+    assert not serves(make_layer(channels=16), features[:, :16].contiguous(memory_format=torch.channels_last))
     with pytest.raises(RuntimeError, match="channels"):
         layer(features[:, :31].contiguous(memory_format=torch.channels_last))
     with pytest.raises(RuntimeError, match="type"):
@@ -189,8 +190,8 @@ def test_a_compiler_sees_a_convolution():
     assert any("conv2d" in name for name in names[0])
 
 
-@pytest.mark.parametrize(("kind", "function", "count"), [("msdeform", PyramidStep, 1), ("fpn", TiledConvolution, 3)])
-def test_pixel_decoders_learn_by_tiles(kind, function, count, monkeypatch):
+@pytest.mark.parametrize(("kind", "count"), [("msdeform", 1), ("fpn", 3)])
+def test_pixel_decoders_learn_by_tiles(kind, count, monkeypatch):
     """In double precision; the FPN's coarser maps have too few tiles, or an odd side."""
     torch.manual_seed(0)
     backbone = {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2}
@@ -200,12 +201,12 @@ def test_pixel_decoders_learn_by_tiles(kind, function, count, monkeypatch):
         num_attention_heads=2, encoder_layers=1, encoder_feedforward_dim=32, decoder_layers=2, dim_feedforward=32,
         num_queries=4,
     )  # fmt: skip
-    decoder = Mask2FormerModel(config).double().pixel_level_module.decoder
+    decoder = shake(Mask2FormerModel(config)).double().pixel_level_module.decoder
     shapes = [(2, 8 * 2**stage, 24 // 2**stage, 40 // 2**stage) for stage in range(4)]
     maps = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     applied = []
-    apply = function.apply
-    monkeypatch.setattr(function, "apply", lambda *args: applied.append(args) or apply(*args))
+    apply = TiledConvolution.apply
+    monkeypatch.setattr(TiledConvolution, "apply", lambda *args: applied.append(args) or apply(*args))
     results = []
     for _ in range(2):
         features = [each.clone().requires_grad_() for each in maps]
@@ -215,8 +216,7 @@ def test_pixel_decoders_learn_by_tiles(kind, function, count, monkeypatch):
         loss = sum((output * output.cos()).sum() for output in flat)
         results.append((*flat, *torch.autograd.grad(loss, [*features, *parameters], allow_unused=True)))
         assert len(applied) == count
-        for where in (module, pixel_decoder):
-            monkeypatch.setattr(where, "suits_tiles", lambda *args: False)
+        monkeypatch.setattr(fast_path, "_CHOICE", "plain")
     for tiled, plain in zip(*results, strict=True):
         assert (tiled is None) == (plain is None)
         if plain is not None:

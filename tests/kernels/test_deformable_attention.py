@@ -9,7 +9,7 @@ from attention_inputs import SHAPES, by_definition, call, load_copy, make_inputs
 from operations import Operations
 from transformers.models.mask2former import modeling_mask2former as stock
 
-import m2f_hf.kernels.deformable_attention as operator
+import m2f_hf.kernels.gather_deformable_attention as gathering
 from m2f_hf.kernels import pieces as chunking
 from m2f_hf.kernels.deformable_attention import grid_sample_deformable_attention, multi_scale_deformable_attention
 
@@ -33,17 +33,6 @@ def test_the_recording_of_the_original(function, goldens):
             torch.from_numpy(arrays[f"msda_{name}"]) for name in ("value", "shapes", "loc", "weights", "out")
         )
     output = function(value, [tuple(shape) for shape in shapes.tolist()], locations, weights)
-    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
-
-
-def test_the_gather_form_gives_the_recording_of_the_original(goldens):
-    # Its heads have a width of 8, which the public function leaves to the other form.
-    with np.load(goldens / "extra" / "modules.npz") as arrays:
-        value, shapes, locations, weights, expected = (
-            torch.from_numpy(arrays[f"msda_{name}"]) for name in ("value", "shapes", "loc", "weights", "out")
-        )
-    places = locations * shapes.flip(1)[:, None] + 0.5  # in maps with a border, in pixels
-    output = GATHER(value, shapes.flatten().tolist(), places, weights)
     torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -270,8 +259,15 @@ def test_exported_it_is_plain_operators():
 # Copies of the file, as they travel with checkpoints
 
 
+def gathered(module):
+    """The operator of a copy of its file, called as the public function."""
+    return lambda value, shapes, *rest: module.gather_deformable_attention(
+        value, [side for shape in shapes for side in shape], *rest
+    )
+
+
 def test_a_copy_of_other_code_leaves_the_package_its_own_operator(tmp_path):
-    code = Path(operator.__file__).read_text(encoding="utf-8")
+    code = Path(gathering.__file__).read_text(encoding="utf-8")
     changed = code.replace("    return output\n\n\n@torch", "    return output * 3\n\n\n@torch")
     assert changed != code
     path = tmp_path / "copied.py"
@@ -281,7 +277,7 @@ def test_a_copy_of_other_code_leaves_the_package_its_own_operator(tmp_path):
     before = torch.compile(Attention(), fullgraph=True, backend="aot_eager")
     kept = before(*inputs)
     copy = load_copy(path)
-    torch.testing.assert_close(call(copy.multi_scale_deformable_attention, inputs), 3 * expected[0])
+    torch.testing.assert_close(call(gathered(copy), inputs), 3 * expected[0])
     for ours, reference in zip(with_gradients(multi_scale_deformable_attention, inputs), expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
     assert torch.equal(before(*inputs), kept)
@@ -290,35 +286,21 @@ def test_a_copy_of_other_code_leaves_the_package_its_own_operator(tmp_path):
 def test_one_file_loaded_twice_works_under_both_modules():
     inputs = make_inputs(32)
     expected = with_gradients(grid_sample_deformable_attention, inputs)
-    copies = [load_copy(operator.__file__) for _ in range(2)]
-    for module in (*copies, operator):
-        for ours, reference in zip(
-            with_gradients(module.multi_scale_deformable_attention, inputs), expected, strict=True
-        ):
+    copies = [load_copy(gathering.__file__) for _ in range(2)]
+    for module in (*copies, gathering):
+        for ours, reference in zip(with_gradients(gathered(module), inputs), expected, strict=True):
             torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
-        compiled = torch.compile(module.multi_scale_deformable_attention, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(gathered(module), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(call(compiled, inputs), expected[0], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(7, 2, 12), (2, 7, 3, 5)], ids=str)
-def test_softmax_over_samples_is_a_softmax(shape):
-    logits = (20 * torch.randn(shape)).requires_grad_()
-    actual = operator.softmax_over_samples(logits)
-    expected = logits.softmax(-1)
-    assert actual.is_contiguous()
-    torch.testing.assert_close(actual, expected)
-    direction = torch.randn(shape)
-    gradients = [torch.autograd.grad((one * direction).sum(), logits)[0] for one in (actual, expected)]
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("with_scipy", [True, False])
 def test_samples_in_the_order_of_rows(with_scipy, monkeypatch):
     if not with_scipy:
-        monkeypatch.setattr(operator, "csr_array", None)
+        monkeypatch.setattr(gathering, "csr_array", None)
     top = torch.randint(0, 9, (50, 3), dtype=torch.int32)
     top[top == 4] = 5  # a row that nobody names
-    order, queries, starts = operator.in_order_of_rows(top, 9)
+    order, queries, starts = gathering.in_order_of_rows(top, 9)
     assert sorted(order.tolist()) == list(range(150))
     assert torch.equal(queries.long(), order.long() // 3)
     for row in range(9):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from m2f_hf.kernels import pieces as chunking
-from m2f_hf.kernels.group_norm import ChannelsLastGroupNorm, normalise_groups, normalises_channels_last
+from m2f_hf.kernels.group_norm import ChannelsLastGroupNorm, normalise_groups
 from m2f_hf.model.pixel_decoder import ConvNorm
 
 
@@ -59,36 +59,40 @@ def test_a_mean_far_from_zero_is_no_loss():
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_a_convolution_and_its_norm(relu):
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_a_convolution_and_its_norm(memory_format, hooked, learns, relu):
     """In place at inference, with a function of its own in training; hooks see the convolution's own output."""
     torch.manual_seed(0)
     block = ConvNorm(nn.Conv2d(8, 64, 3, padding=1), relu=relu)
-    features = torch.randn(2, 8, 10, 6)
-    expected = block.double()(features.double())
-    block.float()
-    seen = []
-    for memory_format in (torch.channels_last, torch.contiguous_format):
-        for hooked in (False, True):
-            if hooked:
-                hook = block[0].register_forward_hook(lambda module, args, output: seen.append(output))
-            for learns in (False, True):
-                with torch.set_grad_enabled(learns):
-                    actual = block(features.to(memory_format=memory_format))
-                assert (actual.double() - expected).abs().max() < 1e-5
-                is_ours = memory_format == torch.channels_last
-                assert actual.is_contiguous(memory_format=torch.channels_last) == is_ours
-                if learns:
-                    assert actual.grad_fn.name().startswith("ChannelsLastGroupNorm") == is_ours
-            if hooked:
-                hook.remove()
+    features, seen = torch.randn(2, 8, 10, 6), []
     convolved = block.double()[0](features.double())
-    assert len(seen) == 4
+    expected = block(features.double())
+    block.float()
+    if hooked:
+        block[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.set_grad_enabled(learns):
+        actual = block(features.to(memory_format=memory_format))
+    assert (actual.double() - expected).abs().max() < 1e-5
+    is_ours = memory_format == torch.channels_last and not hooked
+    assert actual.is_contiguous(memory_format=torch.channels_last) == is_ours
+    assert not learns or actual.grad_fn.name().startswith("ChannelsLastGroupNorm") == is_ours
+    assert len(seen) == hooked
     assert all((one.double() - convolved).abs().max() < 1e-5 for one in seen)
 
 
-def test_what_does_not_fit_is_left_to_pytorch():
-    features, norm = make_features(), make_norm()
-    assert normalises_channels_last(features, norm)
-    assert not normalises_channels_last(features.contiguous(), norm)
-    assert not normalises_channels_last(features.bfloat16(), norm.bfloat16())
-    assert not normalises_channels_last(features.double(), make_norm())
+@pytest.mark.parametrize("is_cast", [False, True], ids=["bfloat16", "autocast"])
+def test_half_precision_keeps_its_layout(is_cast):
+    torch.manual_seed(0)
+    block = ConvNorm(nn.Conv2d(8, 64, 3, padding=1), relu=True)
+    features = torch.randn(2, 8, 10, 6).to(memory_format=torch.channels_last)
+    expected = block(features)
+    if is_cast:
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = block(features)
+    else:
+        actual = block.bfloat16()(features.bfloat16())
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float() - expected).abs().max() < 0.1

@@ -9,23 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_inputs import call, load_copy, make_inputs
-from operations import Operations
+from attention_inputs import load_copy
 
-import m2f_hf.kernels.deformable_attention as operator
 import m2f_hf.kernels.triton_deformable_attention as kernels
-from m2f_hf.kernels.deformable_attention import grid_sample_deformable_attention, multi_scale_deformable_attention
+from m2f_hf.kernels.deformable_attention import multi_scale_deformable_attention
+from m2f_hf.kernels.gather_deformable_attention import gather_attention
 
 
-TRITON = torch.ops.m2f_hf.triton_deformable_attention
-GATHER = torch.ops.m2f_hf.gather_deformable_attention
-GRID_SAMPLE = torch.ops.aten.grid_sampler_2d
 needs_triton = pytest.mark.skipif(not kernels.IS_AVAILABLE, reason="needs Triton, which is made for Linux only")
 
 
-def form_on(device):
-    """The form that serves values on a device, which need not be there."""
-    return operator.form_for(SimpleNamespace(device=torch.device(device), shape=(1, 43, 2, 32), requires_grad=False))
+def serving(device):
+    """The kernels that serve values on a device, which need not be there."""
+    value = SimpleNamespace(device=torch.device(device), shape=(1, 43, 2, 32), requires_grad=False)
+    return [kernel for kernel in multi_scale_deformable_attention.kernels if kernel.serves(value, None, None, None)]
 
 
 # Right, by the interpreter
@@ -102,76 +99,20 @@ def test_kernels_compile_for_gpus(name, dtype, width, capability, tmp_path, monk
     )  # a row is read in as few parts as can be
 
 
-# Which form serves
+# When it serves
 
 
-@pytest.mark.parametrize(("works", "expected"), [(True, "triton"), (False, "grid_sample")])
-def test_gpus_get_the_triton_form_where_it_works(works, expected, monkeypatch):
+@pytest.mark.parametrize("works", [True, False])
+def test_gpus_get_the_triton_form_where_it_works(works, monkeypatch):
     asked = []
-    monkeypatch.setattr(operator, "works_on_gpu", lambda index: asked.append(index) or works)
-    assert form_on("cuda:1") == expected
+    monkeypatch.setattr(kernels, "works_on_gpu", lambda index: asked.append(index) or works)
+    assert serving("cuda:1") == [kernels.triton_attention] * works
     assert asked == [1]
 
 
 def test_cpus_never_get_it_by_themselves(monkeypatch):
-    monkeypatch.setattr(operator, "works_on_gpu", lambda index: True)
-    assert form_on("cpu") == "gather"
-
-
-@pytest.mark.parametrize(("form", "expected"), [("gather", GATHER), ("grid_sample", GRID_SAMPLE)])
-@pytest.mark.parametrize("width", [8, 32])
-def test_the_environment_s_form_serves_whatever_the_sizes(form, expected, width, monkeypatch):
-    monkeypatch.setattr(operator, "_FORM", form)
-    inputs = make_inputs(width)
-    with Operations() as operations:
-        output = call(multi_scale_deformable_attention, inputs)
-    assert operations.names & {TRITON, GATHER, GRID_SAMPLE} == {expected}
-    torch.testing.assert_close(output, call(grid_sample_deformable_attention, inputs), atol=1e-5, rtol=1e-5)
-
-
-def test_the_environment_s_form_serves_gpus(monkeypatch):
-    monkeypatch.setattr(operator, "works_on_gpu", lambda index: True)
-    monkeypatch.setattr(operator, "_FORM", "grid_sample")
-    assert form_on("cuda:0") == "grid_sample"
-
-
-@pytest.mark.parametrize(
-    ("form", "device", "is_available", "message"),
-    [
-        ("triton", "cpu", True, "M2F_HF_DEFORMABLE_ATTENTION=triton needs a GPU, but `value` is on 'cpu'"),
-        ("triton", "cuda", False, "M2F_HF_DEFORMABLE_ATTENTION=triton needs Triton, which is not installed"),
-        ("gather", "cuda", True, "M2F_HF_DEFORMABLE_ATTENTION=gather needs a CPU, but `value` is on 'cuda'"),
-    ],
-)
-def test_a_form_that_cannot_serve_is_an_error(form, device, is_available, message, monkeypatch):
-    monkeypatch.setattr(operator, "_FORM", form)
-    for module in (operator, kernels):
-        monkeypatch.setattr(module, "IS_AVAILABLE", is_available)
-    with pytest.raises(ValueError, match=message):
-        form_on(device)
-
-
-@pytest.mark.parametrize(
-    ("variable", "expected"), [(None, GATHER), ("", GATHER), ("auto", GATHER), ("grid_sample", GRID_SAMPLE)]
-)
-def test_the_environment_is_read_on_import(variable, expected, monkeypatch):
-    monkeypatch.delenv("M2F_HF_DEFORMABLE_ATTENTION", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("M2F_HF_DEFORMABLE_ATTENTION", variable)
-    copy = load_copy(operator.__file__)
-    with Operations() as operations:
-        call(copy.multi_scale_deformable_attention, make_inputs(32))
-    gathered = any("gather_deformable_attention" in str(name) for name in operations.names)
-    assert gathered == (expected == GATHER)
-    assert (GRID_SAMPLE in operations.names) == (expected == GRID_SAMPLE)
-
-
-def test_a_form_nobody_knows_is_an_error_that_names_those_there_are(monkeypatch):
-    monkeypatch.setenv("M2F_HF_DEFORMABLE_ATTENTION", "cuda")
-    with pytest.raises(
-        ValueError, match=r"M2F_HF_DEFORMABLE_ATTENTION='cuda' must be one of auto, triton, gather, grid_sample"
-    ):
-        load_copy(operator.__file__)
+    monkeypatch.setattr(kernels, "works_on_gpu", lambda index: True)
+    assert serving("cpu") == [gather_attention]
 
 
 # Without Triton, or where it fails
@@ -182,7 +123,7 @@ def test_without_triton_the_file_loads_and_serves_nothing(monkeypatch):
     copy = load_copy(kernels.__file__)
     assert not copy.IS_AVAILABLE
     assert not copy.works_on_gpu(0)
-    assert not copy.serves(torch.device("cuda"))
+    assert not copy.runs_on(torch.device("cuda"))
 
 
 def test_a_gpu_on_which_triton_fails_is_tried_once_and_warned_of(monkeypatch):

@@ -15,8 +15,8 @@ from attention_inputs import by_definition, call, load_copy, make_inputs
 from operations import Operations
 from tiny import images, labels, tiny_model
 
-import m2f_hf.kernels.deformable_attention as operator
 import m2f_hf.kernels.triton_deformable_attention as kernels
+from m2f_hf.kernels import fast_path
 from m2f_hf.kernels.deformable_attention import grid_sample_deformable_attention, multi_scale_deformable_attention
 
 
@@ -28,7 +28,7 @@ TRITON = torch.ops.m2f_hf.triton_deformable_attention
 @pytest.fixture(autouse=True)
 def triton_is_asked_for(monkeypatch):
     assert kernels.IS_INTERPRETED
-    monkeypatch.setattr(operator, "_FORM", "triton")
+    monkeypatch.setattr(kernels, "works_on", kernels.runs_on)
 
 
 @pytest.fixture
@@ -93,16 +93,16 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_a_model_s_outputs_and_gradients(large_blocks, monkeypatch):
-    """With this form of the attention as with the reference."""
+    """With all kernels as with the plain layers."""
     results = []
-    for form in ("triton", "grid_sample"):
-        monkeypatch.setattr(operator, "_FORM", form)
+    for choice in ("auto", "plain"):
+        monkeypatch.setattr(fast_path, "_CHOICE", choice)
         model = tiny_model(encoder_layers=1).train()
         torch.manual_seed(0)
         with Operations() as operations:
             outputs = model(images(1), **labels((2,)))
             outputs.loss.backward()
-        assert (TRITON in operations.names) == (form == "triton")
+        assert (TRITON in operations.names) == (choice == "auto")
         gradients = [parameter.grad for parameter in model.model.pixel_level_module.decoder.parameters()]
         results.append([outputs.loss, outputs.masks_queries_logits, *gradients])
     for ours, reference in zip(*results, strict=True):
@@ -287,9 +287,9 @@ def test_shapes_that_do_not_agree_are_refused(change):
         value = value[:, :, :1]
     else:
         sizes[0] += 1
-    with pytest.raises(ValueError, match=r"want `sampling_locations`|don't have 16 positions"):
+    with pytest.raises(ValueError, match=r"want `sampling_locations`|but `value` has 16"):
         TRITON(value, sizes, locations, weights)
-    with pytest.raises(ValueError, match=r"want `sampling_locations`|don't have 16 positions"):
+    with pytest.raises(ValueError, match=r"want `sampling_locations`|but `value` has 16"):
         torch.ops.m2f_hf.triton_deformable_attention_backward(torch.ones(1, 3, 16), value, sizes, locations, weights)
 
 

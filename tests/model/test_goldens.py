@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2f_hf import M2FImageProcessor, Mask2FormerForUniversalSegmentation, Mask2FormerForVideoSegmentation
-from m2f_hf.kernels import deformable_attention as multi_scale_deformable_attention
+from m2f_hf.kernels import fast_path
 
 
 GOLDENS = (
@@ -134,9 +134,8 @@ def test_raw_logits_are_the_originals(golden):
             torch.testing.assert_close(prediction[ours], expected[prefix + theirs], atol=2e-4, rtol=0)
 
 
-def test_deformable_attention_by_gathering_gives_the_same_logits(golden, monkeypatch):
-    """At the sizes of the recordings the other form is the faster one, and taken."""
-    monkeypatch.setattr(multi_scale_deformable_attention, "_gathers", lambda value: True)
+def test_plain_layers_give_the_same_logits(golden, monkeypatch):
+    monkeypatch.setattr(fast_path, "_CHOICE", "plain")
     with torch.no_grad():
         outputs = golden.model(golden.pixel_values)
     expected = golden.arrays("outputs_raw")

@@ -12,6 +12,7 @@ from operations import NoHostWaits, refuse_uploads
 from safetensors.torch import load_file, save_file
 from tiny import BACKBONES, FIELDS, SIZE, STAGES, images, labels, shake, tiny_config, tiny_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from transformers import Mask2FormerConfig as StockConfig
 from transformers import Mask2FormerForUniversalSegmentation as StockModel
@@ -526,21 +527,30 @@ def test_auxiliary_logits_are_those_of_the_layers(model, monkeypatch):
     torch.testing.assert_close(outputs.class_queries_logits, plain.class_queries_logits, atol=1e-6, rtol=1e-6)
 
 
-def test_at_inference_only_the_last_prediction_is_computed(model, monkeypatch):
-    read, products = [], []
+class Products(TorchFunctionMode):
+    """Number of positions that each product of mask embeddings and features has."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.matmul:
+            self.positions.append(args[1].shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_at_inference_only_the_last_prediction_is_computed(model):
+    read = []
     hook = model.class_predictor.register_forward_hook(lambda module, args, out: read.append(args[0].shape))
-    mask_logits = decoding.mask_logits
-    for module in (decoding, modeling):
-        monkeypatch.setattr(
-            module, "mask_logits", lambda *args: products.append(args[1].shape[2]) or mask_logits(*args)
-        )
     size = SIZE[0] // 4 * (SIZE[1] // 4)
     with torch.no_grad():
-        model(images())
-        assert (read, products.count(size)) == ([(1, 2, 6, 32)], 1)
-        model(images(), output_auxiliary_logits=True)
-        assert (read[1:], products.count(size)) == ([(4, 2, 6, 32)], 1 + 4)
+        for options, predictions in (({}, 1), ({"output_auxiliary_logits": True}, 4)):
+            with Products() as products:
+                model(images(), **options)
+            assert (read.pop(), products.positions.count(size)) == ((predictions, 2, 6, 32), predictions)
     hook.remove()
+    assert read == []
 
 
 # Loss
@@ -997,19 +1007,6 @@ def test_the_layout_of_pixels_in_memory_does_not_matter(backbone):
             )
         for name in ("class_queries_logits", "masks_queries_logits"):
             torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mask_logits_of_one_image_are_those_of_many(dtype):
-    embeddings, features = torch.randn(2, 5, 8).to(dtype), torch.randn(2, 8, 30).to(dtype)
-    expected = torch.einsum("bqc,bcs->bqs", embeddings.double(), features.double())
-    both = decoding.mask_logits(embeddings, features)
-    alone = [decoding.mask_logits(embeddings[i : i + 1], features[i : i + 1]) for i in range(2)]
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    assert (both.double() - expected).abs().max() < tolerance
-    assert (torch.cat(alone).double() - expected).abs().max() < tolerance
-    traced = torch.jit.trace(decoding.mask_logits, (embeddings[:1], features[:1]))
-    assert (traced(embeddings, features).double() - expected).abs().max() < tolerance
 
 
 def test_a_model_in_half_precision_takes_what_the_processor_gives():
