@@ -2,7 +2,7 @@
 
     python conversion/account_released.py state_dict_shapes.json.gz
 
-The file tells the keys and shapes of each checkpoint, named by the original's config with `_` for `/`:
+The file has the keys and shapes of each checkpoint, named by the original's config with `_` for `/`:
 `{"coco_panoptic-segmentation_maskformer2_R50_bs16_50ep": {"backbone.stem.conv1.weight": [64, 3, 7, 7], …}, …}`.
 Models are built without storage, so it takes seconds.
 """
@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 
 
 class Account(NamedTuple):
-    """Where the keys of a checkpoint go: `stored`, `checked` and `left` are its keys; the others are our model's.
+    """Where the keys of a checkpoint go. `stored`, `checked` and `left` are its keys; the others are our model's.
 
     Args:
         stored: Keys whose values our model stores.
@@ -59,7 +59,7 @@ class Account(NamedTuple):
 
 
 def account(row: Released, shapes: Mapping[str, Sequence[int]]) -> Account:
-    """Account for a checkpoint with these keys and shapes, against the model that the row's settings describe."""
+    """Compare a checkpoint's keys and shapes with the model that the row's settings describe."""
     config: Any = row.config()
     missing, parameters = _model(config)
     left = dict(shapes)
@@ -85,7 +85,7 @@ def account(row: Released, shapes: Mapping[str, Sequence[int]]) -> Account:
 
 
 def read_shapes(path: Path) -> dict[str, dict[str, list[int]]]:
-    """Read the keys and shapes of all released checkpoints; give them by our names.
+    """Read the keys and shapes of all released checkpoints, by our names.
 
     Raises:
         ValueError: A checkpoint is not in the file.
@@ -99,7 +99,7 @@ def read_shapes(path: Path) -> dict[str, dict[str, list[int]]]:
 
 
 def _model(config: Mask2FormerConfig) -> tuple[dict[str, Shape], int]:
-    """What our model saves, shapes by name, and its number of parameters."""
+    """Return the shapes by name that our model saves, and its number of parameters."""
     with torch.device("meta"):
         model = MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING[type(config)](config)
     saved = revert_weight_conversion(model, model.state_dict())
@@ -108,14 +108,14 @@ def _model(config: Mask2FormerConfig) -> tuple[dict[str, Shape], int]:
 
 
 def _part(shape: Sequence[int], parts: int) -> Shape:
-    """Shape of one of `parts` equal parts along the first dimension; nothing has the shape (-1,)."""
+    """Return the shape of one of `parts` equal parts along the first dimension, or (-1,) where it does not divide."""
     if parts == 1:
         return tuple(shape)
     return (shape[0] // parts, *shape[1:]) if shape and shape[0] % parts == 0 else (-1,)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table (Markdown); the exit status is 1 if a key of any checkpoint has no place or a place no key."""
+    """Print the table (Markdown); return 1 if a key of any checkpoint has no place or a place no key, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("shapes", type=Path, help="keys and shapes of the released checkpoints, .json.gz")
     try:

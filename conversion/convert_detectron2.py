@@ -24,7 +24,7 @@ NUM_FRAMES = 4  # of the generated clip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; give the exit status."""
+    """Run the command line and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.list is None:
@@ -38,21 +38,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> str:
-    """Convert what was asked for; say what was done.
+    """Convert what was asked for and return a report.
 
     Raises:
         ValueError, OSError, ImportError: see `convert` and `convert_released`.
     """
     row = find_released(options.variant) if options.variant else None
-    # Here, because PyTorch and transformers take seconds to import: a list and a wrong argument need not wait for them.
+    # PyTorch and transformers take seconds to import; a list and a wrong argument need not wait for them.
     from converter import convert, convert_released, overlay_path
     from detectron2_config import is_video, read_config
 
     try:
         sample_name, sample = "", None
         if options.verify:
-            of_clips = row.is_video if row else is_video(read_config(options.config_file))
-            sample_name, sample = _clip(options) if of_clips else _photo(options)
+            takes_clips = row.is_video if row else is_video(read_config(options.config_file))
+            sample_name, sample = _clip(options) if takes_clips else _photo(options)
         if row:
             report = convert_released(row, options.output, options.checkpoint, options.cache_dir, sample)
         else:
@@ -69,7 +69,7 @@ def _convert(options: argparse.Namespace) -> str:
 
 
 def _photo(options: argparse.Namespace) -> tuple[str, Any]:
-    """The photo to verify with, RGB, and what to call it.
+    """Return the name of the photo to verify with, and the photo, RGB.
 
     Raises:
         ValueError: it is no image, or a clip was given.
@@ -85,7 +85,7 @@ def _photo(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _clip(options: argparse.Namespace) -> tuple[str, Any]:
-    """The frames to verify with, RGB, and what to call them.
+    """Return the name of the clip to verify with, and its frames, RGB.
 
     Raises:
         ValueError: there is no frame, or they differ in size, or a photo was given.
@@ -110,10 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--variant", metavar="NAME", help="convert this released checkpoint")
     what.add_argument("--config-file", type=Path, metavar="YAML", help="convert one's own, trained with this config")
     parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="the original's .pkl or .pth; a variant's is fetched without it",
+        "--checkpoint", type=Path, metavar="FILE", help="the original's .pkl or .pth; a variant's is fetched without it"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to make")
     parser.add_argument(

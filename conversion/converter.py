@@ -1,4 +1,4 @@
-"""From a checkpoint of the original to a folder that `from_pretrained` reads: the whole or nothing.
+"""Convert a checkpoint of the original into a folder that `from_pretrained` reads.
 
 Every parameter of the original is accounted for, or nothing is written. Neither the checkpoint nor the config can run
 code.
@@ -35,10 +35,10 @@ from m2f_hf.processing.image_processor import M2FImageProcessor
 
 
 Sample = Image.Image | Sequence[Image.Image]
-"""What to verify with: an RGB photo, or, for a video model, RGB frames of one size."""
+"""An RGB photo to verify with; for a video model, RGB frames of one size."""
 
-SHOWN_SCORE = 0.5  # from which a verification draws a track; the original keeps ten, whatever they score
-SHOWN_FRAMES, SHOWN_SIDE = 4, 480  # of its clip: how many at most, and how large in pixels
+SHOWN_SCORE = 0.5  # least score of a track that is drawn; the original keeps ten, whatever they score
+SHOWN_FRAMES, SHOWN_SIDE = 4, 480  # most frames that are drawn of a clip, and their longest side in pixels
 
 # Some versions of transformers build and save a last norm of the Swin classifier, which a backbone never uses.
 _UNUSED = re.compile(r"\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weight|bias)$")
@@ -47,10 +47,10 @@ _UNUSED = re.compile(r"\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weigh
 class Report(NamedTuple):
     """What a conversion did: tensors read, tensors and parameters written, and where these are not one to one.
 
-    `filled` names what the original has nothing of (counters of frozen norms, a norm that no backbone uses), `checked`
+    `filled` names what the original does not have (counters of frozen norms, a norm that no backbone uses), `checked`
     the constants that have no place in our model, `split` the fused projections to queries, keys and values, which are
-    three in ours. `found` is what the verification saw in its photo or clip, in words; None where none was asked for.
-    `note` is what else there is to say.
+    three in ours. `found` is what the verification found in its photo or clip, in words, or None;
+    `note` a remark for the user.
     """
 
     read: int
@@ -73,11 +73,7 @@ class Report(NamedTuple):
 
 
 def convert(
-    checkpoint: Path,
-    config_file: Path,
-    output: Path,
-    labels_file: Path | None = None,
-    sample: Sample | None = None,
+    checkpoint: Path, config_file: Path, output: Path, labels_file: Path | None = None, sample: Sample | None = None
 ) -> Report:
     """Convert one checkpoint.
 
@@ -94,7 +90,7 @@ def convert(
             `load_state_dict`, `convert_state_dict` and `verify`. Nothing is written then.
         StrictDataclassError: the config has a value that no model can be built with.
     """
-    output = _free(output)
+    output = _check_free(output)
     options = read_config(config_file)
     labels = read_labels(labels_file, options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]) if labels_file else None
     return _convert(checkpoint, build_config(options, labels), build_processor(options, labels), output, {}, sample)
@@ -109,20 +105,20 @@ def convert_released(
 ) -> Report:
     """Convert a released checkpoint, fetched if need be.
 
-    The authors' figures and licence go onto the card if the file is theirs, which its MD5 tells.
+    The authors' figures and licence go onto the card if the file is theirs, by its MD5.
 
     Args:
         row: Which one; see `find_released`.
         output, sample: As in `convert`.
-        checkpoint: Its file, where it is at hand already, or one of the same settings trained by somebody else.
+        checkpoint: Its file, if you have it already, or one that someone else trained with the same settings.
         cache_dir: Where a download is kept; default: `default_cache_dir()`.
 
     Raises:
         DownloadError: see `download`.
-        ValueError: `checkpoint` is called as the released file and is another, or it is that of another variant.
+        ValueError: `checkpoint` has the name of the released file and is another, or it is that of another variant.
         And what `convert` raises.
     """
-    output = _free(output)
+    output = _check_free(output)
     if checkpoint is None:
         checkpoint = download(row.url, cache_dir or default_cache_dir())
         return _convert(checkpoint, row.config(), row.processor(), output, row.card(), sample)
@@ -146,7 +142,7 @@ def convert_released(
 
 
 def _check_not_another(checkpoint: Path, digest: str, row: Released) -> None:
-    """Refuse a file, other than the row's by its MD5, that is another row's or a damaged one of this row."""
+    """Refuse a file that is another row's by its MD5, or has this row's name and another MD5."""
     for other in RELEASED.values():  # which may well fit, with labels and a task that it wasn't trained for
         if digest.startswith(other.digest):
             raise ValueError(
@@ -155,12 +151,12 @@ def _check_not_another(checkpoint: Path, digest: str, row: Released) -> None:
             )
     if digest_in_name(checkpoint.name) == row.digest:
         raise ValueError(
-            f"{checkpoint} is called as the file of {row.name} and is not: its MD5 begins with "
+            f"{checkpoint} has the name of the file of {row.name} and is another: its MD5 begins with "
             f"{digest[: len(row.digest)]}. It is damaged or was changed: fetch it again from {row.url}."
         )
 
 
-def _free(output: Path) -> Path:
+def _check_free(output: Path) -> Path:
     output = output.resolve()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileExistsError(f"{output} exists already. Give an --output that doesn't, or remove it first.")
@@ -202,20 +198,20 @@ def _convert(
 
 
 def overlay_path(output: Path) -> Path:
-    """Where `--verify` puts its picture: beside the folder, since it is no part of the checkpoint."""
+    """Return where `--verify` puts its picture: next to the folder, since it is no part of the checkpoint."""
     return output.with_name(f"{output.name}.verify.png")
 
 
 def verify(folder: Path, sample: Sample, overlay: Path) -> str:
-    """Load a converted folder as anybody would and segment a photo with it, or follow what is in a clip.
+    """Load a converted folder as a user would, segment a photo or track through a clip with it, and draw the result.
 
     Args:
         folder: What `convert` made.
-        sample: As the model takes it: an RGB photo, or a clip's RGB frames, of one size.
+        sample: An RGB photo, or a clip's RGB frames, of one size.
         overlay: Where to save the photo, or some frames, with the segments drawn over it.
 
     Returns:
-        What was found, in words.
+        The segments in words.
 
     Raises:
         OSError, ValueError: The folder doesn't fill the model, the photo or clip is of an impossible size, or the
@@ -263,7 +259,7 @@ def _check_finite(module: torch.nn.Module, arguments: Any, outputs: Any) -> None
 
 
 def is_unused(name: str) -> bool:
-    """Whether a parameter of this (on disk) name plays no part in the model, so that the original has none like it."""
+    """Return whether a parameter, by its name on disk, is one that the model never uses and the original has not."""
     return _UNUSED.search(name) is not None
 
 
@@ -285,15 +281,13 @@ def _load_strictly(
 
 
 def _check_written(path: Path, expected: Mapping[str, torch.Tensor]) -> list[str]:
-    """Compare the file with what was converted, to the bit; give the names of unused parameters it has besides."""
+    """Check that a file has the converted tensors, to the bit; return the names of the unused ones it has too."""
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         different = [
             name for name in expected if name not in names or not torch.equal(file.get_tensor(name), expected[name])
         ]
-    besides = sorted(names - set(expected))
-    if different or not all(is_unused(name) for name in besides):
-        raise ValueError(
-            f"The folder written is not what was converted: {different[:5]} differ, {besides[:5]} are new."
-        )
-    return besides
+    others = sorted(names - set(expected))
+    if different or not all(is_unused(name) for name in others):
+        raise ValueError(f"The folder written is not what was converted: {different[:5]} differ, {others[:5]} are new.")
+    return others

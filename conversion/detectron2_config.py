@@ -1,6 +1,6 @@
-"""Read a config of the original and say it in the terms of our model and processor.
+"""Translate a config of the original into those of our model and processor.
 
-Only the options named in `DEFAULTS` are looked at. An option whose value our model cannot express is refused by name.
+Only the options in `DEFAULTS` are read. An option whose value our model cannot express is refused by name.
 """
 
 from __future__ import annotations
@@ -104,10 +104,7 @@ _FOUR_STAGES = ["res2", "res3", "res4", "res5"]
 _SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "INPUT.FORMAT": (("RGB", "BGR"), "Pictures come in three channels."),
     "MODEL.META_ARCHITECTURE": (("MaskFormer", _VIDEO_ARCHITECTURE), "Other architectures are other models."),
-    "MODEL.BACKBONE.NAME": (
-        ("build_resnet_backbone", "D2SwinTransformer"),
-        "Other backbones have other parameters.",
-    ),
+    "MODEL.BACKBONE.NAME": (("build_resnet_backbone", "D2SwinTransformer"), "Other backbones have other parameters."),
     "MODEL.SEM_SEG_HEAD.NAME": (("MaskFormerHead",), "Other heads classify pixel by pixel."),
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": (
         ("MSDeformAttnPixelDecoder", "BasePixelDecoder"),
@@ -129,7 +126,7 @@ _SUPPORTED_DEFORMABLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": (
         (["res3", "res4", "res5"],),
         "The deformable encoder has three levels.",
-    ),
+    )
 }
 _SUPPORTED_RESNET: dict[str, tuple[tuple[Any, ...], str]] = {
     "MODEL.RESNETS.DEPTH": ((18, 34, 50, 101, 152), "There are no other ResNets."),
@@ -191,8 +188,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The file or one of its bases is missing.
-        ImportError: PyYAML is not installed.
-        UnsupportedOptionError: An option has a value without an equivalent, or one that only code could tell.
+        UnsupportedOptionError: An option has a value without an equivalent, or one that is code.
         ValueError: The file is no YAML mapping, its bases go round in a circle, or an option is of the wrong type.
     """
     configs = _with_bases(Path(path), (), {})
@@ -251,7 +247,7 @@ def _read_label(entry: Mapping[str, Any]) -> Label:
 
 
 def config_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> dict[str, Any]:
-    """Give the arguments of `Mask2FormerConfig` for a config that `read_config` returned.
+    """Return the arguments of `Mask2FormerConfig` for a config that `read_config` returned.
 
     Without `labels` the classes are those of DATASETS.TRAIN where that is one of the released checkpoints' data sets,
     else `LABEL_0`, `LABEL_1`, … as in `transformers`. A dropout other than 0 acts in the transformer decoder too, where
@@ -294,24 +290,24 @@ def config_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None 
 
 
 def is_video(options: Mapping[str, Any]) -> bool:
-    """Whether it is the config of a video model."""
+    """Return whether it is the config of a video model."""
     return options["MODEL.META_ARCHITECTURE"] == _VIDEO_ARCHITECTURE
 
 
 def build_config(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> Mask2FormerConfig:
-    """The model's config, of images or of clips; see `config_from_yaml`."""
+    """Return the config of the image or video model; see `config_from_yaml`."""
     config_class = Mask2FormerVideoConfig if is_video(options) else Mask2FormerConfig
     return config_class(**config_from_yaml(options, labels))
 
 
 def build_processor(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> M2FImageProcessor:
-    """The processor that belongs to it; see `processor_from_yaml`."""
+    """Return the processor of the image or video model; see `processor_from_yaml`."""
     processor_class = Mask2FormerVideoProcessor if is_video(options) else M2FImageProcessor
     return processor_class(**processor_from_yaml(options, labels))
 
 
 def processor_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | None = None) -> dict[str, Any]:
-    """Give the arguments of `M2FImageProcessor`, or the video processor, for a config that `read_config` returned.
+    """Return the arguments of `M2FImageProcessor`, or the video processor, for a config that `read_config` returned.
 
     The task is the widest that is switched on for tests, or that of a known data set of things alone.
 
@@ -327,7 +323,7 @@ def processor_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | No
         "overlap_mask_area_threshold": test["OVERLAP_THRESHOLD"],
         # For clips the original writes 10 into its code.
         "max_detections": 10 if is_video(options) else options["TEST.DETECTIONS_PER_IMAGE"],
-        # The original never keeps the padded frame when it also has instances or segments to tell.
+        # The original keeps the padded frame only where it has neither instances nor segments to return.
         "semantic_resize_before_inference": bool(
             test["SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE"] or test["PANOPTIC_ON"] or test["INSTANCE_ON"]
         ),
@@ -341,7 +337,7 @@ def processor_from_yaml(options: Mapping[str, Any], labels: Sequence[Label] | No
 
 
 def _backbone(options: Mapping[str, Any]) -> tuple[PreTrainedConfig, bool]:
-    """Give the backbone's config, and whether its batch norms are frozen in training."""
+    """Return the backbone's config, and whether its batch norms are frozen in training."""
     if _is_swin(options):
         return _swin(_section(options, "MODEL.SWIN")), False
     section = _section(options, "MODEL.RESNETS")
@@ -403,7 +399,7 @@ def _stuff_ids(options: Mapping[str, Any], labels: Sequence[Label] | None) -> li
 
 
 def _known_set(options: Mapping[str, Any]) -> LabelSet | None:
-    """The data set it was trained or tested on; None where that is not one of the released, or of other classes."""
+    """Return the released data set it was trained or tested on, or None where there is none with as many classes."""
     for name in (*options["DATASETS.TRAIN"], *options["DATASETS.TEST"]):
         fitting = next((known for pattern, known in _DATA_SETS.items() if fnmatchcase(str(name), pattern)), None)
         if fitting and len(label_set(fitting).labels) == options["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]:
@@ -417,7 +413,7 @@ def _known_labels(options: Mapping[str, Any]) -> Sequence[Label]:
 
 
 def _per_unit(values: list[float]) -> list[float]:
-    """From the original's 0–255 to our 0–1; rounded so that 123.675 becomes the usual 0.485."""
+    """Convert the original's 0–255 to our 0–1, rounded so that 123.675 becomes the usual 0.485."""
     return [round(value / 255, 10) for value in values]
 
 
@@ -497,7 +493,7 @@ def _check_resnet(section: Mapping[str, Any]) -> None:
 
 
 class _Unread:
-    """What stands in the place of a YAML node that only code could evaluate."""
+    """Replaces a YAML node that only code could evaluate."""
 
 
 def _has_unread(value: Any) -> bool:
@@ -505,7 +501,7 @@ def _has_unread(value: Any) -> bool:
 
 
 def _decoded(value: Any, default: Any) -> Any:
-    """Read a value that is written as Python's, which YAML takes for text: `("coco_2017_train", )`, `1e-1`."""
+    """Decode a value in Python's notation, which YAML takes for text: `("coco_2017_train", )`, `1e-1`."""
     if isinstance(value, str) and not isinstance(default, str) and len(value) <= _LONGEST_LITERAL:
         try:
             return ast.literal_eval(value)
@@ -530,7 +526,7 @@ def _is_of_kind(value: Any, default: Any) -> bool:
 
 
 _REPR = reprlib.Repr()
-_REPR.maxlevel = 2  # of what refers to itself a billion times, a line
+_REPR.maxlevel = 2  # keeps a value that refers to itself a billion times on one line
 
 
 def _is_scalar(value: Any) -> bool:
@@ -538,7 +534,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _with_bases(path: Path, seen: tuple[Path, ...], read: dict[Path, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Read a config and what it is based on, each file once: those that overrule others come first."""
+    """Read a config and its bases, each file once; the files that override others come first."""
     path = path.resolve()
     if path in seen:
         raise ValueError(f"{path} is its own _BASE_, by way of {', '.join(str(other) for other in seen)}.")
@@ -547,7 +543,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...], read: dict[Path, dict[str, A
     if path not in read:
         read[path] = _parse(path)
         bases = read[path].get("_BASE_", [])
-        for base in reversed(bases if isinstance(bases, list) else [bases]):  # a later one overrules those before it
+        for base in reversed(bases if isinstance(bases, list) else [bases]):  # a later one overrides those before it
             if not isinstance(base, str) or "://" in base:
                 raise UnsupportedOptionError(
                     f"_BASE_ in {path} is {_REPR.repr(base)}; only paths of local files are followed."

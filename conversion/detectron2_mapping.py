@@ -40,7 +40,7 @@ class Differences(NamedTuple):
     """Where the two sides are not one to one.
 
     `filled` names targets without a source in the checkpoint (batch counters of frozen norms, zero; the class weights
-    of the loss, which the config tells); `checked` names sources in the checkpoint that have no target (Swin's index
+    of the loss, which the config gives); `checked` names sources in the checkpoint that have no target (Swin's index
     tables, equal to the ones computed from the window size); `split` names sources that have three (fused projections
     to queries, keys and values).
     """
@@ -51,7 +51,7 @@ class Differences(NamedTuple):
 
 
 class MisfitError(ValueError):
-    """Checkpoint and config describe different models: `facts` says where, `advice` what to do about it."""
+    """Checkpoint and config describe different models: `facts` says how they differ, `advice` what to do."""
 
     def __init__(self, facts: str, advice: str = "") -> None:
         super().__init__(f"{facts} {advice}".rstrip())
@@ -74,7 +74,7 @@ def convert_state_dict(original: Mapping[str, Array], config: Any) -> dict[str, 
 
     Raises:
         MisfitError: A parameter is missing or left over, a fused one doesn't divide, an index table differs, or the
-            config tells another number of classes or queries than the parameters.
+            config has another number of classes or queries than the parameters.
         ValueError: A parameter is there twice.
     """
     remaining = _current_names(original)
@@ -105,7 +105,7 @@ def convert_state_dict(original: Mapping[str, Array], config: Any) -> dict[str, 
 
 
 def differences(original: Mapping[str, Array], config: Any) -> Differences:
-    """Name what `convert_state_dict` fills in, checks and splits for the same arguments."""
+    """Return the names that `convert_state_dict` fills in, checks and splits for the same arguments."""
     entries, names = mapping_for(config), _current_names(original)
     return Differences(
         filled=[entry.targets[0] for entry in entries if entry.targets and entry.source not in names],
@@ -115,7 +115,7 @@ def differences(original: Mapping[str, Array], config: Any) -> Differences:
 
 
 def invert_state_dict(state_dict: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-    """Give a saved Mask2Former state dict the original's names: the inverse of `convert_state_dict`."""
+    """Convert a saved Mask2Former state dict back to the original's names: the inverse of `convert_state_dict`."""
     original = {}
     for source, targets in mapping_for(config):
         if not targets:
@@ -128,7 +128,7 @@ def invert_state_dict(state_dict: Mapping[str, torch.Tensor], config: Any) -> di
 
 
 def mapping_for(config: Any) -> list[Entry]:
-    """List every parameter of the original model that `config` describes, in the order of the data's way.
+    """Return an entry for every parameter of the original model that `config` describes, in data-flow order.
 
     Raises:
         ValueError: The original has no such backbone or pixel decoder.
@@ -137,11 +137,11 @@ def mapping_for(config: Any) -> list[Entry]:
 
 
 def relative_position_index(window_size: int) -> torch.Tensor:
-    """Swin's table (window², window²) int64: which of the (2·window − 1)² offsets leads from one place to another."""
+    """Return Swin's table (window², window²) int64: which of (2·window − 1)² offsets leads from pixel to pixel."""
     steps = torch.arange(window_size)
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()])  # (2, window²)
-    offsets = places[:, :, None] - places[:, None, :] + window_size - 1  # (2, window², window²), from 0
+    pixels = torch.stack([rows.flatten(), columns.flatten()])  # (2, window²)
+    offsets = pixels[:, :, None] - pixels[:, None, :] + window_size - 1  # (2, window², window²), from 0
     return offsets[0] * (2 * window_size - 1) + offsets[1]
 
 
@@ -165,10 +165,7 @@ def _swin(config: Any) -> Iterator[Entry]:
                 config.qkv_bias,
             )
         if stage < stages - 1:
-            source, target = (
-                f"backbone.layers.{stage}.downsample",
-                f"{ENCODER}.encoder.layers.{stage}.downsample",
-            )
+            source, target = (f"backbone.layers.{stage}.downsample", f"{ENCODER}.encoder.layers.{stage}.downsample")
             yield _same("weight", f"{source}.reduction", f"{target}.reduction")
             yield from _affine(f"{source}.norm", f"{target}.norm")
     for stage in range(stages):
@@ -295,14 +292,14 @@ def _affine(source: str, target: str) -> Iterator[Entry]:
 
 
 class _Named(NamedTuple):
-    """A parameter under the name its file has for it."""
+    """A parameter with its name in the file."""
 
     name: str
     value: Array
 
 
 def _current_names(original: Mapping[str, Array]) -> dict[str, _Named]:
-    """Index the parameters by the names that the original gives them today."""
+    """Return the parameters by the names that the original gives them today."""
     prefix = _common_prefix(original)
     current: dict[str, _Named] = {}
     for name, value in original.items():
@@ -319,7 +316,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and averaged co
 
 
 def _common_prefix(names: Mapping[str, Array]) -> str:
-    """What wrappers put before every name: nothing, or one or more of `_WRAPPERS`."""
+    """Return the prefix that wrappers put before every name: none, or one or more of `_WRAPPERS`."""
     prefix = ""
     while names and (wrapper := next((w for w in _WRAPPERS if all(n.startswith(prefix + w) for n in names)), None)):
         prefix += wrapper
@@ -328,14 +325,14 @@ def _common_prefix(names: Mapping[str, Array]) -> str:
 
 def _check_counts(parameters: Mapping[str, _Named], config: Any) -> None:
     predictor = "sem_seg_head.predictor"
-    for source, what, option, expected, besides in (
+    for source, what, option, expected, extra in (
         (f"{predictor}.class_embed.weight", "classes", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", config.num_labels, 1),
         (f"{predictor}.query_feat.weight", "queries", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", config.num_queries, 0),
     ):
         if source not in parameters:
             continue
         shape = parameters[source].value.shape
-        count = (shape[0] if shape else 0) - besides
+        count = (shape[0] if shape else 0) - extra
         if count != expected:
             raise MisfitError(
                 f"The checkpoint has {count} {what} ({parameters[source].name}), where {expected} are expected.",
@@ -344,7 +341,7 @@ def _check_counts(parameters: Mapping[str, _Named], config: Any) -> None:
 
 
 def _constant(source: str, config: Any) -> torch.Tensor | None:
-    """The value of a parameter that a checkpoint may leave out; None for one it may not."""
+    """Return the value of a parameter that a checkpoint may leave out, or None for any other."""
     if source.endswith(COUNTER):
         return torch.zeros((), dtype=torch.int64)
     if source == CLASS_WEIGHTS:

@@ -1,7 +1,7 @@
-"""Fetch a released file: with progress, continued after an interruption, and refused where it isn't what was released.
+"""Download a released file with a progress bar, continue after an interruption, and check its MD5.
 
-The authors put the start of a file's MD5 into its name (`model_final_94dc52.pkl`). A file lies under its own name only
-once that has been checked; until then it is called `….part`.
+The authors put the start of a file's MD5 into its name (`model_final_94dc52.pkl`). A file has its own name only once
+that has been checked; until then it is called `….part`.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class _Interrupted(Exception):
 
 
 def default_cache_dir() -> Path:
-    """Where downloads are kept: `m2f_hf` in the folder of Hugging Face's caches (`HF_HOME`)."""
+    """Return the folder of downloads: `m2f_hf` among Hugging Face's caches (`HF_HOME`)."""
     return Path(constants.HF_HOME) / "m2f_hf"
 
 
 def digest_in_name(name: str) -> str | None:
-    """The start of the MD5 that a released file's name ends with, or None."""
+    """Return the start of the MD5 that a released file's name ends with, or None."""
     match = _DIGEST.search(name)
     return match[1] if match else None
 
 
 def md5_of(path: Path) -> str:
-    """The MD5 of a file, in hexadecimal."""
+    """Return the MD5 of a file, in hexadecimal."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -85,7 +85,7 @@ def download(url: str, folder: Path) -> Path:
         partial.unlink()
         raise DownloadError(
             f"What came from {url} is not the released file: its MD5 begins with {actual[: len(digest)]} instead of "
-            f"{digest}. It was removed. Run again to fetch it anew; if it comes out the same, {_BY_HAND}."
+            f"{digest}. It was removed. Run again to fetch it once more; if it comes out the same, {_BY_HAND}."
         )
     os.replace(partial, target)
     return target
@@ -116,7 +116,7 @@ def _fetch_persistently(url: str, partial: Path) -> None:
 
 
 def _fetch(url: str, partial: Path) -> None:
-    """Fetch what `partial` lacks, or everything where the server can't send a part."""
+    """Download the rest of `partial`, or the whole file where the server can't send a part."""
     have = partial.stat().st_size if partial.is_file() else 0
     headers = {"User-Agent": "m2f_hf", **({"Range": f"bytes={have}-"} if have else {})}
     try:

@@ -2,8 +2,9 @@
 
     python conversion/export_to_transformers.py FOLDER_OR_ID --output DIR
 
-Every tensor goes over to the bit, and both models give the same on a random image, or nothing is written. What stock
-Mask2Former cannot express is refused by name; what it has no place for (task, thresholds, colours) is told.
+Nothing is written unless every tensor is the same to the bit and both models give the same output for a random image.
+What stock Mask2Former cannot express is refused by name; what it has no field for (task, thresholds, colours) is
+reported.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class NotExpressibleError(ValueError):
 
 
 class Report(NamedTuple):
-    """What an export did: tensors and parameters written, largest difference of the outputs, what stays behind."""
+    """What an export did: tensors and parameters written, largest differences of the outputs, what was left out."""
 
     tensors: int
     parameters: int
@@ -74,21 +75,21 @@ class Report(NamedTuple):
 
 
 @contextmanager
-def _silent_about_backbones() -> Iterator[None]:
-    """Leave out the warning that stock configs give for every backbone but Swin: the outputs are compared here."""
+def _without_backbone_warning() -> Iterator[None]:
+    """Suppress the warning that stock configs give for every backbone but Swin; the outputs are compared here."""
 
-    def is_something_else(record: logging.LogRecord) -> bool:
+    def is_another(record: logging.LogRecord) -> bool:
         return "is not a supported model and may not be compatible" not in record.getMessage()
 
     logger = logging.getLogger(StockConfig.__module__)
-    logger.addFilter(is_something_else)
+    logger.addFilter(is_another)
     try:
         yield
     finally:
-        logger.removeFilter(is_something_else)
+        logger.removeFilter(is_another)
 
 
-@_silent_about_backbones()
+@_without_backbone_warning()
 def export(source: str, output: Path) -> Report:
     """Export one model.
 
@@ -130,7 +131,7 @@ def export(source: str, output: Path) -> Report:
         parameters=sum(parameter.numel() for parameter in ours.parameters()),
         class_difference=differences[0],
         mask_difference=differences[1],
-        notes=what_stays_behind(config, processor),
+        notes=notes_on_losses(config, processor),
     )
 
 
@@ -150,7 +151,7 @@ def _check_model_type(source: str) -> None:
 
 
 def to_stock_config(config: Mask2FormerConfig) -> StockConfig:
-    """The same model in `transformers`' fields.
+    """Return the same configuration in `transformers`' fields.
 
     Raises:
         NotExpressibleError: there is no such model there.
@@ -174,7 +175,7 @@ def to_stock_config(config: Mask2FormerConfig) -> StockConfig:
 
 
 def to_stock_processor(processor: M2FImageProcessor, config: StockConfig) -> dict[str, Any]:
-    """What `preprocessor_config.json` says to `transformers`' Mask2Former image processor."""
+    """Return the settings of `preprocessor_config.json` for `transformers`' Mask2Former image processor."""
     settings = processor.to_dict()
     stock = {name: settings[name] for name in PROCESSOR_SETTINGS if settings.get(name) is not None}
     if processor.channel_order == "BGR":
@@ -185,7 +186,7 @@ def to_stock_processor(processor: M2FImageProcessor, config: StockConfig) -> dic
 
 
 def stock_tensors(model: Mask2FormerForUniversalSegmentation, channel_order: str) -> dict[str, Tensor]:
-    """Parameters and buffers of the stock model by their names in memory, which are ours.
+    """Return the parameters and buffers of the stock model, by their names in memory, which are ours.
 
     Stock processors give RGB: a model of BGR gets its first convolution's input channels in reverse.
     """
@@ -206,7 +207,7 @@ def _write_model(folder: Path, config: StockConfig, tensors: dict[str, Tensor]) 
     if tensors.keys() != expected:
         raise NotExpressibleError(
             "the installed `transformers` builds another model from this configuration. It lacks "
-            f"{sorted(tensors.keys() - expected)[:5]} and has besides {sorted(expected - tensors.keys())[:5]}. "
+            f"{sorted(tensors.keys() - expected)[:5]} and also has {sorted(expected - tensors.keys())[:5]}. "
             "(Some releases don't save `input_projections`, which `feature_size` other than `hidden_dim` and "
             "`enforce_input_projection` need: install a newer one.)"
         )
@@ -217,10 +218,10 @@ def _write_model(folder: Path, config: StockConfig, tensors: dict[str, Tensor]) 
 def _check_written(
     folder: Path, tensors: dict[str, Tensor], ours: Mask2FormerForUniversalSegmentation, channel_order: str
 ) -> tuple[float, float]:
-    """Read the folder as stock `transformers` does; compare tensors to the bit, and outputs on a random image.
+    """Read the folder as stock `transformers` does, and compare tensors to the bit and outputs on a random image.
 
     Returns:
-        The largest differences of class logits and mask logits.
+        The largest differences of class logits and of mask logits.
     """
     stock, loading = StockModel.from_pretrained(folder, output_loading_info=True)
     problems = {kind: sorted(keys)[:5] for kind, keys in loading.items() if keys}
@@ -243,8 +244,8 @@ def _check_written(
     return largest[0], largest[1]
 
 
-def what_stays_behind(config: Mask2FormerConfig, processor: M2FImageProcessor) -> list[str]:
-    """What the stock folder does not say, and what its reader does instead, one sentence each."""
+def notes_on_losses(config: Mask2FormerConfig, processor: M2FImageProcessor) -> list[str]:
+    """Return notes on what the stock folder cannot hold, and what `transformers` does instead."""
     stuff = "None" if processor.label_ids_to_fuse is None else f"{{{', '.join(map(str, processor.label_ids_to_fuse))}}}"
     notes = [
         f"stock processors don't know the task ({processor.task}) nor its settings. Pass them: "
@@ -266,7 +267,7 @@ def what_stays_behind(config: Mask2FormerConfig, processor: M2FImageProcessor) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; give the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", metavar="FOLDER_OR_ID", help="a model of ours: a folder, or an id on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")

@@ -1,10 +1,10 @@
 """The 59 checkpoints that the authors of Mask2Former released: one row each, everything else computed.
 
-A row holds what nothing else tells: the digest in the file's name, the authors' model id, the figures they report.
+A row holds what cannot be computed: the digest in the file's name, the authors' model id, the figures they report.
 Names, addresses and settings follow from data set, task and backbone. Source of the figures: the original's MODEL_ZOO.
 
-The table itself is plain Python. What needs the package imports it where it is asked for, so that showing the table
-doesn't wait for PyTorch.
+The table itself is plain Python. Methods that need the package import it, so that showing the table doesn't wait for
+PyTorch.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ BENCHMARKS = {
 
 
 class Backbone(NamedTuple):
-    """A backbone: how people call it, how the configs' names do, and its options."""
+    """A backbone: its usual name, its name in the configs' names, and its options."""
 
     title: str
     stem: str
@@ -188,7 +188,7 @@ class Released:
 
     @property
     def config_path(self) -> str:
-        """The YAML it was trained with, below the original's `configs/` (video: `configs/` of the same repository)."""
+        """Path of the YAML it was trained with, in the original's `configs/`."""
         stem = _CONFIG_STEMS.get(self.name, self._stem)
         swin = "swin/" if self._has_swin else ""
         if self.is_video:
@@ -225,7 +225,7 @@ class Released:
         return (480, 1333) if self._has_swin and self.name != "ytvis2021-instance-swin-large" else (360, 1333)
 
     def options(self) -> dict[str, Any]:
-        """Its settings in the original's terms: what `read_config` gives for the YAML it was trained with."""
+        """Return the original's options: what `read_config` gives for the YAML it was trained with."""
         from detectron2_config import DEFAULTS
 
         from m2f_hf.known.stock_checkpoints import released_threshold
@@ -258,19 +258,19 @@ class Released:
         }
 
     def config(self) -> Mask2FormerConfig:
-        """The model's config, with the data set's labels and colours."""
+        """Return the model's config, with the data set's labels and colours."""
         from detectron2_config import build_config
 
         return build_config(self.options())
 
     def processor(self) -> M2FImageProcessor:
-        """The processor, for the task that the figures are reported for."""
+        """Return the processor, for the task that the figures are reported for."""
         from detectron2_config import build_processor
 
         return build_processor(self.options())
 
     def card(self) -> dict[str, Any]:
-        """What `model_card` is to say of it: where it comes from, how it was trained, the reported figures."""
+        """Return the arguments of `model_card`: source, training, reported figures."""
         from m2f_hf.hub import Figure
 
         epochs = self.schedule.endswith("ep")
@@ -355,10 +355,7 @@ _ROWS: dict[str, list[tuple[Any, ...]]] = {
         ("r50", "5c90d4", "48243028_0", 39.7, 26.5, 46.1),
         ("swin-large", "e0c58e", "48267279", 48.1, 34.2, 54.5),
     ],
-    "ade20k-instance": [
-        ("r50", "67e945", "47429167_7", 26.4),
-        ("swin-large", "92dae9", "49040271_0", 34.9),
-    ],
+    "ade20k-instance": [("r50", "67e945", "47429167_7", 26.4), ("swin-large", "92dae9", "49040271_0", 34.9)],
     "ade20k-semantic": [
         ("r50", "500878", "47429167_5", 47.2, 49.2),
         ("r101", "0d68be", "48243040_0", 47.8, 50.1),
@@ -406,10 +403,10 @@ RELEASED = {row.name: row for row in _released()}
 
 
 def find_released(name: str) -> Released:
-    """Give the released checkpoint of this name; upper case and `_` are read as lower case and `-`.
+    """Return the released checkpoint of this name; upper case and `_` are read as lower case and `-`.
 
     Raises:
-        ValueError: There is none; the message names those that are spelt alike.
+        ValueError: There is none; the message names similar ones.
     """
     row = RELEASED.get(re.sub(r"[\s_]+", "-", name.strip().lower()))
     if row is not None:
@@ -420,7 +417,7 @@ def find_released(name: str) -> Released:
 
 
 def listing(words: Sequence[str] = ()) -> str:
-    """A table of the released checkpoints whose row has all the words, upper case or lower.
+    """Return a table of the released checkpoints whose row has all the words, upper case or lower.
 
     Raises:
         ValueError: No row has them.

@@ -1,12 +1,12 @@
 """Read checkpoint files without running anything that is in them.
 
 A pickle is a program: whatever it names is imported and called. Here it can name NumPy's array constructors and the
-ordered dictionary, nothing else, and the constructors are stand-ins of this module, so neither NumPy's unpickling code
+ordered dictionary, nothing else, and the constructors are stand-ins in this module, so neither NumPy's unpickling code
 nor its module names (`numpy.core` became `numpy._core` in 2.0) matter. Files in torch's formats are left to
 `torch.load`, whose `weights_only` reader follows the same rule.
 
 Plain data can do harm as well: a tuple nested a million times overflows the C stack when it is hashed, a memo number
-of a billion reserves gigabytes. So the instructions of every pickle are looked through before any is followed.
+of a billion reserves gigabytes. So the instructions of every pickle are checked before any is executed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_HOW_TO_TRUST = "Nothing of it was run. If you trust where it came from, save its state dict alone with torch.save."
+_ADVICE = "Nothing of it was run. If you trust where it came from, save its state dict alone with torch.save."
 
 # Where files keep the parameters, in the order of preference; a file may also be the dictionary itself.
 _ENTRIES = ("model", "state_dict", "ema_state", "model_ema", "ema_model", "ema")
@@ -40,7 +40,7 @@ _LEGACY_PICKLES = 5  # that number, a version, the machine, the contents, the na
 
 
 class UnsafeCheckpointError(ValueError):
-    """The file asks for something else than arrays, tensors, containers, strings and numbers."""
+    """The file names something other than arrays, tensors, containers, strings and numbers."""
 
 
 def load_state_dict(path: str | Path) -> dict[str, np.ndarray | torch.Tensor]:
@@ -70,7 +70,7 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray | torch.Tensor]:
     if head[_TAR_OFFSET:] == _TAR:
         raise ValueError(
             f"{path} is a tar archive, as torch wrote before 0.1.10; it can't be read safely. Load it where you trust "
-            "it and save it anew with torch.save."
+            "it and save it again with torch.save."
         )
     try:
         if head.startswith(_ZIP):
@@ -83,7 +83,7 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray | torch.Tensor]:
         raise
     except Exception as error:  # a damaged file fails with whatever the place raises where the damage is met
         raise ValueError(
-            f"{path} is damaged or no checkpoint ({_in_short(str(error) or type(error).__name__)})."
+            f"{path} is damaged or no checkpoint ({_shorten(str(error) or type(error).__name__)})."
         ) from error
     return _parameters(contents, path)
 
@@ -108,7 +108,7 @@ def _load_archive(path: Path) -> Any:
         for member in pickles:
             with archive.open(member) as file:
                 _check_instructions(file, path, _TORCH_INSTRUCTIONS)
-    return _load_torch(path, mmap=True)  # what nobody asks for, the optimizer's state, is not read
+    return _load_torch(path, mmap=True)  # the optimizer's state, which is not used, is not read
 
 
 def _load_legacy(path: Path) -> Any:
@@ -120,14 +120,14 @@ def _load_legacy(path: Path) -> Any:
 
 def _load_torch(path: Path, mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_ALLOWED_BESIDE_TENSORS):
+        with torch.serialization.safe_globals(_ALLOWED_NUMPY):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked is None:
             raise
         raise UnsafeCheckpointError(
-            f"{path} was refused: it asks for {asked[1]}, and only tensors and containers are read. {_HOW_TO_TRUST}"
+            f"{path} was refused: it asks for {asked[1]}, and only tensors and containers are read. {_ADVICE}"
         ) from None
 
 
@@ -136,7 +136,7 @@ def _parameters(contents: Any, path: Path) -> dict[str, np.ndarray | torch.Tenso
     if isinstance(contents, dict):
         entries = [name for name in _ENTRIES if isinstance(dict.get(contents, name), dict)]
         if entries:
-            _tell_what_is_taken(entries, path)
+            _warn_of_averages(entries, path)
             contents = dict.get(contents, entries[0])
     if not isinstance(contents, dict) or not contents:
         raise ValueError(f"{path} holds no parameters: expected a dictionary, or one under 'model'.")
@@ -147,20 +147,20 @@ def _parameters(contents: Any, path: Path) -> dict[str, np.ndarray | torch.Tenso
         if not isinstance(name, str):
             raise ValueError(f"{path}: the name of a parameter is a {type(name).__name__}, not text.")
         if not isinstance(value, np.ndarray | torch.Tensor):
-            raise ValueError(f"{path}: {_in_short(repr(name))} is a {type(value).__name__}, not an array or tensor.")
+            raise ValueError(f"{path}: {_shorten(repr(name))} is a {type(value).__name__}, not an array or tensor.")
         parameters[name] = value
     _check_values(parameters, path)
     return parameters
 
 
-def _tell_what_is_taken(entries: list[str], path: Path) -> None:
+def _warn_of_averages(entries: list[str], path: Path) -> None:
     taken, *others = entries
     if taken not in ("model", "state_dict"):
         logger.warning("%s has no 'model': the averaged weights under %r are taken.", path, taken)
     for other in others:
         if other in _AVERAGED:
             logger.warning(
-                "%s has averaged weights under %r beside those under %r, which are taken. To convert the averaged ones "
+                "%s has averaged weights under %r and others under %r, which are taken. To convert the averaged ones "
                 "save them alone: torch.save(torch.load(FILE, weights_only=True)[%r], OTHER_FILE).",
                 *(path, other, taken, other),
             )
@@ -175,7 +175,7 @@ def _check_values(parameters: dict[str, np.ndarray | torch.Tensor], path: Path) 
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise UnsafeCheckpointError(
                     f"{path} was refused: {name!r} claims the shape {tuple(value.shape)} with "
-                    f"{value.untyped_storage().nbytes()} bytes of data. {_HOW_TO_TRUST}"
+                    f"{value.untyped_storage().nbytes()} bytes of data. {_ADVICE}"
                 )
             finite = bool(value.isfinite().all())
         else:
@@ -186,7 +186,7 @@ def _check_values(parameters: dict[str, np.ndarray | torch.Tensor], path: Path) 
             )
 
 
-def _in_short(text: str, most: int = 300) -> str:
+def _shorten(text: str, most: int = 300) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[:most] + "…"
 
@@ -214,9 +214,9 @@ _MOST_NESTED = 100
 
 
 def _check_instructions(file: IO[bytes], path: Path, allowed: frozenset[str] = _INSTRUCTIONS) -> None:
-    """Look through one pickle, from where `file` stands to its end, without following it.
+    """Check the instructions of one pickle, from the position of `file` to its end, without executing them.
 
-    On a stack like the reader's lies, in place of each value, how deep tuples are nested in it.
+    A stack like the reader's holds, for each value, how deep tuples are nested in it.
 
     Raises:
         UnsafeCheckpointError: An instruction that ordinary pickles don't have, a memo number beyond all that were put
@@ -230,9 +230,9 @@ def _check_instructions(file: IO[bytes], path: Path, allowed: frozenset[str] = _
     for opcode, argument, position in pickletools.genops(file):
         name = opcode.name
         if name not in allowed:
-            what = f"{name} {_in_short(argument)}" if isinstance(argument, str) else name
+            what = f"{name} {_shorten(argument)}" if isinstance(argument, str) else name
             raise UnsafeCheckpointError(
-                f"{path} was refused: it has the pickle instruction {what}, which data doesn't need. {_HOW_TO_TRUST}"
+                f"{path} was refused: it has the pickle instruction {what}, which data doesn't need. {_ADVICE}"
             )
         if name == "FRAME":
             _check_frame(file, argument)
@@ -254,7 +254,7 @@ def _check_instructions(file: IO[bytes], path: Path, allowed: frozenset[str] = _
 
 
 def _take(stack: list[int], wanted: list[pickletools.StackObject]) -> list[int]:
-    """Remove what an instruction takes off the stack, and give it."""
+    """Pop what an instruction takes off the stack, and return it."""
     count = len(wanted)
     if pickletools.markobject in wanted:
         above_mark = 0
@@ -287,8 +287,8 @@ class _DataUnpickler(pickle.Unpickler):
         allowed = _ALLOWED.get((module.replace("numpy._core.", "numpy.core."), name))
         if allowed is None:
             raise UnsafeCheckpointError(
-                f"{self._path} was refused: it asks for {_in_short(f'{module}.{name}')}, and only arrays and "
-                f"containers are read. {_HOW_TO_TRUST}"
+                f"{self._path} was refused: it asks for {_shorten(f'{module}.{name}')}, and only arrays and "
+                f"containers are read. {_ADVICE}"
             )
         return allowed
 
@@ -317,7 +317,7 @@ class _Constructor:
 
 
 class _DType:
-    """Stands for a pickled `numpy.dtype` of numbers: made from a code such as `f4`, then told its byte order."""
+    """Stands for a pickled `numpy.dtype` of numbers: made from a code such as `f4`, then given its byte order."""
 
     __slots__ = ("dtype",)
 
@@ -333,7 +333,7 @@ class _DType:
 
 
 class _Array:
-    """Stands for a pickled `numpy.ndarray`: made empty, then told shape, type and bytes."""
+    """Stands for a pickled `numpy.ndarray`: made empty, then given shape, type and bytes."""
 
     __slots__ = ("array",)
 
@@ -364,12 +364,12 @@ def _scalar(dtype: _DType, raw: bytes) -> _Array:
 
 
 def _no_bytes() -> bytes:
-    """How protocols 0 to 2 write empty bytes."""
+    """Return empty bytes, as protocols 0 to 2 write them."""
     return b""
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocols 0 to 2 write other bytes."""
+    """Return other bytes, as protocols 0 to 2 write them."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"bytes are encoded as latin1, not {reprlib.repr(encoding)}")
     return text.encode("latin1")
@@ -388,7 +388,7 @@ _ALLOWED: dict[tuple[str, str], _Constructor] = {
 
 # torch's reader knows tensors and containers; arrays in its files (a scheduler's numbers, say) are read by the
 # stand-ins above. It sets the state of what it was given the class of.
-_ALLOWED_BESIDE_TENSORS: list[Any] = [
+_ALLOWED_NUMPY: list[Any] = [
     (_Array, "numpy.ndarray"),
     (_DType, "numpy.dtype"),
     *(

@@ -1,6 +1,6 @@
 """A Hub on loopback for the real client, and Python processes that take it for the Hub.
 
-The server keeps repositories in memory: commits, branches, private ones, large files sent beside the commit. Errors
+The server keeps repositories in memory: commits, branches, private ones, large files sent apart from the commit. Errors
 carry the status and the `X-Error-Code` that the Hub's do, so that the client raises what it would raise.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-LARGE = (".safetensors", ".png")  # what the Hub's default .gitattributes sends beside the commit
+LARGE = (".safetensors", ".png")  # what the Hub's default .gitattributes sends apart from the commit
 REPOSITORY = r"/api/models/(?P<repo_id>[^/]+/[^/]+)"
 ROUTES: list[tuple[str, str, str]] = [
     ("GET", r"/api/whoami-v2", "whoami"),
@@ -115,7 +115,7 @@ class HubServer(ThreadingHTTPServer):
     def repository(self, repo_id: str, user: str | None) -> Repository:
         repository = self.repositories.get(repo_id)
         if repository is None or (repository.private and user != repo_id.split("/")[0]):
-            # As the Hub does: strangers cannot tell a private repository from none.
+            # As the Hub does: to strangers a private repository looks like none.
             raise HubError(404 if user else 401, "RepoNotFound", "Repository not found")
         return repository
 
@@ -300,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.faults.remove(fault)
                 if fault.status is None:
                     raise ConnectionAbortedError
-                raise HubError(fault.status, "", "told to fail")
+                raise HubError(fault.status, "", "made to fail")
 
     def _authenticate(self) -> str | None:
         header = self.headers.get("Authorization")
@@ -365,7 +365,7 @@ LOOP = """
 import json, os, sys, traceback
 orders, channel = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what libraries print does not mix with the answers
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nobody answers what libraries ask
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # no one answers what libraries ask
 namespace = {{"__name__": "client"}}
 {preamble}
 for line in orders:

@@ -5,7 +5,5 @@ from .main import main as main
 
 
 __getattr__ = lazy_names(
-    __name__,
-    {"..": ["Segmenter", "BUNDLED_MODEL", "BUNDLED_VIDEO_MODEL", "BUNDLED_SCENES"]},
-    is_deprecated=True,
+    __name__, {"..": ["Segmenter", "BUNDLED_MODEL", "BUNDLED_VIDEO_MODEL", "BUNDLED_SCENES"]}, is_deprecated=True
 )

@@ -90,12 +90,7 @@ class ClipWriter:
     def infos(self) -> list[dict[str, Any]]:
         """Return `segments_info` of the tracks of the whole clip."""
         return [
-            {
-                "id": number,
-                "label": self.id2label[track.label],
-                "isthing": track.isthing,
-                "score": track.score,
-            }
+            {"id": number, "label": self.id2label[track.label], "isthing": track.isthing, "score": track.score}
             for number, track in sorted(self.tracks.items())
         ]
 

@@ -122,7 +122,7 @@ def test_without_pyav_there_are_pictures(clip, tmp_path, monkeypatch, capsys):
     assert "needs PyAV" in capsys.readouterr().err
 
 
-def test_a_second_run_leaves_nothing_of_the_first_and_all_that_is_not_its_own(clip, tmp_path):
+def test_a_second_run_replaces_only_the_files_of_the_first(clip, tmp_path):
     out = tmp_path / "out"
     assert track(clip, "--output", out, *SMALL) == 0
     (out / "notes.txt").write_text("mine")
@@ -155,7 +155,7 @@ def test_what_goes_wrong_leaves_an_earlier_run_as_it_was(clip, tmp_path, capsys)
     assert {name: (out / name).read_bytes() for name in names(out)} == before
 
 
-def test_an_image_model_runs_and_is_said_to_know_nothing_of_time(clip, tmp_path, capsys):
+def test_an_image_model_runs_with_a_warning(clip, tmp_path, capsys):
     assert track(clip, "--output", tmp_path / "out", "--model", BUNDLED_MODEL, "--window", "3", "--overlap", "0") == 0
     assert "is an image model and has learned nothing of time" in capsys.readouterr().err
     labels = {result["label"] for result in json.loads((tmp_path / "out" / "results.json").read_text())}
@@ -204,7 +204,7 @@ def test_clips_and_folders_that_cannot_be_say_so(clip, tmp_path, capsys):
     assert "too long" in capsys.readouterr().err
 
 
-def test_what_is_in_the_way_of_results_is_told_before_any_is_made(clip, tmp_path, capsys):
+def test_obstacles_to_results_are_reported_before_any_is_made(clip, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "results.json").write_text("of an earlier run")
@@ -235,7 +235,7 @@ def test_a_narrow_clip_and_a_window_longer_than_memory(tmp_path):
         assert ids.size == (3, 40)
 
 
-def test_a_film_that_ends_before_its_time_is_told(frames, tmp_path, capsys):
+def test_a_truncated_film_is_reported(frames, tmp_path, capsys):
     write_video(tmp_path / "clip.avi", frames, codec="mjpeg")
     content = (tmp_path / "clip.avi").read_bytes()
     (tmp_path / "clip.avi").write_bytes(content[: len(content) // 2])
@@ -286,7 +286,7 @@ def test_the_animation_of_a_long_clip_is_bounded(tmp_path):
 
 
 @pytest.mark.parametrize(("shades", "seconds"), [((0, 0, 0, 0), 655.35), ((0, 60, 120, 180), 163.83)])
-def test_the_animation_of_a_slow_clip_has_the_longest_pauses_that_there_are(shades, seconds, tmp_path):
+def test_the_animation_of_a_slow_clip_has_the_longest_pauses(shades, seconds, tmp_path):
     gif = _Gif(rate=0.001)
     for shade in shades:
         gif.add(Image.new("RGB", (8, 8), (shade, 0, 0)))

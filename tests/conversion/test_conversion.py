@@ -36,20 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "conversion"))
 import convert_detectron2
 import converter
 from converter import convert
-from detectron2_config import (
-    UnsupportedOptionError,
-    config_from_yaml,
-    processor_from_yaml,
-    read_config,
-    read_labels,
-)
-from detectron2_mapping import (
-    convert_state_dict,
-    differences,
-    invert_state_dict,
-    mapping_for,
-    relative_position_index,
-)
+from detectron2_config import UnsupportedOptionError, config_from_yaml, processor_from_yaml, read_config, read_labels
+from detectron2_mapping import convert_state_dict, differences, invert_state_dict, mapping_for, relative_position_index
 from safe_pickle import load_state_dict
 
 
@@ -116,10 +104,7 @@ VARIANTS = {
     },
     "swin without query, key and value biases": {"MODEL.SWIN.QKV_BIAS": False, "MODEL.SWIN.MLP_RATIO": 2.0},
     "enforced input projection": {"MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ": True},
-    "decoder wider than features, norm first": {
-        "MODEL.MASK_FORMER.HIDDEN_DIM": 48,
-        "MODEL.MASK_FORMER.PRE_NORM": True,
-    },
+    "decoder wider than features, norm first": {"MODEL.MASK_FORMER.HIDDEN_DIM": 48, "MODEL.MASK_FORMER.PRE_NORM": True},
 }
 
 
@@ -337,7 +322,7 @@ KNOWN_NAMES = {
 }
 
 
-def test_known_names_go_where_they_belong_and_fused_ones_are_split_in_order(tmp_path):
+def test_fused_parameters_are_split_in_order(tmp_path):
     config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path))))
     original = invert_state_dict(on_disk(random_model(config)), config)
     original = {
@@ -358,7 +343,7 @@ def test_position_index_table_by_its_definition():
             assert table[query, key] == (rows + 2) * 5 + columns + 2
 
 
-def test_batch_counters_of_trained_norms_are_kept_and_those_of_frozen_ones_are_zero(tmp_path):
+def test_batch_counters_are_kept_or_zero_for_frozen_norms(tmp_path):
     config_file = write_config(tmp_path, VARIANTS["resnet"])
     config = Mask2FormerConfig(**config_from_yaml(read_config(config_file)))
     trained = {n: v.clone() for n, v in invert_state_dict(on_disk(random_model(config)), config).items()}
@@ -416,7 +401,7 @@ FORMS = {
     "wrapped": lambda p, path: torch.save({"model": tensors_of({f"module.{n}": v for n, v in p.items()})}, path),
     "wrapped twice": lambda p, path: torch.save(tensors_of({f"module._orig_mod.{n}": v for n, v in p.items()}), path),
     "averaged alone": lambda p, path: torch.save({"ema_state": tensors_of(p), "iteration": 5}, path),
-    "averaged beside": lambda p, path: torch.save(
+    "averaged too": lambda p, path: torch.save(
         {"ema_state": {n: v + 1 for n, v in tensors_of(p).items()}, "model": tensors_of(p)}, path
     ),
     "without index tables and class weights": lambda p, path: path.write_bytes(
@@ -450,7 +435,7 @@ def test_every_form_of_a_checkpoint_converts_to_the_same_bits(plain, tmp_path, f
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_becomes_float32_of_the_same_values_with_finite_outputs(plain, tmp_path, dtype):
+def test_half_precision_becomes_float32_of_the_same_values(plain, tmp_path, dtype):
     parameters, config, expected = plain
     halved = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tensors_of(parameters).items()}
     torch.save({"model": halved}, tmp_path / "half.pth")
@@ -499,15 +484,15 @@ def test_parameter_under_an_old_and_a_new_name_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "message"),
     [
         ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 4, "checkpoint has 3 classes .* 4 are expected"),
         ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 6, "checkpoint has 5 queries .* 6 are expected"),
     ],
 )
-def test_counts_other_than_the_checkpoints_are_told_with_their_option(tiny_original, tmp_path, option, value, told):
+def test_other_counts_are_reported_with_their_option(tiny_original, tmp_path, option, value, message):
     config_file = write_config(tmp_path, {option: value})
-    with pytest.raises(ValueError, match=rf"{told}\. Set {option}"):
+    with pytest.raises(ValueError, match=rf"{message}\. Set {option}"):
         convert(tiny_original[0], config_file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -560,12 +545,12 @@ def test_folder_holds_model_and_processor_with_equal_outputs(tiny_original, tmp_
     assert sorted(report.split) == sorted(fused) and len(fused) > 10
     whole = len(original) - 5 - len(fused)
     assert report.written == whole + 3 * len(fused) + len(report.filled)
-    for told in (
+    for message in (
         f"{len(original)} tensors read, none left over: {whole} kept whole, {len(fused)} fused projections split",
         f"{len(saved)} tensors written",
         f"{whole} whole, {3 * len(fused)} from the split ones, {len(report.filled)} initial values",
     ):
-        assert told in str(report)
+        assert message in str(report)
 
 
 @pytest.mark.parametrize("spoil", ["missing", "left over", "index", "shape"])
@@ -575,20 +560,20 @@ def test_checkpoint_that_does_not_fit_is_refused_and_nothing_is_left(tiny_origin
     bias, index = "sem_seg_head.predictor.class_embed.bias", "backbone.layers.0.blocks.0.attn.relative_position_index"
     if spoil == "missing":
         del parameters[bias]
-        told = bias
+        message = bias
     elif spoil == "left over":
         parameters["sem_seg_head.extra.weight"] = torch.zeros(2)
-        told = "sem_seg_head.extra.weight"
+        message = "sem_seg_head.extra.weight"
     elif spoil == "index":
         parameters[index] = parameters[index].flip(0)
-        told = index
+        message = index
     else:
         parameters[bias] = torch.zeros(9)
-        told = "class_predictor.bias"
+        message = "class_predictor.bias"
     spoiled = write_pickle(tmp_path / "spoiled.pkl", parameters)
     arguments = ["--checkpoint", spoiled, "--config-file", config_file, "--output", tmp_path / "out"]
     assert convert_detectron2.main([str(argument) for argument in arguments]) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["spoiled.pkl"]
 
 
@@ -686,7 +671,7 @@ def test_option_of_a_part_that_the_model_has_not_does_not_matter(tmp_path):
         ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]),
     ],
 )
-def test_resnet_option_without_an_equivalent_is_refused_only_where_there_is_a_resnet(tmp_path, option, value):
+def test_resnet_option_without_an_equivalent_is_refused_for_resnets(tmp_path, option, value):
     read_config(write_config(tmp_path, {option: value}))
     with pytest.raises(UnsupportedOptionError, match=option):
         read_config(write_config(tmp_path, VARIANTS["resnet"] | {option: value}))
@@ -748,11 +733,7 @@ def test_task_is_the_widest_that_is_on(tmp_path, task):
 
 def test_pictures_of_a_bgr_model_are_normalised_in_its_order(tmp_path):
     """The usual setting of detectron2's own ResNets: BGR, mean subtracted, not divided."""
-    changes = {
-        "INPUT.FORMAT": "BGR",
-        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
-        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
-    }
+    changes = {"INPUT.FORMAT": "BGR", "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675], "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]}
     processor = M2FImageProcessor(**processor_from_yaml(read_config(write_config(tmp_path, changes))))
     picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)  # RGB, of the size at test
     pixel_values = processor(picture, return_tensors="pt")["pixel_values"][0]
@@ -839,7 +820,7 @@ def test_option_of_the_wrong_type_is_refused_by_name(tmp_path, option, value):
         read_config(write_config(tmp_path, {option: value}))
 
 
-def test_impossible_model_is_told_without_a_traceback(tiny_original, tmp_path, capsys):
+def test_impossible_model_is_an_error_without_traceback(tiny_original, tmp_path, capsys):
     config_file = write_config(tmp_path, {"MODEL.SEM_SEG_HEAD.CONVS_DIM": 40})
     arguments = ["--checkpoint", tiny_original[0], "--config-file", config_file, "--output", tmp_path / "out"]
     assert convert_detectron2.main([str(argument) for argument in arguments]) == 1
@@ -921,7 +902,7 @@ def test_classes_of_a_known_data_set_come_from_its_name(tmp_path, data_set, know
     assert processor_from_yaml(options, own)["label_ids_to_fuse"] == ([0] if stuff else None)
 
 
-def test_instances_of_a_known_data_set_stay_its_task_with_every_test_switched_on(tmp_path):
+def test_instances_stay_the_task_with_every_test_switched_on(tmp_path):
     """As the original's configs for ADE20K's instances have it."""
     changes = {"DATASETS.TRAIN": ["ade20k_instance_train"], "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 100}
     changes |= {f"MODEL.MASK_FORMER.TEST.{task}_ON": True for task in ("SEMANTIC", "INSTANCE", "PANOPTIC")}
@@ -1073,7 +1054,7 @@ MERGED_LAUGHS = "a0: &a0 {x: 1, y: 2}\n" + "".join(
 )
 
 
-def test_yaml_that_refers_to_itself_a_billion_times_is_read_or_refused_at_once(tmp_path):
+def test_yaml_that_refers_to_itself_ends_at_once(tmp_path):
     plain = write_config(tmp_path)
     path = tmp_path / "laughs.yaml"
     for unread in (LAUGHS, NESTED_LAUGHS, "loop: &loop {self: *loop}\nlist: &list [*list]\n"):
@@ -1110,7 +1091,7 @@ def test_anchors_and_merge_keys_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["2020-13-45", "!!int ''", "!!float x", "!!bool x", "9" * 5000])
-def test_yaml_values_that_are_none_are_told(tmp_path, value):
+def test_invalid_yaml_values_are_reported(tmp_path, value):
     path = tmp_path / "bad.yaml"
     path.write_text(f"VERSION: {value}\n" + write_config(tmp_path).read_text())
     with pytest.raises(ValueError, match=r"bad\.yaml is no YAML file"):

@@ -190,7 +190,7 @@ def test_list_shows_all_or_those_asked_for(repository):
         listing(["pascal"])
 
 
-def test_unknown_name_is_told_the_close_ones():
+def test_unknown_name_suggests_close_ones():
     assert find_released("COCO_panoptic_Swin-Large") is RELEASED["coco-panoptic-swin-large"]
     with pytest.raises(ValueError, match="coco-panoptic-swin-large"):
         find_released("coco-panoptic-swinl")
@@ -213,8 +213,8 @@ def test_every_key_has_its_place_and_every_place_its_key(key_lists, name, reposi
     result = account(row, shapes)
     assert result.is_complete, result
     counts = [len(kind) for kind in (shapes, result.stored, result.checked, (), (), (), result.filled)]
-    told = f"| {name} | {' | '.join(map(str, counts))} | {result.parameters:,} | "
-    assert told in (repository / "docs" / "conversion.md").read_text(encoding="utf-8")
+    message = f"| {name} | {' | '.join(map(str, counts))} | {result.parameters:,} | "
+    assert message in (repository / "docs" / "conversion.md").read_text(encoding="utf-8")
     assert len(result.stored) + len(result.checked) == len(shapes)
     if row.backbone.startswith("swin"):
         blocks = sum(row.options()["MODEL.SWIN.DEPTHS"])
@@ -230,7 +230,7 @@ def test_every_key_has_its_place_and_every_place_its_key(key_lists, name, reposi
 
 
 def key_list(row) -> dict[str, list[int]]:
-    """Keys and shapes of the original's form of a model, told by turning our own around."""
+    """Return keys and shapes of the original's form of a model, by converting our own back."""
     config = row.config()
     with torch.device("meta"):
         model = Mask2FormerForUniversalSegmentation(config)
@@ -460,20 +460,22 @@ def test_variant_becomes_a_working_model_with_its_card(small_release, server, tm
         "mIoU": 61.7,
     }
     row = RELEASED[NAME]
-    for told in (row.url, row.config_path, row.model_id, "50 epochs", "person", "things", "stuff", "| PQ | 51.9 |"):
-        assert told in card.text, told
+    for message in (row.url, row.config_path, row.model_id, "50 epochs", "person", "things", "stuff", "| PQ | 51.9 |"):
+        assert message in card.text, message
     assert "not measured again" in card.text and "ms+flip" not in card.text
 
 
-def test_file_of_somebody_else_is_converted_without_the_authors_figures(small_release, server, tmp_path, capsys):
+def test_another_file_is_converted_without_the_authors_figures(small_release, server, tmp_path, capsys):
     with torch.no_grad():
         small_release.class_predictor.bias.add_(1)
     path = tmp_path / "mine.pkl"
     path.write_bytes(as_released(small_release))
     assert run("--variant", NAME, "--checkpoint", path, "--output", tmp_path / "out") == 0
     assert server.asked == []
-    told = f"mine.pkl is not the authors' file (its MD5 is {md5_of(path)}, theirs begins with {RELEASED[NAME].digest})"
-    assert f"{told}: neither their figures nor their licence are on the card" in capsys.readouterr().out
+    message = (
+        f"mine.pkl is not the authors' file (its MD5 is {md5_of(path)}, theirs begins with {RELEASED[NAME].digest})"
+    )
+    assert f"{message}: neither their figures nor their licence are on the card" in capsys.readouterr().out
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.eval_results is None and card.data.license is None
     assert "51.9" not in card.text
@@ -495,7 +497,7 @@ def test_file_at_hand_is_checked_like_a_download(small_release, server, tmp_path
     assert "none.pkl" in capsys.readouterr().err
 
 
-def test_file_of_another_variant_is_told_even_where_it_fits(small_release, server, tmp_path, monkeypatch, capsys):
+def test_file_of_another_variant_is_refused_even_where_it_fits(small_release, server, tmp_path, monkeypatch, capsys):
     path = tmp_path / "model.pkl"
     path.write_bytes(server.files[RELEASED[NAME].url.removeprefix(server.address)])
     monkeypatch.setitem(RELEASED, "other", dataclasses.replace(RELEASED[NAME], digest="0" * 6))
@@ -506,20 +508,20 @@ def test_file_of_another_variant_is_told_even_where_it_fits(small_release, serve
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("cityscapes-panoptic-r50", "has 133 classes (sem_seg_head.predictor.class_embed.weight), where 19 are"),
         ("coco-panoptic-r101", "is of another model. Missing from the checkpoint: backbone.res4.6"),
     ],
 )
-def test_file_that_does_not_fit_a_variant_is_told_in_the_variants_terms(small_release, tmp_path, name, told, capsys):
+def test_file_that_does_not_fit_a_variant_is_refused(small_release, tmp_path, name, message, capsys):
     path = tmp_path / "mine.pkl"
     with torch.no_grad():
         small_release.class_predictor.bias.add_(1)
     path.write_bytes(as_released(small_release))
     assert run("--variant", name, "--checkpoint", path, "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert f"mine.pkl is not the file of {name}. The checkpoint {told}" in error
+    assert f"mine.pkl is not the file of {name}. The checkpoint {message}" in error
     assert "MODEL." not in error and "trained with" not in error
     assert [file.name for file in tmp_path.iterdir()] == ["mine.pkl"]
 
@@ -534,7 +536,7 @@ def test_weights_that_are_not_finite_do_not_pass_verification(small_release, tmp
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_photo_that_cannot_be_read_is_told_before_anything_is_fetched(small_release, server, tmp_path, capsys):
+def test_unreadable_photo_is_refused_before_anything_is_fetched(small_release, server, tmp_path, capsys):
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(b"no picture")
     assert run("--variant", NAME, "--output", tmp_path / "out", "--verify", "--photo", photo) == 1
@@ -544,7 +546,7 @@ def test_photo_that_cannot_be_read_is_told_before_anything_is_fetched(small_rele
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--variant", NAME], "--output"),
         (["--config-file", "c.yaml", "--output", "o"], "--checkpoint"),
@@ -555,11 +557,11 @@ def test_photo_that_cannot_be_read_is_told_before_anything_is_fetched(small_rele
         (["--list", "--variant", NAME], "not allowed"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_told(arguments, told, capsys):
+def test_conflicting_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         run(*arguments)
     assert caught.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_listing_does_not_wait_for_the_packages_that_convert(repository):
@@ -648,13 +650,13 @@ def test_file_of_another_digest_is_refused_and_not_kept(server, tmp_path):
     assert download(url, tmp_path).read_bytes() == CONTENT
 
 
-def test_damaged_file_in_the_cache_is_fetched_anew(server, tmp_path):
+def test_damaged_file_in_the_cache_is_fetched_again(server, tmp_path):
     url = server.publish(CONTENT)
     (tmp_path / url.rpartition("/")[2]).write_bytes(b"damaged")
     assert download(url, tmp_path).read_bytes() == CONTENT
 
 
-def test_missing_file_and_unreachable_server_are_told(server, tmp_path, monkeypatch):
+def test_missing_file_and_unreachable_server_are_reported(server, tmp_path, monkeypatch):
     missing = f"{server.address}/model_final_abcdef.pkl"
     with pytest.raises(DownloadError, match=r"404 .*--checkpoint"):
         download(missing, tmp_path)

@@ -75,7 +75,7 @@ def test_card_says_what_is_given(config, processor):
     assert "4 things: 0 circle, 1 rectangle, 2 triangle, 3 star." in card.text
     assert "3 stuff: 4 striped ground" in card.text
     assert "| panoptic | Generated shapes | 200 scenes | PQ | 79.1 | https://example.org/log |" in card.text
-    assert "once it is published" in card.text  # the card is also one of folders that nobody has pushed
+    assert "once it is published" in card.text  # a folder that no one has pushed has this card too
     assert "| steps | 100 |\n| schedule | poly \\| warm |" in card.text
 
 
@@ -167,7 +167,7 @@ def test_labels_come_in_the_order_of_their_ids(config, tmp_path):
     assert "12 classes: " + ", ".join(f"{i} class{i}" for i in range(12)) + "." in text
 
 
-def test_a_card_knows_whether_somebody_wrote_in_it(config, processor):
+def test_an_edited_card_is_recognised(config, processor):
     text = str(model_card(config, processor, repo_id="owner/name", license="mit"))
     assert is_untouched(ModelCard(text))
     assert not is_untouched(ModelCard(text.replace("7 classes", "seven classes")))
@@ -349,7 +349,7 @@ def client(hub, tmp_path_factory):
     client = Client(hub, folder, has_package=True)
     client(f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2] / 'examples')!r})")
     client(HELPERS)
-    assert client.output() == ""  # whoever imports the package and the command hears nothing
+    assert client.output() == ""  # importing the package and the command prints nothing
     yield client
     client.close()
 
@@ -384,7 +384,7 @@ def test_push_sends_everything_in_one_commit_and_says_what(pushed):
 
 
 def test_with_the_package_no_flag_is_needed(pushed, client):
-    """Everywhere the package's classes, whether the repository's code is trusted or not, and nobody is asked."""
+    """Always the package's classes, whether the repository's code is trusted or not, without a question."""
     names, questions = client("""
 from unittest.mock import patch
 from transformers import AutoConfig, AutoModel, AutoModelForUniversalSegmentation, pipeline
@@ -574,14 +574,14 @@ for part in ({order}):
 
 
 def test_the_command_reads_a_pushed_video_model(pushed_tracks, client):
-    told, refused = client("""
+    described, refused = client("""
 answer = run("info", "owner/tracks"), run("segment", "photo.jpg", "--model", "owner/tracks")
 """)
-    assert told[0] == 0 and "m2f_video" in told[1]
+    assert described[0] == 0 and "m2f_video" in described[1]
     assert refused[0] == 2 and "owner/tracks is a video model" in refused[2]
 
 
-def test_a_card_that_somebody_wrote_stays_unless_it_is_to_be_replaced(hub, client):
+def test_an_edited_card_stays_unless_it_is_to_be_replaced(hub, client):
     client('HubFolder("shapes").push("owner/carded")', OWNER)
     repository = hub.repositories["owner/carded"]
     made = repository.files()["README.md"]
@@ -597,7 +597,7 @@ M2FImageProcessor.from_pretrained("changed" if os.path.isdir("changed") else "sh
 
 
 @pytest.mark.parametrize("card", ["---\nlicense: [open\n---\n# x\n", "---\n- a list\n---\n"])
-def test_a_card_that_cannot_be_read_is_somebodys(card, hub, client):
+def test_an_unreadable_card_stays(card, hub, client):
     hub.store("owner/odd-card", {"README.md": card})
     files = hub.repositories["owner/odd-card"].files
     assert client('answer = run("push", "shapes", "owner/odd-card")', OWNER)[0] == 0
@@ -636,7 +636,7 @@ HubFolder("licensed").push("owner/licensed")
 
 
 @pytest.mark.parametrize("way", ["folder", "model"])
-def test_weights_in_another_number_of_files_take_the_place_of_the_old(way, hub, client):
+def test_new_weights_replace_old_shards(way, hub, client):
     push = {
         "folder": 'model.save_pretrained("sharded", max_shard_size="2MB"); HubFolder("sharded").push("owner/sharded")',
         "model": 'model.push_to_hub("owner/sharded", max_shard_size="2MB")',
@@ -673,7 +673,7 @@ TRAP = "import pathlib; pathlib.Path('trapped').touch()\n"
     ],
     ids=["code", "stock", "model", "processor", "pipeline"],
 )
-def test_with_the_package_no_code_of_a_repository_runs_unasked(file, changes, is_refused, hub, client, folder):
+def test_code_of_a_repository_never_runs_unasked(file, changes, is_refused, hub, client, folder):
     files = HubFolder(folder).files
     files[file] = json.dumps({**json.loads(files[file]), **changes})
     hub.store("guest/trap", {name: TRAP if name.endswith(".py") else file for name, file in files.items()})
@@ -712,7 +712,7 @@ def test_a_private_repository_is_its_owners(hub, client):
     assert hub.repositories["owner/secret"].private
     load = 'answer = type(Mask2FormerForUniversalSegmentation.from_pretrained("owner/secret")).__name__'
     assert client(load, OWNER) == "Mask2FormerForUniversalSegmentation"
-    # What is in the cache would be read by whoever shares it.
+    # What is in the cache would be read by all who share it.
     client("from huggingface_hub import constants; shutil.rmtree(constants.HF_HUB_CACHE)")
     for token in (None, GUEST):
         with pytest.raises(ClientError) as caught:
@@ -748,7 +748,7 @@ def test_a_missing_repository(client):
         (OWNER, "a/b/c", "give owner/name"),
     ],
 )
-def test_who_may_not_push_is_told_in_one_line(token, repo_id, says, pushed, hub, client):
+def test_a_refused_push_is_one_line(token, repo_id, says, pushed, hub, client):
     before = {name: list(repository.messages) for name, repository in hub.repositories.items()}
     status, out, err = client(f'answer = run("push", "shapes", "{repo_id}")', token)
     assert status == 2

@@ -84,7 +84,7 @@ for index, segment in enumerate(segments):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_cards_snippet_gives_the_strangers_the_packages_results(task, hub, stranger, folders):
+def test_snippet_for_strangers_gives_the_packages_results(task, hub, stranger, folders):
     code = snippets(hub.repositories[f"owner/{task}"].files()["README.md"].decode())[2]
     assert "m2f_hf" not in code
     found = stranger(code + MASKS)
@@ -122,7 +122,7 @@ model = loaded
     }
 
 
-def test_the_cards_snippet_gives_strangers_the_packages_tracks(hub, stranger, folders):
+def test_snippet_for_strangers_gives_the_packages_tracks(hub, stranger, folders):
     ours, theirs = snippets(hub.repositories["owner/video"].files()["README.md"].decode())
     assert "m2f_hf" in ours and "m2f_hf" not in theirs
     found = stranger(theirs + "\nanswer = [(track['label_id'], track['score'], track['areas']) for track in "
@@ -160,7 +160,7 @@ for auto_class in (AutoConfig, AutoImageProcessor, AutoProcessor, AutoVideoProce
 
 
 def test_strangers_can_train_and_save(stranger):
-    """What they save loads again, with the code beside it."""
+    """What they save loads again, with the code next to it."""
     before, after, files = stranger("""
 import os, torch
 from transformers import AutoModelForUniversalSegmentation

@@ -16,7 +16,7 @@ from m2f_hf.known.label_sets import (
 )
 
 
-# name -> labels, things (None: not told apart), value of pixels without a class
+# name -> labels, things (None: not distinguished), value of pixels without a class
 COUNTS = {
     "coco-panoptic": (133, 80, 255),
     "coco-instance": (80, 80, 255),
@@ -120,7 +120,7 @@ def test_every_set_is_found_by_its_own_labels(name):
     known = label_set(name)
     assert find_label_set(known.id2label, f"someone/mask2former-{name}") is known
     unnamed = find_label_set(known.id2label)
-    assert unnamed.name == name.replace("semantic", "panoptic")  # equal labels: only the name tells
+    assert unnamed.name == name.replace("semantic", "panoptic")  # equal labels: only the name decides
     assert {candidate.dataset for candidate in matching_label_sets(known.id2label)} == {known.dataset}
 
 

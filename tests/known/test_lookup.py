@@ -65,7 +65,7 @@ def test_the_file_of_the_cache(tmp_path, hub):
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "kind", "told"),
+    ("status", "code", "kind", "message"),
     [
         (404, "RepoNotFound", FileNotFoundError, "no folder some/model and no such model on the Hub"),
         (404, "RevisionNotFound", FileNotFoundError, "has no branch, tag or commit v2"),
@@ -73,9 +73,9 @@ def test_the_file_of_the_cache(tmp_path, hub):
         (418, "", ConnectionError, "the Hub does not give some/model"),
     ],
 )
-def test_what_the_hub_answers(status, code, kind, told, hub, tmp_path):
+def test_what_the_hub_answers(status, code, kind, message, hub, tmp_path):
     hub.status, hub.code = status, code
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=message) as caught:
         find_config("some/model", revision="v2", cache_dir=tmp_path)
     assert len(str(caught.value).splitlines()) == 1
     assert hub.asked == ["/api/models/some/model/revision/v2"]

@@ -16,12 +16,7 @@ from transformers import Mask2FormerConfig as StockConfig
 from transformers import Mask2FormerForUniversalSegmentation as StockModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from m2f_hf import (
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessor,
-    Mask2FormerModel,
-)
+from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, Mask2FormerModel
 from m2f_hf.known.label_sets import LABEL_SETS, label_set
 from m2f_hf.known.stock_checkpoints import add_known_settings, checkpoint_name, translate_settings
 
@@ -411,7 +406,7 @@ def test_the_facts_are_those_of_the_originals_configs(shared):
     assert checked == 47
 
 
-def test_labels_alone_tell_a_data_set(tmp_path, messages):
+def test_labels_alone_identify_a_data_set(tmp_path, messages):
     folder = write(tmp_path / "checkpoint-500", label_set("coco-panoptic").id2label)
     processor = Mask2FormerImageProcessor.from_pretrained(folder)
     assert (processor.task, processor.label_ids_to_fuse) == ("panoptic", list(range(80, 133)))
@@ -473,7 +468,7 @@ def test_a_task_in_the_name_is_believed(task, tmp_path, messages):
 
 
 @pytest.mark.parametrize("name", ["mask2former-swin-large-coco-panoptic", "somewhere"])
-def test_without_a_configuration_beside_it(name, tmp_path, messages):
+def test_without_a_configuration(name, tmp_path, messages):
     processor = Mask2FormerImageProcessor.from_pretrained(write(tmp_path / name))
     assert (processor.task, processor.label_ids_to_fuse) == ("panoptic", None)
     assert len(messages) == 1

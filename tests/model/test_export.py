@@ -316,7 +316,7 @@ def test_the_processor_keeps_its_settings(tmp_path):
     assert stock.num_labels == 3
 
 
-def test_what_stays_behind_is_told(tmp_path, capsys):
+def test_losses_are_reported(tmp_path, capsys):
     settings = {"task": "panoptic", "label_ids_to_fuse": [1, 2], "threshold": 0.7, "instance_threshold": 0.4}
     source = write_ours(tmp_path / "ours", processor=settings, freeze_backbone_norm=True)
     assert exporter.main([str(source), "--output", str(tmp_path / "stock")]) == 0
