@@ -1,6 +1,4 @@
-"""The bundled checkpoint: what it is said to do, and batches of pictures of different sizes on real predictions."""
-
-from pathlib import Path
+"""The bundled checkpoints: that they do what the docs say, and batches of different sizes on real predictions."""
 
 import numpy as np
 import pytest
@@ -32,10 +30,11 @@ def processor():
     return Mask2FormerImageProcessor.from_pretrained(BUNDLED_MODEL)
 
 
-def test_it_is_small_and_safe():
-    files = {path.name: path.stat().st_size for path in Path(BUNDLED_MODEL).iterdir()}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= set(files)
-    assert sum(files.values()) <= 10 * 2**20
+@pytest.mark.parametrize(("folder", "mebibytes"), [(BUNDLED_MODEL, 10), (BUNDLED_VIDEO_MODEL, 6)])
+def test_they_are_small_and_safe(folder, mebibytes):
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} == set(files)
+    assert sum(files.values()) <= mebibytes * 2**20
 
 
 def test_it_knows_its_classes(model, processor):
@@ -110,10 +109,7 @@ def video_model():
     return Mask2FormerForVideoSegmentation.from_pretrained(BUNDLED_VIDEO_MODEL).eval()
 
 
-def test_the_video_checkpoint_is_small_and_computes_in_float32(video_model):
-    files = {path.name: path.stat().st_size for path in Path(BUNDLED_VIDEO_MODEL).iterdir()}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} == set(files)
-    assert sum(files.values()) <= 6 * 2**20
+def test_the_video_checkpoint_computes_in_float32(video_model):
     assert {parameter.dtype for parameter in video_model.parameters()} == {torch.float32}
     assert list(video_model.config.id2label.values()) == [c["name"] for c in MovingShapesDataset(1).categories]
 

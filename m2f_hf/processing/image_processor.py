@@ -5,8 +5,7 @@ normalisation, and only then padding with zeros at the bottom and right to a mul
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -42,17 +41,6 @@ Task = Literal["panoptic", "instance", "semantic"]
 CHANNEL_ORDERS = ("RGB", "BGR")
 # This package's processors, of images and of clips, each of which reads the other's settings.
 OWN_TYPES = ("M2FImageProcessor", "Mask2FormerVideoProcessor")
-
-
-@contextmanager
-def _name_image(index: int, num_images: int) -> Iterator[None]:
-    """Say in a ValueError which image of a batch it is about."""
-    try:
-        yield
-    except ValueError as error:
-        if num_images == 1:
-            raise
-        raise ValueError(f"image {index} of the batch: {error}") from error
 
 
 class M2FImageProcessorKwargs(ImagesKwargs, total=False):
@@ -245,15 +233,17 @@ class M2FImageProcessor(PilBackend):
         labels = labels_of_images(
             len(images), segmentation_maps, instance_id_to_semantic_id, segments_info, mask_labels, class_labels
         )
-        pixel_values, masks, classes = [], [], []
+        pixel_values, targets = [], []
         for index, image in enumerate(images):
-            with _name_image(index, len(images)):
+            try:
                 array = self.process_image(image, input_data_format=kwargs["input_data_format"])
                 pixel_values.append(self._to_pixel_values(array, **kwargs))
                 if labels is not None:
-                    targets = to_targets(labels[index], array.shape[-2:], pixel_values[-1].shape[-2:], **kwargs)
-                    masks.append(targets[0])
-                    classes.append(targets[1])
+                    targets.append(to_targets(labels[index], array.shape[-2:], pixel_values[-1].shape[-2:], **kwargs))
+            except ValueError as error:
+                if len(images) == 1:
+                    raise
+                raise ValueError(f"image {index} of the batch: {error}") from error
 
         padded_size = self._get_padded_size(pixel_values, **kwargs) if kwargs["do_pad"] else None
         inputs = {
@@ -265,8 +255,8 @@ class M2FImageProcessor(PilBackend):
         if labels is not None:
             # Lists in any case: images have different numbers of targets.
             to_returned = torch.from_numpy if return_tensors == "pt" else np.asarray
-            batch["mask_labels"] = [to_returned(pad_to(mask, padded_size)) for mask in masks]
-            batch["class_labels"] = [to_returned(label) for label in classes]
+            batch["mask_labels"] = [to_returned(pad_to(masks, padded_size)) for masks, _ in targets]
+            batch["class_labels"] = [to_returned(classes) for _, classes in targets]
         return batch
 
     def process_image(  # type: ignore[override]
@@ -297,11 +287,8 @@ class M2FImageProcessor(PilBackend):
         **kwargs: Any,
     ) -> np.ndarray:
         """(3, H, W) RGB -> (3, new H, new W) float32, in the model's channel order."""
-        if not (do_resize or do_rescale or do_normalize):
-            factor = 1.0
-        else:
-            scale = scale_to_255(image)
-            factor = rescale_factor * scale if do_rescale else 1.0
+        scale = scale_to_255(image) if do_resize or do_rescale or do_normalize else 1  # checks the range
+        factor = rescale_factor * scale if do_rescale else 1.0
         if do_resize:
             image = self.resize(image, size, resample)
         if channel_order == "BGR":
@@ -386,15 +373,18 @@ class M2FImageProcessor(PilBackend):
             For each image `segmentation`, by default (height, width) int32 with ids from 0, -1 where there is none,
             and the better instance's id where they overlap; and `segments_info`.
         """
-        settings: dict[str, Any] = {
-            "threshold": self.instance_threshold if threshold is None else threshold,
-            "mask_threshold": self.mask_threshold if mask_threshold is None else mask_threshold,
-            "max_detections": self.max_detections,
-            "label_ids_to_drop": self.label_ids_to_fuse or (),
-            "return_coco_annotation": return_coco_annotation,
-            "return_binary_maps": return_binary_maps,
-        }
-        return [instance_segmentation(image, **settings) for image in split_batch(outputs, target_sizes)]
+        return [
+            instance_segmentation(
+                image,
+                threshold=self.instance_threshold if threshold is None else threshold,
+                mask_threshold=self.mask_threshold if mask_threshold is None else mask_threshold,
+                max_detections=self.max_detections,
+                label_ids_to_drop=self.label_ids_to_fuse or (),
+                return_coco_annotation=return_coco_annotation,
+                return_binary_maps=return_binary_maps,
+            )
+            for image in split_batch(outputs, target_sizes)
+        ]
 
     def post_process_panoptic_segmentation(
         self,
@@ -418,24 +408,17 @@ class M2FImageProcessor(PilBackend):
         Returns:
             For each image `segmentation`, (height, width) int32 with ids from 1 and 0 for void; and `segments_info`.
         """
-        settings = self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse)
+        settings = self._fill_in(
+            threshold=threshold,
+            mask_threshold=mask_threshold,
+            overlap_mask_area_threshold=overlap_mask_area_threshold,
+            label_ids_to_fuse=label_ids_to_fuse,
+        )
         return [panoptic_segmentation(image, **settings) for image in split_batch(outputs, target_sizes)]
 
-    def _panoptic_settings(
-        self,
-        threshold: float | None,
-        mask_threshold: float | None,
-        overlap_mask_area_threshold: float | None,
-        label_ids_to_fuse: Collection[int] | None,
-    ) -> dict[str, Any]:
-        """Return the settings that were given, and for None the processor's own."""
-        given = {
-            "threshold": threshold,
-            "mask_threshold": mask_threshold,
-            "overlap_mask_area_threshold": overlap_mask_area_threshold,
-            "label_ids_to_fuse": label_ids_to_fuse,
-        }
-        return {name: getattr(self, name) if value is None else value for name, value in given.items()}
+    def _fill_in(self, **settings: Any) -> dict[str, Any]:
+        """Return the settings with the processor's own in place of None."""
+        return {name: getattr(self, name) if value is None else value for name, value in settings.items()}
 
     def post_process(self, outputs: Any, task: Task | None = None, **kwargs: Any) -> Any:
         """Call the `post_process_*_segmentation` of one of `tasks`, by default the checkpoint's own, with `kwargs`.

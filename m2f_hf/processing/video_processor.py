@@ -147,20 +147,16 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
         Args:
             outputs: the model's, of a batch of clips.
             threshold: least score; None: the processor's `instance_threshold`.
-            mask_threshold: None: the processor's.
             target_sizes: height and width of each clip's result; by default the size it had before padding.
-            max_detections: None: the processor's.
-            use_mask_quality: multiply scores with the mean mask probability inside the mask; None: the processor's.
+            mask_threshold, max_detections, use_mask_quality: None: the processor's.
             return_coco_annotation: run-length encodings for each track and frame instead of (N, T, height, width) bool.
         """
-        settings: dict[str, Any] = {
-            "threshold": self.instance_threshold if threshold is None else threshold,
-            "mask_threshold": self.mask_threshold if mask_threshold is None else mask_threshold,
-            "max_detections": self.max_detections if max_detections is None else max_detections,
-            "use_mask_quality": self.use_mask_quality if use_mask_quality is None else use_mask_quality,
-            "label_ids_to_drop": self.label_ids_to_fuse or (),
-            "return_coco_annotation": return_coco_annotation,
-        }
+        settings = self._fill_in(
+            mask_threshold=mask_threshold, max_detections=max_detections, use_mask_quality=use_mask_quality
+        )
+        settings["threshold"] = self.instance_threshold if threshold is None else threshold
+        settings["label_ids_to_drop"] = self.label_ids_to_fuse or ()
+        settings["return_coco_annotation"] = return_coco_annotation
         clips = split_batch(outputs, target_sizes, is_video=True)
         return [video_instance_segmentation(clip, **settings) for clip in clips]
 
@@ -178,16 +174,20 @@ class Mask2FormerVideoProcessor(M2FImageProcessor):
 
         Args:
             outputs: the model's, of a batch of clips.
-            threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse: as for images; None: the
+            threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse, use_mask_quality: None: the
                 processor's.
             target_sizes: height and width of each clip's result; by default the size it had before padding.
-            use_mask_quality: multiply scores with the mean mask probability inside the mask; None: the processor's.
 
         Returns:
             For each clip `segmentation`, (T, height, width) int32 with ids from 1 and 0 for void; and `segments_info`.
         """
-        settings = self._panoptic_settings(threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse)
-        settings["use_mask_quality"] = self.use_mask_quality if use_mask_quality is None else use_mask_quality
+        settings = self._fill_in(
+            threshold=threshold,
+            mask_threshold=mask_threshold,
+            overlap_mask_area_threshold=overlap_mask_area_threshold,
+            label_ids_to_fuse=label_ids_to_fuse,
+            use_mask_quality=use_mask_quality,
+        )
         clips = split_batch(outputs, target_sizes, is_video=True)
         return [video_panoptic_segmentation(clip, **settings) for clip in clips]
 

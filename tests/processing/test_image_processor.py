@@ -42,12 +42,6 @@ def pixels(image, **settings):
 # --- resizing ---
 
 
-def test_resizing_is_pillows_bilinear_on_8_bits(picture):
-    ours = pixels(picture, do_resize=True, size={"shortest_edge": 61, "longest_edge": 80})
-    theirs = Image.fromarray(picture).resize((80, 56), Image.Resampling.BILINEAR)
-    assert np.array_equal(ours, np.asarray(theirs))
-
-
 def test_recorded_resizing(goldens):
     recorded = np.load(goldens / "extra" / "preprocess.npz")
     cases = json.loads((goldens / "extra" / "preprocess.json").read_text())["cases"]
@@ -183,29 +177,15 @@ def test_black_and_white():
         assert np.array_equal(pixels(image)[..., 1], mask * 255)
 
 
-def test_16_bits(tmp_path):
-    wide = np.linspace(0, 65535, 35).reshape(5, 7)
-    expected = np.rint(wide.astype(np.uint16) / 257)
-    Image.fromarray(wide.astype(np.uint16)).save(tmp_path / "wide.png")
-    for image in (wide.astype(np.uint16), wide.astype(np.int32), Image.fromarray(wide.astype(np.int32))):
-        assert np.array_equal(pixels(image)[..., 2], expected)
-    assert np.array_equal(pixels(tmp_path / "wide.png")[..., 2], expected)
-
-
 @pytest.mark.parametrize("byte_order", ["<", ">"])
-def test_a_dark_picture_of_16_bits_stays_dark(tmp_path, byte_order):
+def test_a_dark_picture_of_16_bits_stays_dark(byte_order):
     """Its values would fit into 8 bits; its type says that they are not."""
     dark = np.arange(250, 215, -1).reshape(5, 7)
     assert np.array_equal(pixels(dark.astype(np.int32))[..., 0], dark)  # this type doesn't say
-    for image in (dark.astype(f"{byte_order}u2"), Image.fromarray(dark.astype(np.uint16))):
-        assert np.array_equal(pixels(image)[..., 0], np.rint(dark / 257))
-    Image.fromarray(dark.astype(np.uint16)).save(tmp_path / "dark.png")
-    Image.fromarray(dark.astype(np.uint16)).save(tmp_path / "dark.tif")
-    for name in ("dark.png", "dark.tif"):
-        assert np.array_equal(pixels(tmp_path / name)[..., 0], np.rint(dark / 257))
+    assert np.array_equal(pixels(dark.astype(f"{byte_order}u2"))[..., 0], np.rint(dark / 257))
 
 
-def test_a_16_bit_file_that_pillow_reads_as_32(tmp_path):
+def test_a_16_bit_file_that_pillow_reads_as_32():
     """Older versions of Pillow give a 16-bit PNG the mode "I"."""
     dark = np.arange(35, dtype=np.int32).reshape(5, 7)
     image = Image.fromarray(dark)
@@ -213,11 +193,6 @@ def test_a_16_bit_file_that_pillow_reads_as_32(tmp_path):
     assert np.array_equal(pixels(image)[..., 0], dark)
     image.format = "PNG"
     assert np.array_equal(pixels(image)[..., 0], np.rint(dark / 257))
-
-
-def test_fractional_pillow_image():
-    fractions = np.linspace(0, 255, 35, dtype=np.float32).reshape(5, 7)
-    assert np.array_equal(pixels(Image.fromarray(fractions))[..., 0], fractions)
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "YCbCr", "HSV"])
@@ -450,40 +425,39 @@ def warned():
     root.removeHandler(handler)
 
 
-def test_saved_and_loaded(tmp_path, warned, picture):
-    settings = {
-        "task": "instance",
-        "label_ids_to_fuse": [3, 5],
-        "threshold": 0.1,
-        "instance_threshold": 0.2,
-        "mask_threshold": 0.3,
-        "overlap_mask_area_threshold": 0.4,
-        "max_detections": 7,
-        "semantic_resize_before_inference": False,
-        "size": {"shortest_edge": 20, "longest_edge": 70},
-        "size_divisor": 16,
-        "ignore_index": 65,
-        "do_reduce_labels": True,
-        "channel_order": "BGR",
-    }
+SETTINGS = {
+    "task": "instance",
+    "label_ids_to_fuse": [3, 5],
+    "threshold": 0.1,
+    "instance_threshold": 0.2,
+    "mask_threshold": 0.3,
+    "overlap_mask_area_threshold": 0.4,
+    "max_detections": 7,
+    "semantic_resize_before_inference": False,
+    "size": {"shortest_edge": 20, "longest_edge": 70},
+    "size_divisor": 16,
+    "ignore_index": 65,
+    "do_reduce_labels": True,
+    "channel_order": "BGR",
+}
+DEFAULTS = {"label_ids_to_fuse": None, "semantic_resize_before_inference": None}
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, DEFAULTS], ids=["settings", "defaults"])
+def test_saved_and_loaded(settings, tmp_path, warned, picture):
     processor = M2FImageProcessor(**settings)
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert {name: saved[name] for name in settings} == settings
+    assert {name: saved.get(name) for name in settings} == settings
     assert saved["image_processor_type"] == "M2FImageProcessor"
     loaded = M2FImageProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict()
+    assert loaded.label_ids_to_fuse == settings["label_ids_to_fuse"]
     assert np.array_equal(loaded(picture)["pixel_values"], processor(picture)["pixel_values"])
     changed = M2FImageProcessor.from_pretrained(tmp_path, task="semantic", threshold=0.5, size_divisor=8)
-    assert (changed.task, changed.threshold, changed.size_divisor, changed.max_detections) == ("semantic", 0.5, 8, 7)
+    assert (changed.task, changed.threshold, changed.size_divisor) == ("semantic", 0.5, 8)
+    assert changed.max_detections == processor.max_detections
     assert warned == []
-
-
-def test_defaults_survive(tmp_path):
-    M2FImageProcessor().save_pretrained(tmp_path)
-    loaded = M2FImageProcessor.from_pretrained(tmp_path)
-    assert loaded.to_dict() == M2FImageProcessor().to_dict()
-    assert (loaded.label_ids_to_fuse, loaded.semantic_resize_before_inference) == (None, None)
 
 
 PLAIN_MASKS = np.array([[[1, 0], [0, 0]], [[0, 0], [0, 1]]])
@@ -667,11 +641,6 @@ def test_addresses_without_an_image(address):
 def test_the_error_names_the_image_of_the_batch(picture):
     with pytest.raises(ValueError, match=r"image 1 of the batch: .*NaN"):
         M2FImageProcessor()([picture, np.full((4, 4, 3), np.nan)])
-
-
-def test_an_image_larger_than_the_padding(picture):
-    with pytest.raises(ValueError, match=r"37x53 does not fit into 32x32.*pad_size"):
-        M2FImageProcessor(do_resize=False)(picture, pad_size={"height": 32, "width": 32})
 
 
 ZEROS = np.zeros((2, 3, 3), dtype=np.uint8)
