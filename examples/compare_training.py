@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from stock_processor import StockProcessor
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -39,15 +38,16 @@ from m2f_hf.data import CATEGORIES, ShapesDataset
 from m2f_hf.data.loading import evaluation_loader
 from m2f_hf.data.synthetic.shapes import TEST_SEED
 from m2f_hf.metrics import Evaluation, evaluate_model
+from m2f_hf.metrics.stock_processor import StockProcessor
 from m2f_hf.training.checkpoints import (
     Log,
-    StopSignal,
     find_checkpoint,
     load_checkpoint,
     read_log,
     save_checkpoint,
     tidy,
 )
+from m2f_hf.training.interruptions import StopSignal
 from m2f_hf.training.optimization import get_parameter_groups, get_schedule
 
 

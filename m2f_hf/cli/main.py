@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import demo, info, push, segment, track
+from . import demo, evaluate, info, push, segment, track, train
 from .common import CommandError
 
 
-COMMANDS = (segment, track, demo, info, push)
+COMMANDS = (segment, track, train, evaluate, demo, info, push)
 _READER_GONE = 141  # 128 + SIGPIPE, the shell's exit status
 
 

@@ -1,57 +1,56 @@
-"""What a training run keeps on disk and how it ends: checkpoints, log, signals, classes of a new head."""
+"""What a training run keeps on disk: checkpoints, models and its log, each written whole or left as it was."""
 
 import json
 import os
+import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 
 CHECKPOINT = "checkpoint-{:07d}"
 STATE = "state.pt"
+MARK = "written-by-m2f_hf"
+"""File in each checkpoint: only folders that have it are removed later."""
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.m2f_hf-(?P<kind>tmp|old|parts)")
 _WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""Words by which errors of `torch.save`'s writer are known."""
+"""Words in the errors of `torch.save`'s writer."""
 
 
-# --- folders that are whole or absent ---
+# --- atomic writes ---
 
 
-def replace_folder(work: Path, target: Path) -> None:
-    """Give a finished folder its name, in the place of an older one."""
-    old = _put_aside(target)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(work, target)
-    shutil.rmtree(old, ignore_errors=True)
+def hidden_folder(target: Path, kind: str) -> Path:
+    """Return where `target` is written ("tmp"), put aside ("old") or collected ("parts").
 
-
-def _put_aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
+    The names are this package's own, so that clearing up afterwards removes nobody else's folders.
+    """
+    return target.with_name(f".{target.name}.m2f_hf-{kind}")
 
 
 def tidy(output: Path) -> None:
-    """Clear up after a run that was killed while it wrote: folders half written, one of two names half changed."""
-    for old in output.glob(".*.old"):
-        target = output / old.name.removeprefix(".").removesuffix(".old")
-        if not target.exists():
-            os.replace(old, target)
-    for work in [path for ending in ("tmp", "old", "parts") for path in output.glob(f".*.{ending}")]:
-        shutil.rmtree(work, ignore_errors=True)
+    """Clear up after a run that was killed while it wrote: remove unfinished folders, finish half-done replacements."""
+    for path in output.glob(".*"):
+        match = _HIDDEN.fullmatch(path.name)
+        if match is None:
+            continue
+        target = output / match["name"]
+        if match["kind"] == "old" and not target.exists():
+            os.replace(path, target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` if the block ends well, and is removed if it does not."""
-    work = target.with_name(f".{target.name}.tmp")
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to write into, which replaces `target` if the block ends well and is removed if it does not."""
+    work, old = hidden_folder(target, "tmp"), hidden_folder(target, "old")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
@@ -59,16 +58,20 @@ def written_whole(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    replace_folder(work, target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(work, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class WriteFailure(Exception):
-    """Something could not be written, for want of space mostly; what was there before still is."""
+    """Something could not be written, mostly because the disk is full; what was there before still is."""
 
 
 @contextmanager
-def telling_of_failure(what: str) -> Iterator[None]:
-    """Errors of writing, which have many types, as one.
+def as_write_failure(what: str) -> Iterator[None]:
+    """Turn the many types of errors of writing into one.
 
     Raises:
         WriteFailure: instead of them.
@@ -87,50 +90,57 @@ def telling_of_failure(what: str) -> Iterator[None]:
 
 
 def find_checkpoint(output: Path) -> Path | None:
-    """The last complete checkpoint of a run, None before the first."""
-    return max((path for path in output.glob("checkpoint-*") if (path / STATE).is_file()), default=None)
+    """Return the last complete checkpoint of a run, None before the first.
+
+    Other folders, such as `checkpoint-500` of `transformers.Trainer`, are ignored.
+    """
+    return max((path for path in _checkpoints(output) if (path / STATE).is_file()), default=None)
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{7,}", path.name)]
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many steps had been done."""
+    """Return the number of steps done."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def save_checkpoint(
     output: Path, step: int, parts: Mapping[str, Any], save_more: Callable[[Path], Any] | None = None
 ) -> Path:
-    """Write what a run needs to go on, then remove the checkpoints before it.
+    """Write what a run needs to go on, then remove the earlier checkpoints that this function wrote.
 
     Args:
-        parts: name -> what has a `state_dict` of tensors, numbers, texts, lists and dicts.
+        parts: name -> object with a `state_dict` of tensors, numbers, texts, lists and dicts.
         save_more: writes further files into a folder.
 
     Raises:
-        WriteFailure: the disk is full or the like; older checkpoints are as they were.
+        WriteFailure: the disk is full, or a folder of that name exists that this function did not write; older
+            checkpoints are as they were.
     """
     target = output / CHECKPOINT.format(step)
-    with telling_of_failure(f"The checkpoint of step {step}"), written_whole(target) as work:
+    if target.exists() and not (target / MARK).exists():
+        raise WriteFailure(f"{target} could not be written: another program's folder is there; move it away")
+    with as_write_failure(f"The checkpoint of step {step}"), atomic_folder(target) as work:
+        (work / MARK).write_text("A later checkpoint of this run replaces this folder.\n", encoding="utf-8")
         torch.save({name: part.state_dict() for name, part in parts.items()}, work / STATE)
         if save_more is not None:
             save_more(work)
-    remove_older(output, target)
+    for older in _checkpoints(output):
+        if older != target and (older / MARK).exists():
+            shutil.rmtree(older, ignore_errors=True)
     return target
 
 
-def remove_older(output: Path, newest: Path) -> None:
-    """Remove all checkpoints but this one."""
-    for older in output.glob("checkpoint-*"):
-        if older != newest:
-            shutil.rmtree(older, ignore_errors=True)
-
-
 def load_checkpoint(checkpoint: Path, parts: Mapping[str, Any]) -> None:
-    """Put what `save_checkpoint` wrote into the parts.
+    """Load what `save_checkpoint` wrote into the parts.
 
     Raises:
-        ValueError: it was written by a run with other parts, such as without averaged weights.
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or was written by a run with other parts, such as without averaged weights.
     """
-    states = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    states = _read_state(checkpoint / STATE)
     if states.keys() != parts.keys():
         differing = ", ".join(sorted(states.keys() ^ parts.keys()))
         raise ValueError(
@@ -138,7 +148,33 @@ def load_checkpoint(checkpoint: Path, parts: Mapping[str, Any]) -> None:
             "(--ema, --mixed_precision), or start another run."
         )
     for name, part in parts.items():
-        part.load_state_dict(states[name])
+        try:
+            part.load_state_dict(states[name])
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"The {name} of {checkpoint} does not fit ({reason}). Go on with the model, the frozen parameters and "
+                "the settings that the run was started with, or start another run."
+            ) from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch writes checksums and does not compare them
+                raise zipfile.BadZipFile("a checksum is wrong")
+        states = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(states, dict):
+            raise zipfile.BadZipFile("it is no dictionary")
+        return states
+    except OSError:
+        raise
+    except Exception as error:  # damaged files raise almost anything
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({reason}): bring back a copy, or remove {path.parent} and start "
+            "another run."
+        ) from error
 
 
 def save_model(model: Any, processor: Any, target: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -147,7 +183,7 @@ def save_model(model: Any, processor: Any, target: Path, state_dict: Mapping[str
     Raises:
         WriteFailure: the disk is full or the like.
     """
-    with telling_of_failure(f"{target}"), written_whole(target) as work:
+    with as_write_failure(f"{target}"), atomic_folder(target) as work:
         model.save_pretrained(work, state_dict=state_dict)
         processor.save_pretrained(work)
 
@@ -160,7 +196,7 @@ class Log:
 
     Args:
         path: the file.
-        keep: rows of an earlier part of the run are kept where this says so.
+        keep: decides which rows of an earlier part of the run are kept.
     """
 
     def __init__(self, path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
@@ -176,12 +212,12 @@ class Log:
         Raises:
             WriteFailure: the disk is full or the like.
         """
-        with telling_of_failure(f"A row of {self.path}"), open(self.path, "a", encoding="utf-8") as file:
+        with as_write_failure(f"A row of {self.path}"), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows; one that was being written when its run was killed is left out."""
+    """Return the rows; one that was being written when its run was killed is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -189,100 +225,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-# --- how a run ends ---
-
-
-class StopSignal:
-    """Inside the `with` block, SIGTERM and Ctrl-C are taken note of, to be heeded when the step is done.
-
-    A second Ctrl-C interrupts at once.
-
-    Attributes:
-        received: the signal, None before there is one.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def _take_note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._take_note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell gives a process that the signal ended."""
-        return 128 + int(self.received or signal.SIGTERM)
-
-
-@contextmanager
-def saying_what_to_lower(advice: str) -> Iterator[None]:
-    """Running out of memory, on a GPU or not, ends the program with advice.
-
-    Raises:
-        SystemExit: in the place of the error.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise SystemExit(f"Out of memory: {str(error).splitlines()[0]}\n{advice}") from error
-
-
-# --- classes ---
-
-
-def set_classes(model: Any, categories: Sequence[Mapping[str, Any]]) -> str:
-    """Give a model the classes of a data set. What its class head knows of classes of the same name stays, and of "no
-    object"; the rest of the head starts anew.
-
-    Args:
-        model: a `Mask2FormerForUniversalSegmentation`.
-        categories: `id` (contiguous from 0), `name` and maybe `color` of each class.
-
-    Returns:
-        What was done, in words.
-    """
-    config = model.config
-    own = {str(name): int(label) for label, name in config.id2label.items()}
-    names = [str(category["name"]) for category in categories]
-    colors = [category.get("color") for category in categories]
-    known_colors = [list(color) for color in colors if color] if colors and all(colors) else None
-    if names == [str(name) for _, name in sorted((int(label), name) for label, name in config.id2label.items())]:
-        config.label_colors = config.label_colors or known_colors
-        return f"its {len(names)} classes are the data set's"
-    old = model.class_predictor
-    head = nn.Linear(old.in_features, len(names) + 1, device=old.weight.device, dtype=old.weight.dtype)
-    rows = [(new, own[name]) for new, name in enumerate(names) if name in own] + [(len(names), old.out_features - 1)]
-    with torch.no_grad():
-        for new, row in rows:
-            head.weight[new], head.bias[new] = old.weight[row], old.bias[row]
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: label for label, name in enumerate(names)}
-    config.label_colors = known_colors
-    model.class_predictor = head
-    model.criterion = type(model.criterion)(config, model.weight_dict).to(old.weight.device)
-    kept = [name for name in names if name in own]
-    known = f"{', '.join(kept[:8])}{' …' if len(kept) > 8 else ''}" if kept else "none"
-    return (
-        f"a new class head for {len(names)} classes instead of {old.out_features - 1}; taken over by name: {known} "
-        f"({len(kept)}); {len(names) - len(kept)} start anew"
-    )
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether some batch norm of the model would learn, or count, in training."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

@@ -1,4 +1,4 @@
-"""What the optimizer is given: parameter groups, rates and steps, shares of accumulated losses; averaged weights."""
+"""Parameter groups, learning rates, numbers of steps, shares of accumulated losses, averaged weights."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 
 NORMS = (
@@ -228,15 +229,14 @@ def scale_losses(loss_dict: Mapping[str, Tensor], share: LossShare) -> dict[str,
 # --- averaged weights ---
 
 
-class ExponentialMovingAverage:
-    """A running average of a model's weights, often better at evaluation than the weights of any one step.
+class ExponentialMovingAverage(AveragedModel):
+    """A running average of a model's weights (in `module`), often better than the weights of any one step.
 
     After each step: average = d * average + (1 - d) * weights, with d = min(`decay`, (1 + t) / (10 + t)) at step t, so
-    that the start is forgotten soon. What is trained and what is counted along (float buffers) is averaged, in float32
-    at least; frozen parameters are left alone.
+    that the start is soon forgotten. Parameters and float buffers are averaged in float32 at least.
 
     Args:
-        model: on its device, without wrappers (DDP, compile), as later to `update` and `applied`.
+        model: on its device, without wrappers (DDP, compile), as later for `update` and `applied`.
         decay: of the average, in [0, 1).
 
     Raises:
@@ -245,62 +245,31 @@ class ExponentialMovingAverage:
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"The decay of a moving average lies in [0, 1), got {decay}.")
+            raise ValueError(f"The decay of a moving average is in [0, 1), got {decay}.")
+        super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
         self.decay = decay
-        self.num_updates = 0
-        self.averages = {
-            name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-            for name, tensor in self._averaged(model).items()
-        }
+        self.n_averaged += 1  # the first update is averaged with the start instead of replacing it
+        if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in self.module.state_dict().values()):
+            self.module.float()
 
-    @staticmethod
-    def _averaged(model: nn.Module) -> dict[str, Tensor]:
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        tensors = model.state_dict(keep_vars=True)
-        return {name: t for name, t in tensors.items() if t.is_floating_point() and name not in frozen}
+    def _average(self, averages: Sequence[Tensor], weights: Sequence[Tensor], step: Tensor | int) -> None:
+        decay = min(self.decay, (1 + int(step)) / (10 + int(step)))
+        for average, weight in zip(averages, weights, strict=True):
+            if average.is_floating_point():
+                average.lerp_(weight.to(average.dtype), 1 - decay)
+            else:
+                average.copy_(weight)
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the model's weights into the average; once per optimizer step."""
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        tensors = self._averaged(model)
-        for name, average in self.averages.items():
-            average.lerp_(tensors[name].to(average.dtype), 1 - decay)
+        self.update_parameters(model)
 
     @contextmanager
-    @torch.no_grad()
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside the `with` block, and its own again after it."""
-        tensors = self._averaged(model)
-        own = {name: tensors[name].detach().clone() for name in self.averages}
+        """Give the model the averaged weights inside the `with` block, and its own again after it."""
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         try:
-            for name, average in self.averages.items():
-                tensors[name].copy_(average)
+            model.load_state_dict(self.module.state_dict())
             yield
         finally:
-            for name, weights in own.items():
-                tensors[name].copy_(weights)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: numbers and tensors."""
-        return {"decay": self.decay, "num_updates": self.num_updates, "averages": self.averages}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ValueError: if it belongs to another model.
-        """
-        averages = state["averages"]
-        other = set(averages) ^ set(self.averages) or {
-            name for name, average in averages.items() if average.shape != self.averages[name].shape
-        }
-        if other:
-            raise ValueError(
-                f"These averages are another model's: {', '.join(sorted(other)[:5])} differ. Start a new average, or "
-                "freeze the same parameters as before."
-            )
-        self.decay, self.num_updates = state["decay"], state["num_updates"]
-        for name, average in self.averages.items():
-            average.copy_(averages[name])
+            model.load_state_dict(own)

@@ -6,7 +6,6 @@ Split by interruptions, over accumulated batches, over processes. And: every tas
 import copy
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageOps
+from runs import COMMON, FROZEN, SHAPES, SMALL, arguments_of, losses, rows_of, run, train, weights_of, write_config
 from safetensors.torch import load_file
 from transformers import pipeline
 from two_processes import run_two
@@ -28,119 +28,29 @@ from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset, write_coco_pano
 from m2f_hf.data.augmentation import TrainingTransform
 from m2f_hf.data.loading import CollateSamples, StepSampler, TrainingStream, to_model_inputs, training_loader
 from m2f_hf.known.recipes import SizeSchedule, default_recipe, get_recipe
+from m2f_hf.metrics import Evaluation
 from m2f_hf.processing.rle import encode_rle
+from m2f_hf.training import trainer as trainer_module
 from m2f_hf.training.checkpoints import (
-    Log,
     WriteFailure,
     find_checkpoint,
-    load_checkpoint,
-    read_log,
-    save_checkpoint,
-    save_model,
-    set_classes,
     step_of,
-    tidy,
 )
+from m2f_hf.training.classes import set_classes
+from m2f_hf.training.optimization import ExponentialMovingAverage
+from m2f_hf.training.plan import Data, choose_precision, choose_recipe, make_plan, plain_recipe, whole_recipe
+from m2f_hf.training.start import prepare_for_training
+from m2f_hf.training.trainer import Trainer
+from m2f_hf.training.validation import THRESHOLDS, in_words, summarize
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
-import few_shot_curve
-import finetune
-import finetune_setup
-import plot_learning_curve
-
-
-EXAMPLES = Path(finetune.__file__).parent
-TIMES = ("images_per_second", "memory_gb", "minutes_left")
-
-BACKBONE = {
-    "model_type": "resnet",
-    "layer_type": "basic",
-    "embedding_size": 8,
-    "hidden_sizes": [8, 8, 8, 8],
-    "depths": [1, 1, 1, 1],
-    "out_features": ["stage1", "stage2", "stage3", "stage4"],
-}
-SMALL = {
-    "backbone_config": BACKBONE,
-    "feature_size": 32,
-    "mask_feature_size": 16,
-    "hidden_dim": 16,
-    "encoder_feedforward_dim": 16,
-    "dim_feedforward": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 4,  # one layer for each scale: with fewer a scale's projection has no gradient
-    "num_attention_heads": 2,
-    "num_queries": 12,
-    "train_num_points": 64,
-}
-FROZEN = {**SMALL, "freeze_backbone_norm": True}
-"""Batch norms see one process's batch, so splitting that changes them; the rest of the model does not care."""
-COMMON = ["--image_size", "64", "--num_workers", "0", "--log_every", "1", "--eval_scenes", "3"]
-COMMON += ["--learning_rate", "1e-3", "--warmup_steps", "1"]
-SHAPES = ["--dataset", "shapes"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums depend on the number of threads in their last digits; the processes started here have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps the precision of a process's first run for all others."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def config(tmp_path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(SMALL))
-    return path
-
-
-@pytest.fixture
-def small_model(tmp_path) -> Path:
-    """A checkpoint of the small model with the classes of the shapes."""
-    torch.manual_seed(0)
-    names = {category["id"]: category["name"] for category in CATEGORIES}
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**FROZEN, id2label=names))
-    size = {"shortest_edge": 64, "longest_edge": 128}
-    save_model(model, M2FImageProcessor(size=size, label_ids_to_fuse=[4, 5, 6]), tmp_path / "small-model")
-    return tmp_path / "small-model"
-
-
-def run(output: Path, *arguments: object) -> list[dict]:
-    """Train in this process and return the rows of the log."""
-    finetune.main([*COMMON, "--output", str(output), *map(str, arguments)])
-    return rows_of(output)
-
-
-def rows_of(output: Path) -> list[dict]:
-    """The log, without what the clock says."""
-    rows = read_log(output / "training_log.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
-
-
-def losses(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if "loss" in row]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "best" / "model.safetensors")
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def refusal(capsys, *arguments: object) -> str:
     """What the script says when it ends instead of training."""
     with pytest.raises(SystemExit) as caught:
-        finetune.main(list(map(str, arguments)))
+        train(*arguments)
     return f"{caught.value.code}\n{capsys.readouterr().err}"
 
 
@@ -208,7 +118,7 @@ INTERRUPTED += ["--save_every", "3", "--log_every", "2", "--eval_every", "4", "-
 def whole(tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "config.json").write_text(json.dumps(SMALL))
+    write_config(folder / "config.json")
     rows = run(folder / "run", *SHAPES, "--config", folder / "config.json", *INTERRUPTED)
     assert [row["step"] for row in rows] == [2, 4, 4, 5, 5]
     assert len({row["loss"] for row in losses(rows)}) == 3
@@ -242,13 +152,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path):
     """SIGKILL after step 4, whose row is in the log already; with a worker process, before and after."""
     killed_at_4 = """
 import os, signal, finetune
-write = finetune.Training.write_row
+from m2f_hf.training import Trainer
+write = Trainer.write_row
 def write_and_die(self):
     row = write(self)
     if self.progress.step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return row
-finetune.Training.write_row = write_and_die
+Trainer.write_row = write_and_die
 finetune.main()
 """
     arguments = [*SHAPES, "--config", str(whole / "config.json"), *INTERRUPTED, "--num_workers", "1"]
@@ -267,8 +178,8 @@ finetune.main()
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(whole, tmp_path, monkeypatch, capsys, moment):
     """SIGTERM in step 2, where no checkpoint was due: the step is finished. In a validation: that is done again."""
     owner, name, step = {
-        "step": (finetune.Training, "backward", 1),
-        "validation": (finetune.Evaluation, "add", 4),
+        "step": (Trainer, "backward", 1),
+        "validation": (Evaluation, "add", 4),
     }[moment]
     original = getattr(owner, name)
     current = []
@@ -282,8 +193,8 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(whole, tmp_path, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
-    reset = finetune.Training.loader
-    monkeypatch.setattr(finetune.Training, "loader", remember)
+    reset = Trainer._loader
+    monkeypatch.setattr(Trainer, "_loader", remember)
     monkeypatch.setattr(owner, name, be_told)
     arguments = [*SHAPES, "--config", whole / "config.json", *INTERRUPTED]
     with pytest.raises(SystemExit) as caught:
@@ -335,36 +246,6 @@ def test_going_on_with_other_settings_is_told_of(tmp_path, config, capsys):
 # --- what is on the disk ---
 
 
-class Part:
-    """Something with a state."""
-
-    def __init__(self, value: float, size: int = 1) -> None:
-        self.value, self.size = value, size
-
-    def state_dict(self) -> dict:
-        return {"value": torch.full((self.size,), self.value)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.value = float(state["value"][0])
-
-
-def test_a_full_disk_loses_only_the_checkpoint_being_written(tmp_path):
-    save_checkpoint(tmp_path, 1, {"part": Part(1.0)})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        with pytest.raises(WriteFailure, match="checkpoint of step 2 could not be written"):
-            save_checkpoint(tmp_path, 2, {"part": Part(2.0, size=100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000001"]
-    part = Part(0.0)
-    load_checkpoint(find_checkpoint(tmp_path), {"part": part})
-    assert part.value == 1.0
-    save_checkpoint(tmp_path, 3, {"part": Part(3.0, size=100_000)})
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0000003"]
-
-
 def test_a_run_goes_on_without_room_and_says_so_at_the_end(tmp_path, config, monkeypatch, capsys):
     save = torch.save
     full = [False, True, True]
@@ -387,7 +268,7 @@ def test_a_run_goes_on_without_room_and_says_so_at_the_end(tmp_path, config, mon
 def test_the_best_is_what_could_be_written(tmp_path, config, monkeypatch, capsys):
     """The disk is full at the best validation: that the next is worse does not matter, and the card is its."""
     figures = iter([0.5, 0.9, 0.7])
-    evaluate, save = finetune.evaluate, finetune.save_model
+    evaluate, save = trainer_module.evaluate, trainer_module.save_model
 
     def measure(*arguments):
         result, pictures = evaluate(*arguments)
@@ -398,8 +279,8 @@ def test_the_best_is_what_could_be_written(tmp_path, config, monkeypatch, capsys
             raise WriteFailure("best could not be written")
         save(*arguments)
 
-    monkeypatch.setattr(finetune, "evaluate", measure)
-    monkeypatch.setattr(finetune, "save_model", save_when_there_is_room)
+    monkeypatch.setattr(trainer_module, "evaluate", measure)
+    monkeypatch.setattr(trainer_module, "save_model", save_when_there_is_room)
     run(tmp_path / "run", *SHAPES, "--config", config, "--batch_size", 1, "--steps", 3, "--eval_every", 1)
     assert "The best checkpoint, of step 3, is" in capsys.readouterr().err
     card = (tmp_path / "run" / "best" / "README.md").read_text()
@@ -408,33 +289,15 @@ def test_the_best_is_what_could_be_written(tmp_path, config, monkeypatch, capsys
 
 def test_figures_that_do_not_exist_are_left_out():
     figures = {"ap": None, "ap50": 0.25, "ap_large": None, "per_class": {}}
-    assert finetune.summarize(figures, "instance") == {"ap": 0.0, "ap50": 0.25}
-    assert finetune.in_words({"ap": 0.0, "ap50": 0.25, "ar1": 0.5}) == "AP 0.0, AP50 25.0"
-
-
-def test_what_a_kill_left_half_done_is_put_right(tmp_path):
-    """Killed between giving the old folder another name and giving the new one its own."""
-    for name in (".best.old", ".best.tmp", ".checkpoint-0000002.tmp", "checkpoint-0000001"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    tidy(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-0000001"]
-    assert (tmp_path / "best" / "file").read_text() == ".best.old"
-
-
-def test_a_log_keeps_what_it_is_told_to_and_loses_a_line_cut_off(tmp_path):
-    path = tmp_path / "log.jsonl"
-    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 2, "pq_all": 0.1}, {"step": 3, "loss": 0.2}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
-    Log(path, lambda row: finetune.is_before(row, 2)).write({"step": 3, "loss": 0.3})
-    assert read_log(path) == [*rows[:2], {"step": 3, "loss": 0.3}]
+    assert summarize(figures, "instance") == {"ap": 0.0, "ap50": 0.25}
+    assert in_words({"ap": 0.0, "ap50": 0.25, "ar1": 0.5}) == "AP 0.0, AP50 25.0"
 
 
 # --- splitting a batch ---
 
 
 def test_accumulated_batches_equal_the_large_batch(tmp_path, config):
-    config.write_text(json.dumps(FROZEN))
+    write_config(config, FROZEN)
     arguments = [*SHAPES, "--config", config, "--steps", 3, "--max_grad_norm", 1, "--eval_every", 9]
     large = run(tmp_path / "large", *arguments, "--batch_size", 4)
     small = run(tmp_path / "small", *arguments, "--batch_size", 1, "--gradient_accumulation_steps", 4)
@@ -455,11 +318,11 @@ def launch_two(arguments: list) -> None:
 
 def test_two_processes_equal_one(tmp_path, config):
     """Without `find_unused_parameters`; two of the three images have no target, and three are validated on."""
-    config.write_text(json.dumps(FROZEN))
+    write_config(config, FROZEN)
     folder = write_instances(tmp_path / "data", num_images=3, num_labelled=1)
     arguments = [*COMMON, "--dataset", folder, "--config", config, "--steps", "3", "--recipe", "plain"]
     arguments += ["--input_size", "64", "--gradient_accumulation_steps", "2", "--eval_every", "9"]
-    finetune.main(list(map(str, [*arguments, "--output", tmp_path / "one", "--batch_size", 2])))
+    train(*arguments, "--output", tmp_path / "one", "--batch_size", 2)
     launch_two([*arguments, "--output", tmp_path / "two", "--batch_size", 1])
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 3]
@@ -530,13 +393,9 @@ def test_what_was_saved_scores_what_the_log_says(tmp_path, small_model, capsys):
     rows = run(tmp_path / "run", *arguments, "--model", small_model, "--steps", 2, "--ema", 0.5)
     capsys.readouterr()
     best = tmp_path / "run" / "best"
-    finetune.main(
-        [*COMMON, "--output", str(tmp_path / "again"), *map(str, arguments), "--model", str(best), "--eval_only"]
-    )
+    train(*COMMON, "--output", tmp_path / "again", *arguments, "--model", best, "--eval_only")
     measured = json.loads(capsys.readouterr().out)
-    assert finetune.summarize(measured, "panoptic") == {
-        name: value for name, value in rows[-1].items() if name != "step"
-    }
+    assert summarize(measured, "panoptic") == {name: value for name, value in rows[-1].items() if name != "step"}
 
 
 def test_averaged_weights_are_what_is_kept(tmp_path, config):
@@ -556,7 +415,9 @@ def test_averaged_weights_are_what_is_kept(tmp_path, config):
     )
     state = torch.load(find_checkpoint(tmp_path / "run") / "state.pt", weights_only=True)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "run" / "best")
-    kept, averages = model.state_dict(), state["average"]["averages"]
+    kept, averages = model.state_dict(), ExponentialMovingAverage(model)
+    averages.load_state_dict(state["average"])
+    averages = averages.module.state_dict()
     assert all(torch.equal(kept[name], average) for name, average in averages.items())
     name = "class_predictor.weight"
     assert not torch.equal(state["model"][name], averages[name])
@@ -605,7 +466,7 @@ def test_a_new_head_takes_over_classes_by_name():
     before = copy.deepcopy(model.class_predictor)
     names = ["star", "moon", "circle"]
     note = set_classes(model, [{"id": index, "name": name} for index, name in enumerate(names)])
-    assert "3 classes instead of 7; taken over by name: star, circle (2); 1 start anew" in note
+    assert "3 classes instead of 7; taken over by name: star, circle (2); 1 are new" in note
     after = model.class_predictor
     for new, old in ((0, 3), (2, 0), (3, 7)):  # star, circle, no object
         assert torch.equal(after.weight[new], before.weight[old]) and torch.equal(after.bias[new], before.bias[old])
@@ -624,7 +485,7 @@ def test_as_many_classes_of_other_names_are_another_head_too():
     note = set_classes(
         model, [{"id": 0, "name": "dog", "color": [1, 2, 3]}, {"id": 1, "name": "cow", "color": [4, 5, 6]}]
     )
-    assert "taken over by name: dog (1); 1 start anew" in note
+    assert "taken over by name: dog (1); 1 are new" in note
     assert torch.equal(model.class_predictor.weight[0], before.weight[1])
     assert model.config.label_colors == [[1, 2, 3], [4, 5, 6]]
 
@@ -644,7 +505,7 @@ def test_what_is_no_number_ends_the_run_before_the_weights_are_spoilt(tmp_path, 
             return loss_dict
         return {name: loss * (float("nan") if len(calls) == 3 else 1.0) for name, loss in loss_dict.items()}
 
-    monkeypatch.setattr(finetune, "scale_losses", spoil)
+    monkeypatch.setattr(trainer_module, "scale_losses", spoil)
     arguments = ["--dataset", folder, "--model", small_model, "--steps", 4, "--batch_size", 2, "--save_every", 1]
     with pytest.raises(SystemExit) as caught:
         run(tmp_path / "run", *arguments, "--eval_every", 9)
@@ -667,7 +528,7 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path, config, monkeypatch,
     def allocate(self, batches, seed):
         raise error
 
-    monkeypatch.setattr(finetune.Training, "backward", allocate)
+    monkeypatch.setattr(Trainer, "backward", allocate)
     with pytest.raises(SystemExit, match=r"Out of memory.*\n.*--batch_size.*--gradient_checkpointing"):
         run(tmp_path / "run", *SHAPES, "--config", config, "--steps", 1, "--batch_size", 1)
 
@@ -676,7 +537,7 @@ def test_other_errors_are_not_taken_for_that(tmp_path, config, monkeypatch):
     def fail(self, batches, seed):
         raise RuntimeError("another reason")
 
-    monkeypatch.setattr(finetune.Training, "backward", fail)
+    monkeypatch.setattr(Trainer, "backward", fail)
     with pytest.raises(RuntimeError, match="another reason"):
         run(tmp_path / "run", *SHAPES, "--config", config, "--steps", 1, "--batch_size", 1)
 
@@ -698,7 +559,7 @@ def test_data_and_models_that_do_not_do_are_refused_before_training(tmp_path, sm
         (tmp_path / "differing", ["--model", small_model], "lawn"),
         ("shapes", ["--model", small_model, "--task", "semantic"], "for --task panoptic"),
         (other, ["--model", tmp_path / "no-model"], "no-model"),
-        (instances, ["--model", small_model, "--eval_only"], "examples/evaluate.py finds them by name"),
+        (instances, ["--model", small_model, "--eval_only"], "m2f evaluate finds them by name"),
         ("shapes", ["--config", config], "Give --steps"),
         (other, ["--model", small_model, "--recipe", "whole", "--sizes", "0:32,0.5:64"], "--recipe whole"),
     ):
@@ -707,33 +568,16 @@ def test_data_and_models_that_do_not_do_are_refused_before_training(tmp_path, sm
         assert not (tmp_path / "run" / "training_log.jsonl").exists()
 
 
-def test_arguments_that_contradict_each_other_are_refused(tmp_path, config, capsys):
-    for arguments, message in (
-        ([*SHAPES, "--config", config, "--eval_only"], "need --model"),
-        ([*SHAPES, "--config", config, "--seed", finetune_setup.TEST_SEED], "take another"),
-        ([*SHAPES, "--model", "x", "--eval_only", "--push_to_hub"], "`m2f push` sends a folder"),
-        ([*SHAPES], "give --model, or else"),
-        ([*SHAPES, "--model", "x", "--config", config], "give --model, or else"),
-        ([*SHAPES, "--config", tmp_path / "none.json"], "there is no file"),
-        ([*SHAPES, "--config", config, "--steps", 0], "--steps is 1 or more"),
-        ([*SHAPES, "--config", config, "--eval_scenes", 0], "--eval_scenes is 1 or more"),
-        ([*SHAPES, "--config", config, "--learning_rate", "nan"], "--learning_rate is a number from 0 on"),
-        ([*SHAPES, "--config", config, "--sizes", "0:100"], "multiples of 32"),
-        ([*SHAPES, "--config", config, "--report_to", "comet_ml"], "it is not installed"),
-    ):
-        assert message in refusal(capsys, *arguments, "--output", tmp_path / "run")
-
-
 # --- what is chosen ---
 
 
 def arguments_for(*arguments: object):
-    return finetune_setup.parse_arguments(["--dataset", "x", "--output", "y", *map(str, arguments)], None)
+    return arguments_of("--dataset", "x", "--output", "y", *arguments)
 
 
 def data_of(num_images: int, names: list[str], task: str = "panoptic"):
     categories = [{"id": index, "name": name, "isthing": None} for index, name in enumerate(names)]
-    return finetune_setup.Data(range(num_images), range(50), categories, task, "photos", "")
+    return Data(range(num_images), range(50), categories, task, "photos")
 
 
 def test_recipes_are_chosen_by_data_and_options():
@@ -742,16 +586,14 @@ def test_recipes_are_chosen_by_data_and_options():
     cityscapes = list(label_set("cityscapes-panoptic").id2label.values())
     size = {"shortest_edge": 800, "longest_edge": 1333}
     args = arguments_for("--model", "m")
-    assert finetune_setup.choose_recipe(args, data_of(2975, cityscapes), size)[0] == get_recipe("cityscapes-panoptic")
+    assert choose_recipe(args, data_of(2975, cityscapes), size)[0] == get_recipe("cityscapes-panoptic")
     # Few images of known classes, and other classes.
-    assert finetune_setup.choose_recipe(args, data_of(20, cityscapes), size)[0] == default_recipe(size)
-    assert finetune_setup.choose_recipe(args, data_of(9999, ["a", "b"]), size)[0] == default_recipe(size)
-    chosen = finetune_setup.choose_recipe(
-        arguments_for("--model", "m", "--recipe", "ade20k-semantic"), data_of(9, ["a"]), size
-    )
+    assert choose_recipe(args, data_of(20, cityscapes), size)[0] == default_recipe(size)
+    assert choose_recipe(args, data_of(9999, ["a", "b"]), size)[0] == default_recipe(size)
+    chosen = choose_recipe(arguments_for("--model", "m", "--recipe", "ade20k-semantic"), data_of(9, ["a"]), size)
     assert chosen[0] == get_recipe("ade20k-semantic")
     args = arguments_for("--model", "m", "--recipe", "coco-instance", "--schedule", "poly", "--max_grad_norm", 3)
-    assert finetune_setup.choose_recipe(args, data_of(9, ["a"]), size)[0] == replace(
+    assert choose_recipe(args, data_of(9, ["a"]), size)[0] == replace(
         get_recipe("coco-instance"), schedule="poly", max_grad_norm=3.0
     )
 
@@ -759,52 +601,52 @@ def test_recipes_are_chosen_by_data_and_options():
 def test_rate_and_steps_follow_batch_and_data():
     processor = M2FImageProcessor(size={"shortest_edge": 512, "longest_edge": 1024})
     args = arguments_for("--model", "m", "--batch_size", 2, "--gradient_accumulation_steps", 2)
-    plan = finetune_setup.make_plan(args, data_of(400, ["a"]), processor, num_processes=1)
+    plan = make_plan(args, data_of(400, ["a"]), processor, num_processes=1)
     assert plan.images_per_step == 4
     assert plan.learning_rate == pytest.approx(1e-4 * (4 / 16) ** 0.5)
     assert plan.steps == 1000 * 20 / 4
     assert plan.eval_every == plan.steps // 20 and plan.save_every == 250
     text = "\n".join(plan.lines)
     assert "square root of 4/16" in text and "400 training images" in text and "warning" not in text
-    short = finetune_setup.make_plan(arguments_for("--model", "m", "--steps", 5), data_of(400, ["a"]), processor, 1)
+    short = make_plan(arguments_for("--model", "m", "--steps", 5), data_of(400, ["a"]), processor, 1)
     assert any("before the learning rate has risen" in line for line in short.lines)
     # From a backbone alone, with the original's recipe: as many images as the original saw.
     args = arguments_for("--backbone", "b", "--batch_size", 4, "--recipe", "ade20k-semantic")
-    plan = finetune_setup.make_plan(args, data_of(400, ["a"]), processor, num_processes=2)
+    plan = make_plan(args, data_of(400, ["a"]), processor, num_processes=2)
     assert plan.steps == 2 * 160_000 and plan.recipe.schedule == "poly"
 
 
 def test_precision_is_bf16_where_a_gpu_has_it(monkeypatch):
-    assert finetune_setup.choose_precision("fp16")[0] == "fp16"
+    assert choose_precision("fp16")[0] == "fp16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert finetune_setup.choose_precision(None)[0] == "bf16"
+    assert choose_precision(None)[0] == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert finetune_setup.choose_precision(None)[0] == "fp16"
+    assert choose_precision(None)[0] == "fp16"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert finetune_setup.choose_precision(None)[0] == "no"
+    assert choose_precision(None)[0] == "no"
 
 
 def test_batch_norms_of_a_pretrained_backbone_are_frozen_for_small_batches():
     def prepared(*arguments):
         model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**SMALL))
-        notes = finetune_setup.prepare_for_training(model, arguments_for(*arguments), data_of(9, ["a"]))
+        notes = prepare_for_training(model, arguments_for(*arguments), data_of(9, ["a"]))
         return model.config.freeze_backbone_norm, "".join(notes)
 
     is_frozen, notes = prepared("--model", "m", "--batch_size", 2)
     assert is_frozen and "too few" in notes
     assert prepared("--model", "m", "--batch_size", 8) == (False, "")
-    is_frozen, notes = prepared("--config", EXAMPLES / "shapes_panoptic.json", "--batch_size", 2)
+    is_frozen, notes = prepared("--config", EXAMPLES.parent / "benchmarks" / "shapes_panoptic.json", "--batch_size", 2)
     assert not is_frozen and "warning" in notes
 
 
 def test_thresholds_are_chosen_among_those_offered_and_saved(tmp_path, small_model, capsys):
     arguments = [*SHAPES, "--model", small_model, "--choose_thresholds", "--output", tmp_path / "chosen"]
-    finetune.main([*COMMON, *map(str, arguments)])
+    train(*COMMON, *arguments)
     settings = json.loads((tmp_path / "chosen" / "best" / "preprocessor_config.json").read_text())
-    for name, values in finetune.THRESHOLDS.items():
+    for name, values in THRESHOLDS.items():
         assert settings[name] in values
     assert f"'threshold': {settings['threshold']}" in capsys.readouterr().out
 
@@ -885,7 +727,7 @@ def test_plain_samples_are_what_the_processor_makes_of_an_image_mirrored_or_not(
     """So training and evaluation see images alike; the bundled checkpoint was trained on the processor's."""
     dataset = ShapesDataset(8, 64)
     processor = M2FImageProcessor(size={"shortest_edge": 96, "longest_edge": 192})
-    samples = TrainingStream(dataset, TrainingTransform(finetune_setup.plain_recipe(processor.size)), seed=1)
+    samples = TrainingStream(dataset, TrainingTransform(plain_recipe(processor.size)), seed=1)
     batch = [samples[position] for position in range(8)]
     found = to_model_inputs(CollateSamples(processor)(batch))
     mirrored = set()
@@ -916,7 +758,7 @@ def test_whole_samples_are_what_evaluation_sees(size):
         "image_id": 0,
     }
     processor = M2FImageProcessor(size={"shortest_edge": 96, "longest_edge": 128})
-    samples = TrainingStream([item], TrainingTransform(finetune_setup.whole_recipe(processor.size)), seed=1)
+    samples = TrainingStream([item], TrainingTransform(whole_recipe(processor.size)), seed=1)
     expected = processor(
         item["image"], segmentation_maps=ids, segments_info=[item["segments_info"]], return_tensors="pt"
     )
@@ -956,56 +798,3 @@ def test_a_stream_of_rows_goes_on_where_it_is_told_to(tmp_path):
     whole, later = batches(0, 0), batches(3, 4)
     assert len(whole) == 4 and not torch.equal(whole[0], whole[2])
     assert len(later) == 1 and torch.equal(later[0], whole[3])
-
-
-# --- the curves ---
-
-
-def test_the_learning_curve_is_drawn(tmp_path):
-    rows = [{"step": step, **dict.fromkeys(plot_learning_curve.LOSSES, 1 / step)} for step in range(1, 5)]
-    rows += [{"step": step, **dict.fromkeys(plot_learning_curve.QUALITIES, step / 5)} for step in (2, 4)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stages, starts = plot_learning_curve.read_stages([tmp_path / "log.jsonl"] * 3)
-    assert sorted({row["step"] for row in stages}) == list(range(1, 13)) and starts == [4, 8]
-    plot_learning_curve.main(
-        ["--log", *[str(tmp_path / "log.jsonl")] * 2, "--output", str(tmp_path / "docs" / "curve.png")]
-    )
-    with Image.open(tmp_path / "docs" / "curve.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50, "an empty frame has few colours"
-
-
-def test_the_curve_over_numbers_of_images_is_of_runs_that_are_made_once(tmp_path, small_model, monkeypatch, capsys):
-    """Nested training images, one test set, options passed on; what was measured is read, what broke off is told of."""
-    started = []
-
-    def in_this_process(command, check):
-        started.append(command[command.index("--dataset") + 1].name)
-        if len(started) != 2:  # the second run breaks off
-            finetune.main(list(map(str, command[2:])))
-
-    monkeypatch.setattr(few_shot_curve.subprocess, "run", in_this_process)
-    arguments = ["--output", tmp_path, "--model", small_model, "--images", 1, 3, "--test_images", 2, "--steps", 2]
-    arguments = list(
-        map(str, [*arguments, "--image_size", 64, "--num_workers", 0, "--recipe", "whole", "--log_every", 1])
-    )
-    with pytest.raises(SystemExit, match="3 images did not come to its end"):
-        few_shot_curve.main(arguments)
-    few_shot_curve.main(arguments)
-    assert started == ["train-1", "train-3", "train-3"]
-    table = capsys.readouterr().out.splitlines()
-    for number in (1, 3):
-        *steps, last = read_log(tmp_path / f"{number}-images" / "training_log.jsonl")
-        assert [row["step"] for row in steps] == [1, 2] and last["step"] == 2
-        figures = [f"{last[name]:.3f}" for name in ("pq_all", "pq_things", "pq_stuff")]
-        assert f"| {number} | {' | '.join(figures)} |" in table
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / f"{number}-images" / "best")
-        names = ["cross", "ring", "hexagon", "crescent", "striped ground", "dotted ground", "blotchy ground"]
-        assert list(model.config.id2label.values()) == names
-    few, many, unseen = (
-        open_dataset(tmp_path / "data" / name, held_out=0).train for name in ("train-1", "train-3", "test")
-    )
-    assert np.array_equal(few[0]["segmentation_map"], many[0]["segmentation_map"])
-    seen = [item["segmentation_map"] for item in many]
-    assert not any(np.array_equal(one["segmentation_map"], other) for one in unseen for other in seen)
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50

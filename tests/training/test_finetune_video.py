@@ -1,30 +1,19 @@
-"""Training on clips with the script: what images have, resuming among it, with a model of a few thousand parameters."""
+"""Training on clips: what images have, resuming among it, with a model of a few thousand parameters."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from test_finetune import FROZEN, fresh_accelerate, losses, one_thread, rows_of, run, weights_of  # noqa: F401
+from runs import losses, rows_of, run, train, weights_of
 
-from m2f_hf import (
-    M2FImageProcessor,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerForVideoSegmentation,
-    Mask2FormerVideoProcessor,
-)
-from m2f_hf.data import CATEGORIES, MovingShapesDataset, write_youtube_vis
-from m2f_hf.training.checkpoints import find_checkpoint, save_model
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
-import evaluate as evaluate_script
-import finetune
+from m2f_hf import Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor
+from m2f_hf.data import MovingShapesDataset, write_youtube_vis
+from m2f_hf.metrics.evaluate_dataset import EvaluationArguments, evaluate_dataset
+from m2f_hf.training.checkpoints import find_checkpoint
+from m2f_hf.training.trainer import Trainer
 
 
 MOVING = ["--dataset", "moving_shapes", "--num_frames", "3", "--frame_range", "4", "--video_length", "6"]
@@ -32,22 +21,10 @@ MOVING += ["--eval_scenes", "2", "--schedule", "cosine"]
 
 
 @pytest.fixture(scope="module")
-def image_model(tmp_path_factory) -> Path:
-    """A checkpoint of images with the seven classes of the shapes."""
-    folder = tmp_path_factory.mktemp("image") / "model"
-    torch.manual_seed(0)
-    names = {category["id"]: category["name"] for category in CATEGORIES}
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**FROZEN, id2label=names))
-    size = {"shortest_edge": 64, "longest_edge": 128}
-    save_model(model, M2FImageProcessor(size=size, label_ids_to_fuse=[4, 5, 6]), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(image_model, tmp_path_factory) -> Path:
+def whole(small_model, tmp_path_factory) -> Path:
     """A run of three steps on moving shapes that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    rows = run(folder, *MOVING, "--model", image_model, "--batch_size", 2, "--steps", 3, "--inspect", 2)
+    rows = run(folder, *MOVING, "--model", small_model, "--batch_size", 2, "--steps", 3, "--inspect", 2)
     assert [row["step"] for row in rows] == [1, 2, 3, 3]
     return folder
 
@@ -72,17 +49,17 @@ def test_a_run_on_moving_shapes_gives_a_video_checkpoint(whole):
     assert all(Image.open(path).width > 200 for path in pictures)
 
 
-def test_an_interrupted_run_on_clips_goes_on_as_if_it_had_not_been(whole, image_model, tmp_path, monkeypatch):
+def test_an_interrupted_run_on_clips_goes_on_as_if_it_had_not_been(whole, small_model, tmp_path, monkeypatch):
     """Stopped after the second of its steps; the clips, the points and the order are those of the whole run."""
-    arguments = [*MOVING, "--model", image_model, "--batch_size", 2, "--steps", 3, "--save_every", 2]
-    train_step = finetune.Training.train_step
+    arguments = [*MOVING, "--model", small_model, "--batch_size", 2, "--steps", 3, "--save_every", 2]
+    train_step = Trainer.train_step
 
     def stop_after_two(self, batches):
         if self.progress.step == 2:
             raise KeyboardInterrupt
         return train_step(self, batches)
 
-    monkeypatch.setattr(finetune.Training, "train_step", stop_after_two)
+    monkeypatch.setattr(Trainer, "train_step", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", *arguments)
     monkeypatch.undo()
@@ -92,10 +69,10 @@ def test_an_interrupted_run_on_clips_goes_on_as_if_it_had_not_been(whole, image_
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_accumulated_clips_count_as_one_batch(whole, image_model, tmp_path):
+def test_accumulated_clips_count_as_one_batch(whole, small_model, tmp_path):
     rows = run(
         tmp_path / "run",
-        *(*MOVING, "--model", image_model, "--batch_size", 1, "--gradient_accumulation_steps", 2, "--steps", 3),
+        *(*MOVING, "--model", small_model, "--batch_size", 1, "--gradient_accumulation_steps", 2, "--steps", 3),
     )
     expected = [row["loss"] for row in losses(rows_of(whole))]
     assert [row["loss"] for row in losses(rows)] == pytest.approx(expected, rel=1e-4)
@@ -104,15 +81,13 @@ def test_accumulated_clips_count_as_one_batch(whole, image_model, tmp_path):
 def test_a_video_checkpoint_is_a_start_too_and_is_measured(whole, tmp_path, capsys):
     run(tmp_path / "run", *MOVING, "--model", whole / "best", "--batch_size", 1, "--steps", 1)
     assert "its 4 classes are the data set's" in capsys.readouterr().err
-    finetune.main(
-        [*MOVING, "--model", str(whole / "best"), "--eval_only", "--output", str(tmp_path / "e"), "--image_size", "64"]
-    )
+    train(*MOVING, "--model", whole / "best", "--eval_only", "--output", tmp_path / "e", "--image_size", 64)
     assert {"ap", "ap75", "per_class"} <= json.loads(capsys.readouterr().out).keys()
 
 
-def test_generated_videos_have_one_task(image_model, tmp_path):
+def test_generated_videos_have_one_task(small_model, tmp_path):
     with pytest.raises(SystemExit, match="moving_shapes are for --task video"):
-        run(tmp_path / "run", *MOVING, "--model", image_model, "--task", "panoptic", "--steps", 1)
+        run(tmp_path / "run", *MOVING, "--model", small_model, "--task", "panoptic", "--steps", 1)
 
 
 # --- YouTube-VIS' files ---
@@ -126,18 +101,16 @@ def videos(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_folder_of_videos_is_trained_on_and_evaluated(videos, image_model, tmp_path, capsys):
-    arguments = ["--dataset", videos, "--model", image_model, "--task", "video", "--batch_size", 2, "--steps", 2]
+def test_a_folder_of_videos_is_trained_on_and_evaluated(videos, small_model, tmp_path, capsys):
+    arguments = ["--dataset", videos, "--model", small_model, "--task", "video", "--batch_size", 2, "--steps", 2]
     rows = run(tmp_path / "run", *arguments)
     told = capsys.readouterr().err
-    assert "taken over by name: star (1); 1 start anew" in told and "validation videos: 2 of about 6 frames" in told
+    assert "taken over by name: star (1); 1 are new" in told and "validation videos: 2 of about 6 frames" in told
     assert f"m2f track clip.mp4 --model {tmp_path / 'run' / 'best'}" in told, "how to go on"
     assert len(losses(rows)) == 2 and rows[-1]["ap"] >= 0
     assert Mask2FormerForVideoSegmentation.from_pretrained(tmp_path / "run" / "best").config.id2label[0] == "cross"
     model = str(tmp_path / "run" / "best")
-    result = evaluate_script.main(
-        ["--model", model, "--dataset", str(videos), "--output", str(tmp_path / "result"), "--card"]
-    )
+    result = evaluate_dataset(EvaluationArguments(str(videos), model, tmp_path / "result", card=True))
     assert result["task"] == "video" and result["num_images"] == 2
     assert result["figures"]["ap"] == pytest.approx(rows[-1]["ap"], abs=1e-4)
     assert len(list((tmp_path / "result" / "worst").glob("*.jpg"))) == 2
@@ -146,11 +119,11 @@ def test_a_folder_of_videos_is_trained_on_and_evaluated(videos, image_model, tmp
     assert "type: video-instance-segmentation" in card and "video-video" not in card
 
 
-def test_annotations_for_frames_that_are_not_there_start_nothing(videos, image_model, tmp_path):
+def test_annotations_for_frames_that_are_not_there_start_nothing(videos, small_model, tmp_path):
     folder = tmp_path / "videos"
     shutil.copytree(videos, folder)
     gone = folder / "train" / "JPEGImages" / "00001" / "00003.png"
     gone.unlink()
     with pytest.raises(SystemExit, match=r"(?s)missing.*00001/00003\.png"):
-        run(tmp_path / "run", "--dataset", folder, "--model", image_model, "--steps", 1)
+        run(tmp_path / "run", "--dataset", folder, "--model", small_model, "--steps", 1)
     assert not (tmp_path / "run").exists()

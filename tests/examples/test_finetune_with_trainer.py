@@ -1,4 +1,4 @@
-"""examples/train_with_trainer.py, and that the Trainer learns what the model's own loss says."""
+"""examples/finetune_with_trainer.py, and that the Trainer learns what the model's own loss says."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from m2f_hf.known.recipes import default_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-import train_with_trainer
+import finetune_with_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_the_example_trains_saves_and_measures(tmp_path):
     for seed, split in enumerate(("train", "validation")):
         write_coco_panoptic(ShapesDataset(3, 96, seed=seed), tmp_path / "data" / split, categories)
     arguments = ["--dataset", tmp_path / "data", "--model", BUNDLED_MODEL, "--output", tmp_path / "run"]
-    figures = train_with_trainer.main([*map(str, arguments), "--batch_size", "2", "--steps", "2"])
+    figures = finetune_with_trainer.main([*map(str, arguments), "--batch_size", "2", "--steps", "2"])
     assert figures["pq_stuff"] > 0.3  # what the checkpoint knows was not lost on the way
     assert Mask2FormerConfig.from_pretrained(tmp_path / "run").id2label[3] == "sky"
     segments = pipeline("image-segmentation", model=str(tmp_path / "run"))(ShapesDataset(1, 96)[0]["image"])

@@ -1,9 +1,9 @@
-"""Fine-tune Mask2Former with `transformers.Trainer`; examples/finetune.py is the longer way, with more to it.
+"""Fine-tune Mask2Former with `transformers.Trainer`; `m2f train` and examples/finetune.py do more.
 
-    python examples/train_with_trainer.py --dataset path/to/data --model path/or/hub/id --output runs/mine
+    python examples/finetune_with_trainer.py --dataset path/to/data --model path/or/hub/id --output runs/mine
 
-The model gives `loss` like any other, so the Trainer needs two things: batches (masks differ in number from image to
-image, hence a collator), and the original's groups of parameters. The figures of a validation come from `Evaluation`.
+The model returns `loss` like any other, so the Trainer needs two things: a collator, since masks differ in number from
+image to image, and the original's groups of parameters. The figures at the end come from `Evaluation`.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from m2f_hf.data.augmentation import TrainingTransform
 from m2f_hf.data.loading import CollateSamples, TrainingStream, evaluation_loader, to_model_inputs
 from m2f_hf.known.recipes import default_recipe
 from m2f_hf.metrics import Evaluation, evaluate_model
-from m2f_hf.training.checkpoints import set_classes
+from m2f_hf.training import set_classes
 from m2f_hf.training.optimization import choose_num_steps, get_parameter_groups, scale_learning_rate
+from m2f_hf.training.start import set_task
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -36,8 +37,7 @@ def main(arguments: list[str] | None = None) -> dict:
     model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, dtype=torch.float32)
     print(set_classes(model, data.categories))
     processor = M2FImageProcessor.from_pretrained(args.model)
-    stuff = [category["id"] for category in data.categories if category["isthing"] is False]
-    processor.task, processor.label_ids_to_fuse = data.task, stuff if data.task == "panoptic" else None
+    set_task(processor, data)
 
     recipe = default_recipe(processor.size)
     collate = CollateSamples(processor)

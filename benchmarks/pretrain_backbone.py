@@ -3,7 +3,7 @@
 Each example is a window around one thing of a generated scene, whatever else overlaps it, and the label is the class of
 the thing in the middle. The backbone is saved as a folder that `examples/finetune.py --backbone FOLDER` starts from:
 
-    python examples/pretrain_backbone.py --output runs/shapes-backbone
+    python benchmarks/pretrain_backbone.py --output runs/shapes-backbone
 """
 
 import argparse

@@ -1,14 +1,13 @@
-"""transformers' own post-processing of the same weights, for comparisons."""
+"""Measure the same weights with transformers' own image processor, for comparisons."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import Mask2FormerImageProcessorPil
 
-from m2f_hf import M2FImageProcessor
-from m2f_hf.processing.rle import encode_rle
+from ..processing.image_processor import M2FImageProcessor
+from ..processing.rle import encode_rle
 
 
 class StockProcessor:
@@ -62,5 +61,5 @@ class StockProcessor:
             result["segmentation"] = [encode_rle(mask > 0) for mask in masks]
         return results
 
-    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any) -> list[torch.Tensor]:
+    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any) -> Any:
         return self.stock.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
