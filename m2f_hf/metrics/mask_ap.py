@@ -37,11 +37,7 @@ class Outcome(NamedTuple):
 
 
 def area_ranges(medium: int, large: int) -> list[list[float]]:
-    """Smallest and largest area, in pixels, of all objects, the small, the medium and the large ones.
-
-    Args:
-        medium, large: sides of the squares from which on objects are medium and large.
-    """
+    """Return least and most pixels of all, small, medium and large objects, from the least squares of the last two."""
     return [[0, 1e5**2], [0, medium**2], [medium**2, large**2], [large**2, 1e5**2]]
 
 
@@ -101,7 +97,7 @@ class MaskAP(Metric):
                 f"every process its own {self._unit}s (a loader that repeats some to make shares even must not: "
                 "`even_batches=False`)."
             )
-        sides: dict[str, list[dict[str, Any]]] = {"target": [], "prediction": []}
+        found: dict[str, list[dict[str, Any]]] = {"target": [], "prediction": []}
         for side, entries in (("target", targets), ("prediction", predictions)):
             for number, entry in enumerate(entries, start=1):  # the id 0 means "not matched" to COCOeval
                 category = self._category_of(entry, side)
@@ -109,16 +105,18 @@ class MaskAP(Metric):
                     continue
                 rle, area = self._mask_of(entry, size, is_target=side == "target")
                 own = {"id": number, "image_id": 0, "category_id": category, "segmentation": rle, "area": area}
-                if side == "target":
-                    sides[side].append({**own, "iscrowd": int(bool(entry.get("iscrowd", 0)))})
-                else:
-                    sides[side].append({**own, "score": _finite(entry["score"])})
-        self.images[image_id] = _match(sides["target"], sides["prediction"], self.area_ranges)
+                own |= (
+                    {"iscrowd": int(bool(entry.get("iscrowd")))}
+                    if side == "target"
+                    else {"score": _finite(entry["score"])}
+                )
+                found[side].append(own)
+        self.images[image_id] = _match(found["target"], found["prediction"], self.area_ranges)
 
     def _mask_of(
         self, entry: Mapping[str, Any], size: tuple[int, ...], is_target: bool
     ) -> tuple[Mapping[str, Any], float]:
-        """The run-length encoding of an entry's mask, and the area by which it is small or large."""
+        """Return the run-length encoding of an entry's mask, and the area by which it is small or large."""
         rle = to_rle(entry["segmentation"], (size[0], size[1]))
         pixels = int(run_lengths(rle["counts"])[1::2].sum())
         return rle, entry.get("area", pixels) if is_target else pixels
@@ -134,10 +132,10 @@ class MaskAP(Metric):
         self.images |= other.images
 
     def compute(self) -> dict[str, Any]:
-        """`ap`, `ap50`, `ap75`, `ap_small`, …, `ar1`, `ar10`, `ar100`, `ar_small`, … in [0, 1], and `per_class`.
+        """Return `ap`, `ap50`, `ap75`, `ap_small`, …, `ar1`, `ar10`, `ar100`, `ar_small`, …, and `per_class`.
 
-        None where there is no object to be found (pycocotools has -1). `per_class` is `{name: {"ap": …, "ap50": …,
-        "ap75": …, "ap_small": …, "ap_medium": …, "ap_large": …}}`.
+        Figures are in [0, 1], None where there is no object to be found (pycocotools has -1). `per_class` is `{name:
+        {"ap": …, "ap50": …, "ap75": …, "ap_small": …, "ap_medium": …, "ap_large": …}}`.
         """
         # Of different types, ids have no order of their own.
         image_ids: list[Any] = sorted(self.images, key=lambda image_id: (type(image_id).__name__, image_id))
@@ -152,7 +150,7 @@ class MaskAP(Metric):
         return result
 
     def _category_of(self, entry: Mapping[str, Any], side: str) -> int | None:
-        """The class of an entry, None if it is no thing."""
+        """Return the class of an entry, None if it is no thing."""
         category = int(entry["category_id"] if "category_id" in entry else entry["label_id"])
         if category in self.others:
             return None
@@ -162,13 +160,13 @@ class MaskAP(Metric):
 
 
 def is_thing(category: Mapping[str, Any]) -> bool:
-    """Whether instances of a class are told apart: not stuff; where it is not known, they are."""
+    """Whether instances of a class are told apart; where it is not known, they are."""
     known = category.get("isthing")
     return known is None or bool(known)
 
 
 def to_rle(segmentation: Any, size: tuple[int, int]) -> Mapping[str, Any]:
-    """A mask in any of COCO's forms, or an (H, W) array or tensor, as compressed run-length encoding.
+    """Convert a mask in any of COCO's forms, or an (H, W) array or tensor, to a compressed run-length encoding.
 
     Raises:
         ValueError: if its size is not `size`.
@@ -196,7 +194,7 @@ def _finite(score: Any) -> float:
 
 
 def _evaluate(targets: list[Any], predictions: list[Any], images: Sequence[int], categories: Sequence[int], areas: Any):
-    """A `COCOeval` that has matched predictions to targets: `evalImgs` by class, range of areas and image."""
+    """Match predictions to targets in a `COCOeval`: its `evalImgs` are by class, range of areas and image."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -236,7 +234,7 @@ def _match(targets: list[Any], predictions: list[Any], areas: list[list[float]])
 
 
 def _curves(outcomes: Sequence[Outcome], areas: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """One class's precision (T, R, A, M) at each recall and its recall (T, A, M); -1 where there is no object."""
+    """Return one class's precision (T, R, A, M) at each recall, and recall (T, A, M); -1 where there is no object."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = _evaluate([], [], range(len(outcomes)), [0], areas)
         evaluator.evalImgs = [
@@ -259,7 +257,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _precisions(precision: np.ndarray) -> dict[str, float | None]:
-    """Of (T, R, K, A, M): over all sizes, at two thresholds, and of each size; at most 100 detections."""
+    """Average (T, R, K, A, M) over all sizes, at two thresholds, and for each size; at most 100 detections."""
     figures = {"ap": _mean(precision[..., 0, 2]), "ap50": _mean(precision[0, ..., 0, 2])}
     figures["ap75"] = _mean(precision[5, ..., 0, 2])
     return figures | {f"ap_{size}": _mean(precision[..., i, 2]) for size, i in SIZES.items()}

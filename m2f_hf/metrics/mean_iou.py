@@ -61,26 +61,23 @@ class MeanIoU(Metric):
         self.confusion += other.confusion
 
     def compute(self) -> dict[str, Any]:
-        """`miou`, `fwiou`, `macc`, `pixel_accuracy` in [0, 1], and `per_class`, `{name: {"iou": …, "accuracy": …}}`.
+        """Return `miou`, `fwiou`, `macc`, `pixel_accuracy`, and `per_class`, `{name: {"iou": …, "accuracy": …}}`.
 
-        None before any pixel, for the IoU of a class that never occurred, and for the accuracy of one that is in no
-        target.
+        Figures are in [0, 1], None before any pixel and for classes without a pixel to measure.
         """
         right = np.diag(self.confusion)
         pixels = self.confusion.sum(axis=1)
         union = pixels + self.confusion[:, : self.num_classes].sum(axis=0) - right
         with np.errstate(invalid="ignore"):
             iou, accuracy = right / union, right / pixels  # NaN where a class does not occur
-        return {
+        result: dict[str, Any] = {
             "miou": _to_figure(iou[union > 0].mean()) if union.any() else None,
             "fwiou": _to_figure((pixels / pixels.sum() * iou)[pixels > 0].sum()) if pixels.any() else None,
             "macc": _to_figure(accuracy[pixels > 0].mean()) if pixels.any() else None,
             "pixel_accuracy": _to_figure(right.sum() / pixels.sum()) if pixels.any() else None,
-            "per_class": {
-                name: {"iou": _to_figure(iou[i]), "accuracy": _to_figure(accuracy[i])}
-                for i, name in enumerate(self.names)
-            },
         }
+        own = [{"iou": _to_figure(iou[i]), "accuracy": _to_figure(accuracy[i])} for i in range(self.num_classes)]
+        return {**result, "per_class": dict(zip(self.names, own, strict=True))}
 
 
 def _to_figure(value: Any) -> float | None:

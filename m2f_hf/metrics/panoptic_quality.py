@@ -1,5 +1,6 @@
 """Panoptic quality (Kirillov et al., "Panoptic Segmentation", arXiv 1801.00868, section 4), image by image."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,14 +23,12 @@ class PanopticQuality(Metric):
     - recognition quality RQ = TP / (TP + FP / 2 + FN / 2),
     - PQ = SQ x RQ.
 
-    Void and crowds (section 4.1 and COCO's practice): pixels void in the target do not count to the union; true
-    segments with `iscrowd` match nothing and are not missed; an unmatched prediction that lies by more than half in
-    void and crowds of its class is no false positive. Averages run over the classes that occur in predictions or
-    targets.
+    Pixels void in the target do not count to the union; true segments with `iscrowd` match nothing and are not missed;
+    an unmatched prediction with more than half of its pixels in void and crowds of its class is no false positive
+    (section 4.1 and COCO's practice). Averages run over the classes that occur in predictions or targets.
 
     Args:
-        categories: the classes in COCO's form; `id`, `name` and `isthing` are read. Classes of which it is not known
-            (None) are among all, but neither things nor stuff.
+        categories: the classes in COCO's form; those with an unknown `isthing` (None) are neither things nor stuff.
 
     Raises:
         ValueError: if two categories have one id.
@@ -38,7 +37,8 @@ class PanopticQuality(Metric):
     def __init__(self, categories: Sequence[Mapping[str, Any]]) -> None:
         self.names = names_of(categories)
         self._row = {category_id: row for row, category_id in enumerate(self.names)}
-        self._isthing = [category.get("isthing") for category in categories]
+        known = [category.get("isthing") for category in categories]
+        self._isthing = [None if isthing is None else bool(isthing) for isthing in known]
         self.totals = np.zeros((len(self.names), 4))
         """Per class: sum of the matches' IoU, TP, FP, FN."""
 
@@ -53,8 +53,7 @@ class PanopticQuality(Metric):
 
         Args:
             predicted_map: (H, W) integers, segment ids, 0 where nothing is predicted.
-            predicted_segments: a dict with `id` and `category_id` for each id in `predicted_map`. (The post-processing
-                of this package calls the latter `label_id`, which is read as well.)
+            predicted_segments: a dict with `id` and `category_id` (or `label_id`) for each id in `predicted_map`.
             target_map: (H, W) integers, segment ids, 0 is void.
             target_segments: dicts with `id`, `category_id` and, where it applies, `iscrowd`.
 
@@ -75,7 +74,11 @@ class PanopticQuality(Metric):
         pairs = target_map.ravel().astype(np.int64) << 32 | predicted_map.ravel().astype(np.int64)
         found, counts = np.unique(pairs, return_counts=True)
         overlap = {(pair >> 32, pair & 0xFFFFFFFF): n for pair, n in zip(found.tolist(), counts.tolist(), strict=True)}
-        target_area, predicted_area = _sum_by(overlap, 0), _sum_by(overlap, 1)
+        target_area: Counter[int] = Counter()
+        predicted_area: Counter[int] = Counter()
+        for (target, predicted), count in overlap.items():
+            target_area[target] += count
+            predicted_area[predicted] += count
 
         matched_targets, matched_predictions = set(), set()
         for (target, predicted), intersection in overlap.items():
@@ -104,21 +107,16 @@ class PanopticQuality(Metric):
         self.totals += other.totals
 
     def compute(self) -> dict[str, Any]:
-        """The result so far, each figure in [0, 1].
+        """Return `pq_all`, `sq_all`, `rq_all`, the same of `_things` and `_stuff`, and `per_class`.
 
-        Returns:
-            `pq_all`, `sq_all`, `rq_all`, the same of `_things` and `_stuff` (None where no class of the kind occurred),
-            and `per_class`, `{name: {"pq": …, "sq": …, "rq": …, "tp": …, "fp": …, "fn": …}}` (None for the first three
-            of a class that never occurred).
+        Figures are in [0, 1], None where no class of the kind occurred. `per_class` is `{name: {"pq": …, "sq": …,
+        "rq": …, "tp": …, "fp": …, "fn": …}}`.
         """
         qualities = [_qualities(row) for row in self.totals]
         result: dict[str, Any] = {}
         for group, kinds in (("all", (True, False, None)), ("things", (True,)), ("stuff", (False,))):
-            members = [
-                entry
-                for entry, isthing in zip(qualities, self._isthing, strict=True)
-                if (None if isthing is None else bool(isthing)) in kinds and entry["pq"] is not None
-            ]
+            rows = zip(qualities, self._isthing, strict=True)
+            members = [row for row, isthing in rows if isthing in kinds and row["pq"] is not None]
             for key in ("pq", "sq", "rq"):
                 result[f"{key}_{group}"] = float(np.mean([entry[key] for entry in members])) if members else None
         result["per_class"] = dict(zip(self.names.values(), qualities, strict=True))
@@ -127,7 +125,7 @@ class PanopticQuality(Metric):
     def _categories_of(
         self, segment_map: np.ndarray, segments: Iterable[Mapping[str, Any]], side: str
     ) -> dict[int, int]:
-        """Category id of each segment id; the map and the list must agree."""
+        """Return the category id of each segment id; the map and the list must agree."""
         categories = {int(s["id"]): int(s["category_id"] if "category_id" in s else s["label_id"]) for s in segments}
         present = set(np.unique(segment_map).tolist()) - {VOID}
         if min(present, default=0) < 0:
@@ -141,13 +139,6 @@ class PanopticQuality(Metric):
         if unknown:
             raise ValueError(f"Categories {sorted(unknown)} of the {side} segments are not among the given categories.")
         return categories
-
-
-def _sum_by(overlap: Mapping[tuple[int, int], int], position: int) -> dict[int, int]:
-    areas: dict[int, int] = {}
-    for pair, count in overlap.items():
-        areas[pair[position]] = areas.get(pair[position], 0) + count
-    return areas
 
 
 def _qualities(totals: np.ndarray) -> dict[str, Any]:

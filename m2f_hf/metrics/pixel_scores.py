@@ -1,4 +1,4 @@
-"""Pixel by pixel scores of one mask or one class: IoU, Dice, precision, recall, and errors of soft masks."""
+"""Scores of one mask or one class by pixel: IoU, Dice, precision, recall, and errors of soft masks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ SCORES = ("iou", "dice", "precision", "recall", "mae", "mse")
 
 
 class PixelScores(Metric):
-    """How well masks fit, over all pixels of all images, and as a mean over images.
+    """Scores of masks over all pixels of all images, and as a mean over images.
 
     With TP, FP and FN counted in pixels: IoU = TP / (TP + FP + FN), Dice = 2 TP / (2 TP + FP + FN) (which is F1),
     precision = TP / (TP + FP), recall = TP / (TP + FN). MAE and MSE are the mean absolute and squared difference of a
@@ -53,16 +53,8 @@ class PixelScores(Metric):
             raise ValueError("Predictions must be bool or probabilities from 0 to 1: apply a sigmoid to logits.")
         guess = values >= self.threshold
         difference = np.abs(values - truth)
-        totals = np.array(
-            [
-                (guess & truth).sum(),
-                (guess & ~truth).sum(),
-                (~guess & truth).sum(),
-                truth.size,
-                difference.sum(),
-                np.square(difference).sum(),
-            ]
-        )
+        counts = [(guess & truth).sum(), (guess & ~truth).sum(), (~guess & truth).sum(), truth.size]
+        totals = np.array([*counts, difference.sum(), np.square(difference).sum()])
         self.totals += totals
         known = [(0.0, 0) if score is None else (score, 1) for score in _scores(totals).values()]
         self.image_sums += np.array(known).T
@@ -72,10 +64,10 @@ class PixelScores(Metric):
         self.image_sums += other.image_sums
 
     def compute(self) -> dict[str, Any]:
-        """`iou`, `dice`, `precision`, `recall`, `mae`, `mse` over all pixels, and each as `mean_…` over images.
+        """Return `iou`, `dice`, `precision`, `recall`, `mae`, `mse` over all pixels, and each as `mean_…` over images.
 
         None where undefined: the first four need a pixel in the prediction or the target (precision: in the
-        prediction; recall: in the target). An image where a score is undefined is not in its mean.
+        prediction; recall: in the target). A mean leaves out images where the score is undefined.
         """
         sums, counts = self.image_sums
         means = {f"mean_{name}": float(s / n) if n else None for name, s, n in zip(SCORES, sums, counts, strict=True)}

@@ -4,9 +4,10 @@
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import datasets
 import evaluate
 
 from .base import Gather, Metric, merged
@@ -17,7 +18,7 @@ __all__ = ["StreamingMetric", "to_array"]
 
 
 class StreamingMetric(evaluate.Metric):
-    """An `evaluate.Metric` around a `Metric` of this package, whose settings `evaluate.load` takes after the path.
+    """An `evaluate.Metric` around a `measure` of this package, whose settings `evaluate.load` takes after the path.
 
     Several processes are combined by `compute(gather=…)` instead of `evaluate`'s `num_process`, which needs a shared
     file system and an image for each.
@@ -37,9 +38,27 @@ class StreamingMetric(evaluate.Metric):
         self.settings = settings
         self._reset()
 
+    measure: type[Metric]
+    citation = ""
+    inputs = ""
+    urls: Sequence[str] = ()
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.measure.__doc__,
+            citation=self.citation,
+            inputs_description=self.inputs,
+            features=datasets.Features(self.features()),
+            reference_urls=list(self.urls),
+        )
+
     @abstractmethod
+    def features(self) -> dict[str, Any]:
+        """Return the form of `predictions` and `references` in the language of `datasets`."""
+
     def build(self, **settings: Any) -> Metric:
         """Make the measure."""
+        return self.measure(**settings)
 
     @abstractmethod
     def update(self, prediction: Any, reference: Any) -> None:

@@ -1,7 +1,6 @@
 """Panoptic quality as a module of the `evaluate` library."""
 
 import datasets
-import evaluate
 
 from m2f_hf import metrics
 from m2f_hf.metrics import streaming
@@ -10,22 +9,18 @@ from m2f_hf.metrics import streaming
 class PanopticQuality(streaming.StreamingMetric):
     """Settings: `categories`, in COCO's form with contiguous ids."""
 
-    def _info(self):
-        segments = {"id": datasets.Value("int64"), "category_id": datasets.Value("int64")}
-        image = {"segmentation": datasets.Sequence(datasets.Sequence(datasets.Value("int64")))}
-        image["segments_info"] = [segments]
-        return evaluate.MetricInfo(
-            description=metrics.PanopticQuality.__doc__,
-            citation="Kirillov et al., Panoptic Segmentation, CVPR 2019, arXiv 1801.00868",
-            inputs_description="""
+    measure = metrics.PanopticQuality
+    citation = "Kirillov et al., Panoptic Segmentation, CVPR 2019, arXiv 1801.00868"
+    urls = ("https://arxiv.org/abs/1801.00868", "https://github.com/cocodataset/panopticapi")
+    inputs = """
 Predictions: results of `post_process_panoptic_segmentation`. References: items of a data set, `segmentation_map` and
-`segments_info` (`id`, `category_id`, maybe `iscrowd`).""",
-            features=datasets.Features({"predictions": image, "references": image}),
-            reference_urls=["https://arxiv.org/abs/1801.00868", "https://github.com/cocodataset/panopticapi"],
-        )
+`segments_info` (`id`, `category_id`, maybe `iscrowd`)."""
 
-    def build(self, **settings):
-        return metrics.PanopticQuality(**settings)
+    def features(self):
+        segments = {"id": datasets.Value("int64"), "category_id": datasets.Value("int64")}
+        labels = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
+        image = {"segmentation": labels, "segments_info": [segments]}
+        return {"predictions": image, "references": image}
 
     def update(self, prediction, reference):
         target = reference["segmentation_map" if "segmentation_map" in reference else "segmentation"]

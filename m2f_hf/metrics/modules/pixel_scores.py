@@ -1,7 +1,6 @@
 """Scores of single masks as a module of the `evaluate` library."""
 
 import datasets
-import evaluate
 
 from m2f_hf import metrics
 from m2f_hf.metrics import streaming
@@ -10,20 +9,18 @@ from m2f_hf.metrics import streaming
 class PixelScores(streaming.StreamingMetric):
     """Settings: maybe `threshold`; `label`, where maps of labels are compared, the class meant; `ignore_index`."""
 
-    def _info(self):
-        mask = datasets.Sequence(datasets.Sequence(datasets.Value("float64")))
-        return evaluate.MetricInfo(
-            description=metrics.PixelScores.__doc__,
-            citation="",
-            inputs_description="""
+    measure = metrics.PixelScores
+    inputs = """
 Predictions: (H, W) masks of bool or probabilities; references: (H, W) masks of bool or 0 and 1. With the setting
-`label` both are label maps, and the scores are that class's; pixels of `ignore_index` in the reference don't count.""",
-            features=datasets.Features({"predictions": mask, "references": mask}),
-        )
+`label` both are label maps, and the scores are that class's; pixels of `ignore_index` in the reference don't count."""
+
+    def features(self):
+        mask = datasets.Sequence(datasets.Sequence(datasets.Value("float64")))
+        return {"predictions": mask, "references": mask}
 
     def build(self, *, label=None, ignore_index=255, **settings):
         self.label, self.ignore_index = label, ignore_index
-        return metrics.PixelScores(**settings)
+        return super().build(**settings)
 
     def update(self, prediction, reference):
         predicted, target = streaming.to_array(prediction), streaming.to_array(reference)
