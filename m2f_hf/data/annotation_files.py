@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,41 +41,42 @@ _PROGRESS_FROM = 5000
 # --- reading ---
 
 
-def read_json(path: Path, form: str) -> Any:
-    """Read an annotation file in a form such as "COCO's".
+def read_annotations(
+    path: Path,
+    form: str,
+    needed: Mapping[str, Sequence[str]],
+    check: Callable[[dict[str, Any]], None],
+    optional: Container[str] = (),
+) -> dict[str, Any]:
+    """Read an annotation file in a form such as "COCO's" and check every entry of its lists.
+
+    Args:
+        needed: the lists, and which keys their entries must have.
+        check: raises a ValueError for what else is wrong.
+        optional: lists that may be missing; they are None then.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON or not in that form; the message says what is missing or wrong.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: expected an annotation file in {form} form.")
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
-
-
-@contextmanager
-def named_form(path: Path, form: str) -> Iterator[None]:
-    """Add to every ValueError inside that the file is not in this form."""
     try:
-        yield
+        present = content if isinstance(content, dict) else {}
+        missing = [part for part in needed if part not in present and part not in optional]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        for part, keys in needed.items():
+            if content.setdefault(part, None) is not None or part not in optional:
+                check_entries(content[part], f"`{part}`", keys, FIELDS[part])
+        check(content)
     except ValueError as error:
         raise ValueError(f"{path} is not in {form} form: {error}.") from error
-
-
-def check_lists(content: Any, needed: Mapping[str, Sequence[str]]) -> None:
-    """Refuse the content of a file without these lists, or whose entries lack the needed keys.
-
-    Raises:
-        ValueError: the message says what is missing or wrong.
-    """
-    missing = needed.keys() - set(content if isinstance(content, dict) else ())
-    if missing:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    for part, keys in needed.items():
-        check_entries(content[part], f"`{part}`", keys, FIELDS[part])
+    return content
 
 
 def check_entries(entries: Any, where: str, needed: Sequence[str], fields: Mapping[str, tuple[type, ...]]) -> None:
@@ -145,42 +145,6 @@ def check_exists(folder: Path, names: Sequence[str], what: str, problems: Proble
 # --- entries ---
 
 
-def index_by_id(
-    entries: Iterable[Mapping[str, Any]],
-    kind: str,
-    name: Callable[[Mapping[str, Any]], str],
-    path: Path,
-    found: Problems,
-) -> dict[Any, Mapping[str, Any]]:
-    """Return images or videos (`kind`) by id; report those that share one, by their `name`."""
-    by_id: dict[Any, Mapping[str, Any]] = {}
-    for entry in entries:
-        if entry["id"] in by_id:
-            found.error(
-                f"{kind.capitalize()}s in {path} share an id: give each its own.", f"{name(entry)}: id {entry['id']}"
-            )
-        by_id[entry["id"]] = entry
-    return by_id
-
-
-def group_annotations(
-    annotations: Iterable[Mapping[str, Any]], listed: Container[Any], kind: str, path: Path, problems: Problems
-) -> dict[Any, list[Mapping[str, Any]]]:
-    """Return the annotations of each image or video (`kind`) by its id; report those of one that is not listed."""
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
-    for annotation in annotations:
-        owner = annotation[f"{kind}_id"]
-        if owner in listed:
-            groups.setdefault(owner, []).append(annotation)
-        else:
-            problems.error(
-                f"Annotations are of {kind}s that {path} does not list: add them to `{kind}s`, or remove the "
-                "annotations.",
-                f"{annotation.get('file_name') or 'annotation ' + str(annotation.get('id'))} of {kind} {owner}",
-            )
-    return groups
-
-
 def check_segmentation(
     segmentation: Any, size: tuple[int, int] | None, where: str, problems: Problems
 ) -> Mapping[str, Any] | list[list[float]] | None:
@@ -243,7 +207,7 @@ class AnnotationFile(Selection):
     unit = "image"
     segments: np.ndarray
 
-    def _read(self, path: Path, content: Mapping[str, Any], problems: Problems | None) -> None:
+    def _pack(self, path: Path, content: Mapping[str, Any], problems: Problems | None) -> None:
         """Pack the records of a file's content; raise its errors unless `problems` collects them."""
         self.annotation_file = path
         found = Problems() if problems is None else problems
@@ -269,6 +233,36 @@ class AnnotationFile(Selection):
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:
         """Yield a record of JSON values with `segments_info` for each image or video."""
         raise NotImplementedError
+
+    def _by_id(
+        self, content: Mapping[str, Any], name: Callable[[Mapping[str, Any]], str], problems: Problems
+    ) -> dict[Any, Mapping[str, Any]]:
+        """Return the images or videos by id; report those that share one, by their `name`."""
+        by_id: dict[Any, Mapping[str, Any]] = {}
+        for entry in content[f"{self.unit}s"]:
+            if entry["id"] in by_id:
+                kind = f"{self.unit.capitalize()}s in {self.annotation_file} share an id: give each its own."
+                problems.error(kind, f"{name(entry)}: id {entry['id']}")
+            by_id[entry["id"]] = entry
+        return by_id
+
+    def _group(
+        self, content: Mapping[str, Any], listed: Container[Any], problems: Problems
+    ) -> dict[Any, list[Mapping[str, Any]]]:
+        """Return the annotations of each image or video by its id; report those of one that is not listed."""
+        groups: dict[Any, list[Mapping[str, Any]]] = {}
+        for annotation in content["annotations"] or ():
+            owner = annotation[f"{self.unit}_id"]
+            if owner in listed:
+                groups.setdefault(owner, []).append(annotation)
+            else:
+                name = annotation.get("file_name") or f"annotation {annotation.get('id')}"
+                problems.error(
+                    f"Annotations are of {self.unit}s that {self.annotation_file} does not list: add them to "
+                    f"`{self.unit}s`, or remove the annotations.",
+                    f"{name} of {self.unit} {owner}",
+                )
+        return groups
 
     def _category(self, annotation: Mapping[str, Any], where: str, problems: Problems) -> int | None:
         """Return the contiguous class of an annotation; None, and a report, where the file does not list it."""

@@ -1,7 +1,7 @@
 """COCO's annotation files, read in place: instances (polygons, run lengths, crowds) and panoptic maps."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,28 @@ from .annotation_files import (
     AnnotationFile,
     check_entries,
     check_exists,
-    check_lists,
     check_segmentation,
     find_folder,
-    group_annotations,
     image_folders,
-    index_by_id,
-    named_form,
-    read_json,
+    read_annotations,
 )
 from .base import ImageFile, SegmentationDataset, read_map
 from .problems import Problems, named
 
 
-def read_coco_json(path: Path, annotation_keys: Sequence[str]) -> dict[str, Any]:
-    """Read an annotation file whose annotations need certain keys.
+def _read(path: Path, *annotation_keys: str) -> dict[str, Any]:
+    """Read an annotation file whose annotations need certain keys."""
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or lacks one of COCO's three lists.
-    """
-    content = read_json(path, "COCO's")
-    with named_form(path, "COCO's"):
-        check_lists(content, {"images": ("id",), "annotations": annotation_keys, "categories": ("id", "name")})
-        if "segments_info" in annotation_keys:
-            for annotation in content["annotations"]:
-                where = f"`segments_info` of {annotation['file_name']}"
-                check_entries(annotation["segments_info"], where, ("id",), FIELDS["segments_info"])
+    def check(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"] if "segments_info" in annotation_keys else ():
+            where = f"`segments_info` of {annotation['file_name']}"
+            check_entries(annotation["segments_info"], where, ("id",), FIELDS["segments_info"])
         nameless = [image["id"] for image in content["images"] if not (image.get("file_name") or image.get("coco_url"))]
         if nameless:
             raise ValueError(f"images without `file_name`: id {named(nameless)}")
-    return content
+
+    needed = {"images": ("id",), "annotations": annotation_keys, "categories": ("id", "name")}
+    return read_annotations(path, "COCO's", needed, check)
 
 
 def _name(image: Mapping[str, Any]) -> str:
@@ -73,19 +64,19 @@ class CocoInstanceDataset(AnnotationFile, SegmentationDataset):
         problems: Problems | None = None,
     ) -> None:
         path = Path(annotation_file)
-        content = read_coco_json(path, ("image_id",))
+        content = _read(path, "image_id")
         self.task = "instance"
         names = [_name(image) for image in content["images"]]
         if image_folder is not None or names:
             candidates = image_folders(path) if image_folder is None else [Path(image_folder)]
             self.image_folder = find_folder(candidates, names, "images")
-        self._read(path, content, problems)
+        self._pack(path, content, problems)
         for category in self.categories:
             category["isthing"] = category["isthing"] is not False
 
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:
-        images = index_by_id(content["images"], "image", _name, self.annotation_file, problems)
-        by_image = group_annotations(content["annotations"], images, "image", self.annotation_file, problems)
+        images = self._by_id(content, _name, problems)
+        by_image = self._group(content, images, problems)
         if images:
             check_exists(self.image_folder, [_name(image) for image in images.values()], "Images", problems)
         for image_id, image in images.items():
@@ -143,7 +134,7 @@ class CocoPanopticDataset(AnnotationFile, SegmentationDataset):
         path = Path(source)
         if path.is_dir() or path.suffix != ".json":
             path = path / "panoptic.json"
-        content = read_coco_json(path, ("image_id", "file_name", "segments_info"))
+        content = _read(path, "image_id", "file_name", "segments_info")
         self.task = "panoptic"
         images = {image["id"]: image for image in content["images"]}
         annotated = [annotation for annotation in content["annotations"] if annotation["image_id"] in images]
@@ -158,7 +149,7 @@ class CocoPanopticDataset(AnnotationFile, SegmentationDataset):
             names = [_name(images[annotation["image_id"]]) for annotation in annotated]
             folders = [folder for folder in image_folders(path) if folder != self.panoptic_folder]
             self.image_folder = find_folder(folders if image_folder is None else [Path(image_folder)], names, "images")
-        self._read(path, content, problems)
+        self._pack(path, content, problems)
 
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:
         file = self.annotation_file
@@ -167,8 +158,8 @@ class CocoPanopticDataset(AnnotationFile, SegmentationDataset):
             problems.error(
                 f"{file} does not say of classes whether they are things: give them `isthing` 0 or 1.", named(unknown)
             )
-        images = index_by_id(content["images"], "image", _name, file, problems)
-        groups = group_annotations(content["annotations"], images, "image", file, problems)
+        images = self._by_id(content, _name, problems)
+        groups = self._group(content, images, problems)
         for image_id, (_, *more) in groups.items():
             for annotation in more:
                 problems.error(

@@ -44,13 +44,12 @@ _MAX_UNNAMED = 1000
 
 
 class LabelCoding(NamedTuple):
-    """What the numbers of label maps mean.
+    """What the numbers of label maps mean, with notes on what was assumed.
 
     Attributes:
-        categories: the classes; `dataset_id` is the number that stands for one, or in maps of colours its order.
+        categories: the classes; `dataset_id` is a class's number, or in maps of colours its order.
         void: numbers of pixels without a class; in maps of colours R + 256 G + 65536 B.
         is_color: maps hold the classes' colours instead of numbers.
-        notes: what was assumed, for the report.
     """
 
     categories: list[dict[str, Any]]
@@ -257,7 +256,7 @@ class LabelMapDataset(_MapDataset):
 
 
 class InstanceMapDataset(_MapDataset):
-    """Images with maps of class and instance in one number: class * divisor + instance, for panoptic segmentation.
+    """Images with maps of class and instance in one number, class * divisor + instance, for panoptic segmentation.
 
     Cityscapes (`instanceIds`, divisor 1000; a number below it is a class without instances, and a crowd if that is a
     thing) and Mapillary Vistas (`instances`, divisor 256).
@@ -300,13 +299,7 @@ class InstanceMapDataset(_MapDataset):
 
 
 class Pairs(NamedTuple):
-    """Images and maps of one split.
-
-    Attributes:
-        images, maps: the two folders.
-        layout: in words.
-        list_file: names the images that belong to the split, if only some do.
-    """
+    """Folders of images and maps of one split, the layout in words, maybe a file that lists the split's images."""
 
     images: Path
     maps: Path
@@ -383,9 +376,8 @@ def list_files(folder: Path, suffixes: Collection[str], first: bool = False) -> 
 def match_files(pairs: Pairs, root: Path, map_ending: str, problems: Problems) -> list[tuple[str, str]]:
     """Match each image with the map of the same name; paths are relative to `root`.
 
-    Args:
-        map_ending: how maps end where a folder has several kinds (Cityscapes), "" for all.
-        problems: gets the images without a map, and the maps without an image.
+    Images and maps without a match are reported. `map_ending` is how names of maps end where a folder has
+    several kinds (Cityscapes), "" for all.
     """
     images = list_files(pairs.images, IMAGE_SUFFIXES)
     maps = [path for path in list_files(pairs.maps, MAP_SUFFIXES) if path.stem.endswith(map_ending)]
@@ -437,10 +429,9 @@ def _by_name(paths: Sequence[Path], folder: Path, problems: Problems) -> dict[st
 
 
 class KnownMaps(NamedTuple):
-    """How a known data set stores its maps, by the names of files and folders.
+    """A known data set ("ade20k", "cityscapes" or "mapillary"; None for another) and how it stores its maps.
 
     Attributes:
-        dataset: "ade20k", "cityscapes" or "mapillary"; None for another.
         map_ending: how the names of its label maps end.
         ids: the numbers in label maps are the data set's own ids rather than 0, 1, ….
     """

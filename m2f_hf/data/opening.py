@@ -27,13 +27,9 @@ FORMS = ("coco-panoptic", "coco-instance", "youtube-vis", "label-maps", "table")
 
 
 class DataSplits(NamedTuple):
-    """A data set that is ready for training.
+    """A data set that is ready for training: what was found, its classes and task ("video" for clips).
 
-    Attributes:
-        train, validation: items as `SegmentationDataset` describes them, or `VideoDataset`.
-        categories: the classes of both.
-        task: "panoptic", "instance", "semantic" or "video".
-        report: what was found.
+    `train` and `validation` are items as `SegmentationDataset` or `VideoDataset` describes them.
     """
 
     train: Any
@@ -43,12 +39,8 @@ class DataSplits(NamedTuple):
     report: DatasetReport
 
 
-class _Opened(NamedTuple):
-    """Splits by name ("train", "validation"; "" where there are none), what they were taken for, what was assumed."""
-
-    splits: dict[str, Any]
-    form: str
-    notes: list[str]
+_Opened = tuple[dict[str, Any], str, list[str]]
+"""Splits by name ("train", "validation"; "" where there are none), what they were taken for, what was assumed."""
 
 
 def open_dataset(
@@ -83,8 +75,8 @@ def open_dataset(
         image_folder: where the images of a COCO file are, if not where they usually are.
         reduce_labels: in label maps 0 is "other", and the first class is 1.
         ignore_index: number of pixels without a class in label maps (default 255).
-        max_opened: number of images per split that are opened with their label map to check them; None: all. That all
-            files exist, and all of a JSON, is checked in any case.
+        max_opened: number of images per split that are opened with their label map to check them; None: all. Names of
+            files and entries of a JSON are all checked.
         streaming: read a Hub data set as a stream, without downloading it first.
         config_name: configuration of a Hub data set.
 
@@ -102,19 +94,15 @@ def open_dataset(
         raise ValueError(f"held_out={held_out} is a share of the images: 0 or more, below 1.")
     name = str(source) if isinstance(source, (str, os.PathLike)) else "the data set"
     problems = Problems()
-    arguments = _Arguments(
-        task, form, labels, image_folder, reduce_labels, ignore_index, streaming, config_name, problems
-    )
+    options = (task, form, labels, image_folder, reduce_labels, ignore_index, streaming, config_name)
+    arguments = _Arguments(*options, problems)
     splits, taken_for, notes = _open(source, arguments)
     if validation is not None:
-        splits = {
-            "train": _first(splits, "train"),
-            "validation": _first(_open(validation, arguments).splits, "validation"),
-        }
-    for split in splits.values():
-        if isinstance(split, SegmentationDataset) and not len(split):
-            problems.error("The data set is empty: there is no image with an annotation.", name)
-            problems.raise_errors(name)
+        other = _open(validation, arguments)[0]
+        splits = {"train": _first(splits, "train"), "validation": _first(other, "validation")}
+    if any(isinstance(split, SegmentationDataset) and not len(split) for split in splits.values()):
+        problems.error("The data set is empty: there is no image with an annotation.", name)
+        problems.raise_errors(name)
     native, native_held, more = _split(splits, held_out, seed)
     if native.task != native_held.task:
         raise ValueError(
@@ -194,7 +182,8 @@ def _open_folder(folder: Path, arguments: _Arguments) -> _Opened:
         pairs = label_maps.find_pairs(folder)
         if pairs:
             return _open_maps(folder, pairs, arguments)
-    if form is None and any(_has_files(folder, ending) for ending in ("*.parquet", "*.arrow", "metadata.*")):
+    tables = [depth + ending for depth in ("", "*/") for ending in ("*.parquet", "*.arrow", "metadata.*")]
+    if form is None and any(next(folder.glob(pattern), None) for pattern in tables):
         return _open_table(folder, str(folder), arguments)
     lossy = next((path for name in label_maps.MAP_FOLDERS for path in (folder / name).glob("**/*.jp*g")), None)
     if lossy is not None:
@@ -208,14 +197,9 @@ def _open_folder(folder: Path, arguments: _Arguments) -> _Opened:
     )
 
 
-def _has_files(folder: Path, pattern: str) -> bool:
-    return any(next(folder.glob(f"{depth}{pattern}"), None) is not None for depth in ("", "*/"))
-
-
 def _is_saved_table(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
+    has = {name: (folder / f"{name}.json").is_file() for name in ("dataset_dict", "state", "dataset_info")}
+    return has["dataset_dict"] or (has["state"] and has["dataset_info"])
 
 
 # --- COCO's files, and YouTube-VIS' ---
@@ -282,16 +266,16 @@ def _open_coco(files: dict[str, Path], arguments: _Arguments, kind: str | None) 
         if not annotated:
             raise DatasetError(f"{listed} has no annotations: it is for prediction only.")
         notes = [f"{split}: no annotations, left out" for split in splits if split not in annotated]
-        return _Opened(annotated, f"YouTube-VIS' annotations in {listed}", notes)
+        return (annotated, f"YouTube-VIS' annotations in {listed}", notes)
     other = "coco-instance" if kind == "panoptic" else "coco-panoptic"
-    return _Opened(splits, f"COCO {kind} annotations in {listed} (override: form={other!r})", [])
+    return (splits, f"COCO {kind} annotations in {listed} (override: form={other!r})", [])
 
 
 # --- label maps ---
 
 
 def _open_maps(folder: Path, found: dict[str, label_maps.Pairs], arguments: _Arguments) -> _Opened:
-    """Images with label maps; of Cityscapes and Mapillary, those with instances where the task needs them."""
+    """Open images with label maps; of Cityscapes and Mapillary, instance maps where the task needs them."""
     if len(found) > 1:
         found.pop("test", None)
     first = next(iter(found.values()))
@@ -305,7 +289,7 @@ def _open_maps(folder: Path, found: dict[str, label_maps.Pairs], arguments: _Arg
                 f"for task={arguments.task!r}. Use task='semantic', or COCO annotations."
             )
         splits = _instance_maps(folder, found, known.dataset, arguments)
-        return _Opened(splits, f"{what}instance maps: {layout} (override: task='semantic')", [])
+        return (splits, f"{what}instance maps: {layout} (override: task='semantic')", [])
     problems, ending = arguments.problems, known.map_ending
     matched = {split: label_maps.match_files(pairs, folder, ending, problems) for split, pairs in found.items()}
     maps = [folder / path for pairs in matched.values() for _, path in pairs]
@@ -338,11 +322,11 @@ def _open_maps(folder: Path, found: dict[str, label_maps.Pairs], arguments: _Arg
         )
     datasets = {split: label_maps.LabelMapDataset(folder, pairs, coding) for split, pairs in matched.items()}
     form = f"{what}label maps for semantic segmentation: {layout} (override: form=…, labels=…, reduce_labels=…)"
-    return _Opened(dict(datasets), form, [*notes, *coding.notes])
+    return (dict(datasets), form, [*notes, *coding.notes])
 
 
 def _named_classes(labels: Labels) -> tuple[list[dict[str, Any]] | None, LabelSet | None]:
-    """Classes that were given: a known label set (whose numbers are 0, 1, …), or entries with their numbers."""
+    """Return the classes given: entries with their numbers, or a known label set (whose numbers are 0, 1, …)."""
     if isinstance(labels, str) and labels in LABEL_SETS:
         return None, label_set(labels)
     return read_labels(labels), None
@@ -381,7 +365,7 @@ def _instance_maps(
 
 
 def _open_table(source: Any, name: str, arguments: _Arguments) -> _Opened:
-    """Rows of the `datasets` library: loaded already, on disk, or on the Hub."""
+    """Open rows of the `datasets` library: loaded already, on disk, or on the Hub."""
     rows = _load_rows(source, arguments)
     tables = dict(rows) if isinstance(rows, Mapping) else {"": rows}
     splits = {_split_of(split): table for split, table in reversed(tables.items())}
@@ -409,7 +393,7 @@ def _open_table(source: Any, name: str, arguments: _Arguments) -> _Opened:
     used = ", ".join(f"{key} in `{value}`" for key, value in columns._asdict().items() if value is not None)
     kind = "stream" if is_stream else "table"
     form = f"{kind} for {columns.task} segmentation: {used} (override: rename columns, task=…)"
-    return _Opened(datasets, form, notes)
+    return (datasets, form, notes)
 
 
 def _load_rows(source: Any, arguments: _Arguments) -> Any:
@@ -441,7 +425,7 @@ def _load_rows(source: Any, arguments: _Arguments) -> Any:
 
 
 def _undecoded(table: Any) -> Any:
-    """A table whose images come as bytes, so that annotations can be read without decoding images."""
+    """Leave a table's images as bytes, so that annotations can be read without decoding them."""
     if not hasattr(table, "__len__") or not getattr(table, "features", None):
         return table
     import datasets
@@ -460,7 +444,7 @@ def _table_classes(
     is_on_hub: bool,
     arguments: _Arguments,
 ) -> tuple[list[dict[str, Any]], label_maps.LabelCoding | None, list[str]]:
-    """Classes of a table, what the numbers of its label maps mean (semantic data), and what was assumed."""
+    """Find a table's classes, what the numbers of its label maps mean (semantic data), and what was assumed."""
     entries: list[dict[str, Any]] | None = None
     known: LabelSet | None = None
     notes: list[str] = []
@@ -468,7 +452,11 @@ def _table_classes(
     if arguments.labels is not None:
         entries, known = _named_classes(arguments.labels)
     elif columns.instances is not None:
-        entries = _classes_in_row(next(iter(first)), name)
+        ids_by_name = next(iter(first)).get("semantic_class_to_id")  # as `transformers`' instance example has it
+        if not isinstance(ids_by_name, Mapping):
+            raise ValueError(f"{name} does not name its classes: give labels={{number: name, …}}.")
+        # 0 is the background.
+        entries = [{"id": n, "name": label, "isthing": True} for label, n in ids_by_name.items() if n]
     elif names is not None:
         entries = [{"id": index, "name": label} for index, label in enumerate(names)]
     else:
@@ -499,16 +487,8 @@ def _table_classes(
     return make_categories(entries, name), None, notes
 
 
-def _classes_in_row(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """The classes that `transformers`' instance example keeps in each row, without 0, the background."""
-    ids = row.get("semantic_class_to_id")
-    if not isinstance(ids, Mapping):
-        raise ValueError(f"{name} does not name its classes: give labels={{number: name, …}}.")
-    return [{"id": number, "name": label, "isthing": True} for label, number in ids.items() if number]
-
-
 def _entries_of_ids(ids: set[Any], known: LabelSet | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """Classes of a table that does not name them, from the categories in its rows."""
+    """Make the classes of a table that does not name them from the categories in its rows."""
     if known is not None:
         # Some keep the data set's own ids, some count from 0.
         own = {label.dataset_id for label in known.labels}

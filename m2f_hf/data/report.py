@@ -22,15 +22,16 @@ class SplitReport:
 
     Attributes:
         name: "train" or "validation".
-        num_images: number of images; None for a stream, which does not say.
-        num_opened: of how many of them images and label maps were opened.
+        num_images: number of images; None for a stream, whose length is unknown.
+        num_opened: number of images that were opened with their label maps.
         sizes: (N, 2) int64, height and width in pixels of those.
-        counts: (classes,) int64, segments of each class without crowds (instances of things); of all images if
-            `counts_all`, else of those that were opened.
-        most_segments: most segments in one image, counted like those.
+        counts: (classes,) int64, segments of each class without crowds, of all images if `counts_all`, else of those
+            that were opened; `most_segments`, in one image, likewise.
         num_crowds: segments that are crowds.
         num_empty: images without a segment.
-        unit: "video" where the items are videos instead of images.
+        unit: "image" or "video".
+        num_frames: of videos (N,) int64, frames of each.
+        is_annotated: whether there are annotations at all.
     """
 
     name: str
@@ -43,18 +44,18 @@ class SplitReport:
     num_empty: int
     counts_all: bool = True
     unit: str = "image"
+    num_frames: np.ndarray | None = None
+    is_annotated: bool = True
 
 
 @dataclass
 class DatasetReport:
-    """What a data set was taken for, and what is in it. `str` of it is text to read.
+    """What a data set was taken for and what is in it. `str` of it is text to read.
 
     Attributes:
         source: what was opened.
         form: what it was taken for, and how to override that.
         task: "panoptic", "instance" or "semantic".
-        categories: the classes.
-        splits: train and validation.
         notes: what was assumed.
         problems: errors and warnings, with file names.
     """
@@ -79,7 +80,7 @@ class DatasetReport:
             *(f"note:      {note}" for note in self.notes),
         ]
         for split in self.splits:
-            lines += ["", *_split_lines(split)]
+            lines += ["", *split_lines(split)]
         lines += ["", *class_lines(self.categories, {split.name: split.counts for split in self.splits}, "segments")]
         return "\n".join([*lines, *problem_lines(self.problems)])
 
@@ -93,11 +94,15 @@ def problem_lines(problems: Problems) -> list[str]:
     return lines
 
 
-def _split_lines(split: SplitReport) -> list[str]:
+def split_lines(split: SplitReport) -> list[str]:
+    """Return lines of text on one split."""
     total = "a stream" if split.num_images is None else split.num_images
     empty = f" ({split.num_empty} without a segment)" if split.num_empty else ""
-    lines = [f"{split.name} {split.unit}s: {total}{empty}"]
-    if split.num_opened:
+    lines = [f"{split.name} {split.unit}s: {total}{empty}".lstrip()]
+    if split.num_frames is not None and len(split.num_frames):
+        frames = split.num_frames
+        lines.append(f"  frames: {frames.sum()}, {frames.min()}..{frames.max()} in a video")
+    if len(split.sizes):
         height, width = split.sizes.T
         middle = np.argsort(height * width)[len(height) // 2]
         lines.append(
@@ -109,7 +114,8 @@ def _split_lines(split: SplitReport) -> list[str]:
     scope = "" if split.counts_all else f" in the {split.num_opened} {split.unit}s opened"
     crowds = f"; crowds, which are ignored in training: {split.num_crowds}" if split.num_crowds else ""
     most = f", at most {split.most_segments} in {'an' if split.unit == 'image' else 'a'} {split.unit}"
-    lines.append(f"  segments{scope}: {int(split.counts.sum())}{most}{crowds}")
+    found = f"  segments{scope}: {int(split.counts.sum())}{most}{crowds}"
+    lines.append(found if split.is_annotated else "  no annotations: for prediction only")
     if split.num_opened < split.num_images:
         lines.append(f"  {split.unit}s and annotations opened to check them: {split.num_opened} (max_opened=None: all)")
     return lines

@@ -14,18 +14,14 @@ from tqdm.auto import tqdm
 from .annotation_files import (
     AnnotationFile,
     check_exists,
-    check_lists,
     check_segmentation,
     find_folder,
-    group_annotations,
     image_folders,
-    index_by_id,
-    named_form,
-    read_json,
+    read_annotations,
 )
 from .base import check_pixels, read_image, read_size
 from .problems import IS_MISSING, FileProblem, Problems, named
-from .report import SplitReport, class_lines, count_segments, problem_lines, spread
+from .report import SplitReport, class_lines, count_segments, problem_lines, split_lines, spread
 from .video import Frames, VideoDataset
 
 
@@ -33,23 +29,17 @@ _NO_SIDE = 1 << 20  # pixels: no picture is as long
 _OTHER_SIZE = "Frames have another size than the first of their video, or than its annotation says: scale them."
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """Read an annotation file; without annotations (a validation set's) they are None.
+_NEEDED = {
+    "videos": ("id", "file_names"),
+    "annotations": ("video_id", "segmentations"),  # a validation set has none
+    "categories": ("id", "name"),
+}
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not in YouTube-VIS' form.
-    """
-    content = read_json(path, "YouTube-VIS'")
-    with named_form(path, "YouTube-VIS'"):
-        needed = {"videos": ("id", "file_names"), "categories": ("id", "name")}
-        if isinstance(content, dict) and content.setdefault("annotations", None) is not None:
-            needed["annotations"] = ("video_id", "segmentations")
-        check_lists(content, needed)
-        nameless = [v["id"] for v in content["videos"] if not all(isinstance(name, str) for name in v["file_names"])]
-        if nameless:
-            raise ValueError(f"`file_names` should be texts, in video {named(nameless)}")
-    return content
+
+def _check(content: Mapping[str, Any]) -> None:
+    nameless = [v["id"] for v in content["videos"] if not all(isinstance(name, str) for name in v["file_names"])]
+    if nameless:
+        raise ValueError(f"`file_names` should be texts, in video {named(nameless)}")
 
 
 class YouTubeVISDataset(AnnotationFile, VideoDataset):
@@ -87,7 +77,7 @@ class YouTubeVISDataset(AnnotationFile, VideoDataset):
         problems: Problems | None = None,
     ) -> None:
         path = Path(annotation_file)
-        content = _read_file(path)
+        content = read_annotations(path, "YouTube-VIS'", _NEEDED, _check, optional=("annotations",))
         self.is_annotated = content["annotations"] is not None
         names = [name for video in content["videos"] for name in _file_names(video)]
         self.frame_folder = Path(frame_folder or path.parent)
@@ -95,7 +85,7 @@ class YouTubeVISDataset(AnnotationFile, VideoDataset):
             folders = [self.frame_folder] if frame_folder is not None else image_folders(path)
             inside = [place for folder in folders for place in (folder, folder / "JPEGImages", folder / "frames")]
             self.frame_folder = find_folder(folders if frame_folder is not None else inside, names, "frames")
-        self._read(path, content, problems)
+        self._pack(path, content, problems)
         for category in self.categories:
             category["isthing"] = category["isthing"] is not False
 
@@ -139,8 +129,8 @@ class YouTubeVISDataset(AnnotationFile, VideoDataset):
 
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:
         file = self.annotation_file
-        videos = index_by_id(content["videos"], "video", _name, file, problems)
-        by_video = group_annotations(content["annotations"] or (), videos, "video", file, problems)
+        videos = self._by_id(content, _name, problems)
+        by_video = self._group(content, videos, problems)
         for video_id, video in videos.items():
             names = _file_names(video)
             if not names:
@@ -226,20 +216,10 @@ def _read_frame(files: Sequence[str], size: tuple[int, int], index: int) -> Imag
 
 @dataclass
 class VideoReport(SplitReport):
-    """What is in a data set of videos. `str` of it is text to read.
-
-    Attributes:
-        source: what was opened.
-        categories: the classes.
-        is_annotated: whether there are annotations at all.
-        num_frames: (videos,) int64, frames of each video.
-        problems: errors and warnings, with file names.
-    """
+    """What is in a data set of videos, from which file, and its problems. `str` of it is text to read."""
 
     source: str = ""
     categories: Sequence[Mapping[str, Any]] = ()
-    is_annotated: bool = True
-    num_frames: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     problems: Problems = field(default_factory=Problems)
 
     @property
@@ -248,24 +228,9 @@ class VideoReport(SplitReport):
         return self.most_segments
 
     def __str__(self) -> str:
-        lines = [self.source, "taken for: YouTube-VIS' annotations", f"classes:   {len(self.categories)}", ""]
-        lines.append(f"videos: {len(self.num_frames)}")
-        if len(self.num_frames):
-            frames = self.num_frames
-            lines.append(f"  frames: {frames.sum()}, {frames.min()}..{frames.max()} in a video")
-        if len(self.sizes):
-            height, width = self.sizes.T
-            lines.append(f"  size (width x height): {width.min()}..{width.max()} x {height.min()}..{height.max()}")
-        if self.is_annotated:
-            empty = f"; {self.num_empty} videos without one" if self.num_empty else ""
-            crowds = f"; crowds, which are ignored in training: {self.num_crowds}" if self.num_crowds else ""
-            lines.append(f"  instances: {self.counts.sum()}, at most {self.most_instances} in a video{empty}{crowds}")
-        else:
-            lines.append("  no annotations: for prediction only")
-        if self.num_opened < len(self.num_frames):
-            lines.append(f"  videos whose frames were opened to check them: {self.num_opened} (max_opened=None: all)")
-        lines += ["", *class_lines(self.categories, {"instances": self.counts}, "class")] if self.is_annotated else []
-        return "\n".join([*lines, *problem_lines(self.problems)])
+        head = [self.source, "taken for: YouTube-VIS' annotations", f"classes:   {len(self.categories)}", ""]
+        classes = ["", *class_lines(self.categories, {"instances": self.counts}, "class")] if self.is_annotated else []
+        return "\n".join([*head, *split_lines(self), *classes, *problem_lines(self.problems)])
 
 
 def open_youtube_vis(
@@ -294,9 +259,7 @@ def open_youtube_vis(
 def inspect_videos(dataset: YouTubeVISDataset, name: str, problems: Problems, max_opened: int | None) -> VideoReport:
     """Decode the frames of some videos, and count. What is wrong goes to `problems`.
 
-    Args:
-        name: of the split.
-        max_opened: as `open_youtube_vis` takes it.
+    `name` is the split's, `max_opened` as `open_youtube_vis` takes it.
     """
     chosen = spread(len(dataset), max_opened)
     bar = tqdm(chosen, f"Checking {dataset.annotation_file.name}", unit="video", disable=len(chosen) < 20)
@@ -308,9 +271,9 @@ def inspect_videos(dataset: YouTubeVISDataset, name: str, problems: Problems, ma
         sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
         **count_segments(dataset.segments, len(dataset.categories), len(dataset)),
         unit="video",
+        num_frames=dataset.num_frames(),
+        is_annotated=dataset.is_annotated,
         source=str(dataset.annotation_file),
         categories=dataset.categories,
-        is_annotated=dataset.is_annotated,
-        num_frames=dataset.num_frames(),
         problems=problems,
     )
