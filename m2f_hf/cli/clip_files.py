@@ -7,13 +7,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..draw.films import Animation, Movie, PictureFolder
 from ..draw.segments import ClassColors, draw_segments
 from ..hub.families import label_names
 from ..inference.tracking import to_id_map
@@ -27,11 +27,6 @@ from .track import FILES, FOLDERS
 # An overlay is enlarged until its shorter side has so many pixels, for labels that can be read.
 _READABLE_SIDE = 320
 _LONGEST_ENLARGED = 4096
-_LONGEST_SIDE = 16384  # H.264's limit
-_GIF_SIDE = 480
-_GIF_FRAMES = 120
-# In milliseconds: a picture's time is 16 bits of hundredths of a second, and Pillow merges equal pictures.
-_LONGEST_GIF = 655350
 
 
 class ClipWriter:
@@ -48,8 +43,10 @@ class ClipWriter:
         self.id2label, self.colors = label_names(config), config.label_colors
         self.category_ids = category_ids(self.id2label)
         self.tracks: dict[int, _TrackRecord] = {}
-        self.movie: _Movie | _Pictures = _Movie.open(folder / "overlay.mp4", rate) or _Pictures(folder / "overlay")
-        self.gif = _Gif(rate)
+        self.movie: Movie | PictureFolder = Movie.open(folder / "overlay.mp4", rate) or PictureFolder(
+            folder / "overlay"
+        )
+        self.gif = Animation(rate)
         (folder / "ids").mkdir()
 
     def add(self, result: Mapping[str, Any], frame: np.ndarray | DamagedFrame) -> None:
@@ -145,84 +142,6 @@ def category_ids(id2label: Mapping[int, str]) -> list[int]:
     if known is not None and len(known.labels) == len(id2label):
         return [label.dataset_id for label in known.labels]
     return [label_id + 1 for label_id in range(len(id2label))]
-
-
-class _Movie:
-    """Writes an MP4 file frame by frame."""
-
-    def __init__(self, av: Any, path: Path, rate: float) -> None:
-        self._av, self._rate = av, Fraction(rate).limit_denominator(1001)
-        self._container = av.open(str(path), "w")
-        self._stream: Any = None
-
-    @classmethod
-    def open(cls, path: Path, rate: float) -> _Movie | None:
-        """Return a new one, or None where PyAV is missing."""
-        try:
-            import av
-        except ImportError:
-            return None
-        return cls(av, path, rate)
-
-    def add(self, picture: Image.Image) -> None:
-        if max(picture.size) > _LONGEST_SIDE:
-            picture = picture.copy()
-            picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-        pixels = np.asarray(picture)
-        height, width = pixels.shape[:2]
-        # The format stores colours at half the size.
-        pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._stream is None:
-            codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
-            self._stream = self._container.add_stream(codec, rate=self._rate)
-            self._stream.height, self._stream.width = pixels.shape[:2]
-            self._stream.pix_fmt = "yuv420p"
-        self._container.mux(self._stream.encode(self._av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._container.mux(self._stream.encode())
-            self._stream = None
-        self._container.close()
-
-
-class _Pictures:
-    """Writes a folder of numbered pictures."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, 0
-        folder.mkdir()
-
-    def add(self, picture: Image.Image) -> None:
-        picture.save(self._folder / f"{self._count:06d}.png")
-        self._count += 1
-
-    def close(self) -> None:
-        pass
-
-
-class _Gif:
-    """Writes an animation of bounded size: small pictures, and of a long clip every second frame, every fourth, …"""
-
-    def __init__(self, rate: float) -> None:
-        self._rate, self._stride, self._count = rate, 1, 0
-        self._pictures: list[Image.Image] = []
-
-    def add(self, picture: Image.Image) -> None:
-        if self._count % self._stride == 0:
-            if len(self._pictures) == _GIF_FRAMES:
-                self._pictures = self._pictures[::2]
-                self._stride *= 2
-            if self._count % self._stride == 0:
-                small = picture.copy()
-                small.thumbnail((_GIF_SIDE, _GIF_SIDE))
-                self._pictures.append(small.quantize(128, dither=Image.Dither.NONE))
-        self._count += 1
-
-    def save(self, path: Path) -> None:
-        first, *others = self._pictures
-        duration = min(max(20, round(1000 * self._stride / self._rate)), _LONGEST_GIF // len(self._pictures))
-        first.save(path, save_all=True, append_images=others, duration=duration, loop=0)
 
 
 def replace_results(work: Path, output: Path) -> None:

@@ -27,14 +27,23 @@ class Family:
     """The classes of image models, or of video models.
 
     Attributes:
-        config, model, processor: the classes that read a checkpoint's folder.
-        auto_classes: settings file -> name of an Auto class -> the class it gives without this package installed.
+        config, base_model, model, processor: the classes that read a checkpoint's folder.
+        auto_models, auto_processors: the Auto classes that give `model` and `processor` without this package installed.
     """
 
     config: type[Mask2FormerConfig]
+    base_model: type[Mask2FormerModel]
     model: type[Mask2FormerForUniversalSegmentation]
     processor: type[M2FImageProcessor]
-    auto_classes: Mapping[str, Mapping[str, type]]
+    auto_models: tuple[str, ...]
+    auto_processors: tuple[str, ...]
+
+    @property
+    def auto_classes(self) -> dict[str, dict[str, type]]:
+        """Settings file -> name of an Auto class -> the class it gives without this package installed."""
+        models: dict[str, type] = {"AutoConfig": self.config, "AutoModel": self.base_model}
+        models |= dict.fromkeys(self.auto_models, self.model)
+        return {CONFIG: models, PROCESSOR: dict.fromkeys(self.auto_processors, self.processor)}
 
     def type_in(self, file: str) -> str:
         """Return the value of `TYPE_KEYS[file]` in this family's settings files."""
@@ -42,32 +51,15 @@ class Family:
 
 
 IMAGES = Family(
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    M2FImageProcessor,
-    {
-        CONFIG: {
-            "AutoConfig": Mask2FormerConfig,
-            "AutoModel": Mask2FormerModel,
-            "AutoModelForUniversalSegmentation": Mask2FormerForUniversalSegmentation,
-            "AutoModelForImageSegmentation": Mask2FormerForUniversalSegmentation,  # for pipelines given a name
-        },
-        PROCESSOR: {"AutoImageProcessor": M2FImageProcessor},
-    },
+    *(Mask2FormerConfig, Mask2FormerModel, Mask2FormerForUniversalSegmentation, M2FImageProcessor),
+    auto_models=("AutoModelForUniversalSegmentation", "AutoModelForImageSegmentation"),  # the latter for pipelines
+    auto_processors=("AutoImageProcessor",),
 )
+# Both processors, since `transformers` has AutoVideoProcessor only where torchvision is installed.
 VIDEOS = Family(
-    Mask2FormerVideoConfig,
-    Mask2FormerForVideoSegmentation,
-    Mask2FormerVideoProcessor,
-    {
-        CONFIG: {
-            "AutoConfig": Mask2FormerVideoConfig,
-            "AutoModel": Mask2FormerVideoModel,
-            "AutoModelForUniversalSegmentation": Mask2FormerForVideoSegmentation,
-        },
-        # Both, since `transformers` has AutoVideoProcessor only where torchvision is installed.
-        PROCESSOR: {"AutoImageProcessor": Mask2FormerVideoProcessor, "AutoVideoProcessor": Mask2FormerVideoProcessor},
-    },
+    *(Mask2FormerVideoConfig, Mask2FormerVideoModel, Mask2FormerForVideoSegmentation, Mask2FormerVideoProcessor),
+    auto_models=("AutoModelForUniversalSegmentation",),
+    auto_processors=("AutoImageProcessor", "AutoVideoProcessor"),
 )
 
 

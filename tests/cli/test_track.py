@@ -19,8 +19,9 @@ from m2f_hf import (
     stream_frames,
 )
 from m2f_hf.cli import main
-from m2f_hf.cli.clip_files import _Gif, _Movie, category_ids
+from m2f_hf.cli.clip_files import category_ids
 from m2f_hf.data import MovingShapesDataset
+from m2f_hf.draw.films import Animation, Movie
 from m2f_hf.inference.tracking import ClipTracker, to_id_map
 from m2f_hf.known.label_sets import label_set
 from m2f_hf.processing.rle import decode_rle
@@ -259,7 +260,7 @@ def test_ctrl_c_leaves_an_earlier_run_as_it_was(clip, tmp_path, monkeypatch, cap
 
 def test_a_film_has_no_longer_sides_than_its_format(tmp_path):
     pytest.importorskip("av", reason="needs PyAV")
-    movie = _Movie.open(tmp_path / "long.mp4", 10.0)
+    movie = Movie.open(tmp_path / "long.mp4", 10.0)
     movie.add(Image.new("RGB", (20000, 10)))
     movie.close()
     (frame,) = stream_frames(tmp_path / "long.mp4")
@@ -275,7 +276,7 @@ def test_categories_have_their_data_sets_ids_or_count_from_one():
 
 
 def test_the_animation_of_a_long_clip_is_bounded(tmp_path):
-    gif = _Gif(rate=10.0)
+    gif = Animation(rate=10.0)
     for frame in range(500):
         gif.add(Image.new("RGB", (960, 540), (frame // 2, 255 - frame // 2, 40)))
     gif.save(tmp_path / "long.gif")
@@ -287,7 +288,7 @@ def test_the_animation_of_a_long_clip_is_bounded(tmp_path):
 
 @pytest.mark.parametrize(("shades", "seconds"), [((0, 0, 0, 0), 655.35), ((0, 60, 120, 180), 163.83)])
 def test_the_animation_of_a_slow_clip_has_the_longest_pauses(shades, seconds, tmp_path):
-    gif = _Gif(rate=0.001)
+    gif = Animation(rate=0.001)
     for shade in shades:
         gif.add(Image.new("RGB", (8, 8), (shade, 0, 0)))
     gif.save(tmp_path / "slow.gif")
