@@ -1,26 +1,25 @@
 """Bipartite matching of queries and targets (Mask2Former, section 3.3; DETR, section 3.1)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..kernels.pieces import pieces
-from .points import DrawPoints, PointRows, draw_uniform_points, in_floats, in_reading_order, sample_points
+from ..kernels.pieces import with_channels_last
+from .points import DrawPoints, draw_checked, draw_uniform_points, float_chunks, sample_points
 
 
 try:
     from scipy.optimize import linear_sum_assignment
-except ImportError:  # inference does without
+except ImportError:  # not needed for inference
     linear_sum_assignment = None
 
 
 logger = logging.get_logger(__name__)
-
-_LABELS_AT_ONCE = 1 << 23  # values of targets at points, 32 MB
 
 
 class Targets(NamedTuple):
@@ -28,9 +27,9 @@ class Targets(NamedTuple):
 
     Attributes:
         masks: For each image its (N, H, W), in the dtype they came in; of a clip (N * T, H, W), each target's frames
-            after another.
+            in turn.
         labels: (N,) int64, contiguous class ids, as they were given.
-        classes: (N,) int64, what matched queries are to say: the labels, or the number of labels for "no object".
+        classes: (N,) int64, the classes matched queries learn: the labels, or the number of labels for "no object".
         counts: How many of them belong to each image.
     """
 
@@ -41,7 +40,7 @@ class Targets(NamedTuple):
 
 
 class Matching(NamedTuple):
-    """Which queries answer for which targets: M pairs for each of L outputs, image after image, query ascending.
+    """Pairs of queries and targets: M for each of L outputs, image after image, query ascending.
 
     Attributes:
         images: (M,) int64, position in the batch.
@@ -64,7 +63,7 @@ def pack_targets(
     clip: Sequence[int] = (),
     absent_class: int | None = None,
 ) -> Targets:
-    """Puts a batch's targets together on the device.
+    """Collect a batch's targets on the device.
 
     Args:
         mask_labels: For each image (N, H, W), bool or 0 and 1 in another dtype; tensors or arrays. N may be 0.
@@ -72,8 +71,7 @@ def pack_targets(
         batch_size: Number of images that the model saw.
         device: Where the predictions are.
         clip: `(T,)` where these are clips of T frames, whose masks are (N, T, H, W).
-        absent_class: What matched queries are to say of targets without a pixel in a clip's last frame; None: their
-            label.
+        absent_class: The class of targets without a pixel in a clip's last frame; None: their label.
 
     Raises:
         ValueError: If lengths or shapes don't fit each other, or class labels aren't integers.
@@ -83,9 +81,7 @@ def pack_targets(
             "`mask_labels` and `class_labels` must be lists with one tensor per image: the batch has "
             f"{batch_size} images, but they have {len(mask_labels)} and {len(class_labels)} entries."
         )
-    mask_labels, class_labels = (
-        [torch.as_tensor(of_image) for of_image in all_] for all_ in (mask_labels, class_labels)
-    )
+    mask_labels, class_labels = (list(map(torch.as_tensor, labels)) for labels in (mask_labels, class_labels))
     for image, (masks, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
         expected = (len(labels), *clip, *masks.shape[-2:])
         if masks.ndim != len(expected) or labels.ndim != 1 or masks.shape != expected:
@@ -102,8 +98,9 @@ def pack_targets(
     if absent_class is not None:
         is_present = torch.cat([masks[:, -1].flatten(1).any(1) for masks in on_device])
         classes = labels.where(is_present, absent_class)
-    flat = [masks.flatten(0, -3) for masks in on_device]
-    return Targets(flat, labels, classes, [len(labels) for labels in class_labels])
+    return Targets(
+        [masks.flatten(0, -3) for masks in on_device], labels, classes, [len(labels) for labels in class_labels]
+    )
 
 
 class Mask2FormerHungarianMatcher(nn.Module):
@@ -111,8 +108,8 @@ class Mask2FormerHungarianMatcher(nn.Module):
 
     The cost of a pair is `cost_mask` x the mean binary cross-entropy + `cost_dice` x the dice loss, both at random
     points, - `cost_class` x the probability of the target's class. Mask features are sampled at the points and only
-    then multiplied with the queries' mask embeddings, so that no query's mask is ever written down. All costs leave
-    the device in a single copy.
+    then multiplied with the queries' mask embeddings, so that no query's whole mask is computed. All costs leave the
+    device in a single copy.
 
     Args:
         cost_class, cost_mask, cost_dice: Weights of the three costs, not all 0.
@@ -140,17 +137,17 @@ class Mask2FormerHungarianMatcher(nn.Module):
         targets: Targets,
         draw_points: DrawPoints = draw_uniform_points,
     ) -> Matching:
-        """Matches each of L outputs of the decoder with the targets.
+        """Match each of L outputs of the decoder with the targets.
 
         Args:
             class_queries_logits: (L, B, Q, K+1), the last class is "no object".
             mask_embeddings: (L, B, Q, C); a query's mask logits are its embedding times the mask features.
             mask_features: (B, C, H, W), of clips (B * T, C, H, W).
             targets: The targets of the B images.
-            draw_points: Where points come from.
+            draw_points: Source of the points.
 
-        Costs are computed in float32. Those that are not finite are warned of with their number, and such pairs are
-        matched only where nothing else is left.
+        Costs are computed in float32. A warning gives the number of those that are not finite; such pairs are matched
+        only where nothing else is left.
 
         Raises:
             ImportError: If SciPy is not installed.
@@ -166,15 +163,13 @@ class Mask2FormerHungarianMatcher(nn.Module):
             return Matching(none.new_zeros(0), none, none, counts)
 
         costs = self.compute_costs(class_queries_logits, mask_embeddings, mask_features, targets, draw_points)
-        # The checks ride along with the costs: reading labels or masks by themselves would be further copies.
+        # The checks travel with the costs: reading labels or masks by themselves would be further copies.
         masks = [masks.aminmax() for masks in targets.masks if masks.dtype != torch.bool and masks.numel()]
-        ranges = list(targets.labels.aminmax())
+        ranges = [bound.float() for bound in targets.labels.aminmax()]
         if masks:
-            smallest, largest = (
-                torch.stack([bound.float() for bound in bounds]) for bounds in zip(*masks, strict=True)
-            )
-            ranges += [smallest.min(), largest.max()]
-        on_host = torch.cat([costs.flatten(), torch.stack([bound.float() for bound in ranges])]).cpu().numpy()
+            smallest, largest = zip(*masks, strict=True)
+            ranges += [torch.stack(smallest).min().float(), torch.stack(largest).max().float()]
+        on_host = torch.cat([costs.flatten(), torch.stack(ranges)]).cpu().numpy()
         check_ranges(on_host[costs.numel() :], num_labels=num_classes - 1)
         queries, matched = assign(on_host[: costs.numel()].reshape(costs.shape), targets.counts)
 
@@ -190,129 +185,76 @@ class Mask2FormerHungarianMatcher(nn.Module):
         targets: Targets,
         draw_points: DrawPoints,
     ) -> Tensor:
-        """(L, B, Q, N) float32 costs, with N the largest number of targets of an image; columns beyond an image's own
-        targets mean nothing."""
-        device = mask_features.device
+        """Return (L, B, Q, N) float32 costs, with N the largest number of targets of an image; columns beyond an
+        image's own targets mean nothing."""
         num_layers, batch_size, _, num_classes = class_queries_logits.shape
-        num_frames = mask_features.shape[0] // batch_size
-        positions = [(image, slot) for image, count in enumerate(targets.counts) for slot in range(count)]
-        image, slot = torch.tensor(positions).T.to(device, non_blocking=True)
+        num_frames = len(mask_features) // batch_size
+        features = with_channels_last(mask_features.float())
+        points = torch.stack(
+            [
+                draw_checked(draw_points, "matching", layer, range(batch_size), self.num_points, mask_features.device)
+                for layer in range(num_layers)
+            ]
+        )  # (L, B, P, 2)
 
         # Out-of-range labels are reported later; on a GPU indexing with them would abort the process.
-        labels = torch.zeros(batch_size, max(targets.counts), dtype=torch.int64, device=device)
-        labels[image, slot] = targets.classes.clamp(0, num_classes - 1)
-        probabilities = class_queries_logits.float().softmax(-1)
-        features = PointRows(mask_features)
+        classes = targets.classes.clamp(0, num_classes - 1).split(targets.counts)
+        labels = nn.utils.rnn.pad_sequence(list(classes), batch_first=True)  # (B, N)
+        # Each mask is turned into floats once, for the points of all outputs.
+        at_points = points.new_zeros(*labels.shape, num_frames, num_layers, self.num_points)
+        for own, masks, at in zip(at_points.flatten(1, 2), targets.masks, points.unbind(1), strict=True):
+            for chunk, floats in float_chunks(masks):
+                # (1, n, h, w) at (1, L * P, 2) -> (1, n, L * P)
+                own[chunk] = sample_points(floats[None], at.reshape(1, -1, 2)).view(own[chunk].shape)
 
-        points = torch.stack(
-            [draw_points("matching", layer, range(batch_size), self.num_points, device) for layer in range(num_layers)]
-        )  # (L, B, P, 2)
-        if device.type == "cpu":
-            points = in_reading_order(points.flatten(0, 1), mask_features.shape[-2:]).view_as(points)
         costs = []
-        # Several outputs at a time, as each turns the masks into floats; few enough for their values at all points.
-        step = max(1, _LABELS_AT_ONCE // (labels.numel() * num_frames * self.num_points))
-        for start in range(0, num_layers, step):
-            part = points[start : start + step]
-            part_labels = part.new_empty(*labels.shape, num_frames, len(part), self.num_points)
-            for of_image, masks, at in zip(part_labels, targets.masks, part.unbind(1), strict=True):
-                own, beyond = of_image.tensor_split([len(masks) // num_frames])
-                beyond.zero_()  # never read, but products with whatever was in memory may be slow
-                for floats, of_floats in in_floats(masks, own.flatten(0, 1)):
-                    # (1, n, h, w) at (1, L' * P, 2) -> (1, n, L' * P), for (n, L', P)
-                    of_floats.copy_(sample_points(floats[None], at.reshape(1, -1, 2)).view(of_floats.shape))
-            for layer, point_labels in enumerate(part_labels.unbind(3), start=start):  # (B, N, T, P)
-                cross_entropy, dice = pairwise_losses(
-                    self._at_points(features, points[layer], mask_embeddings[layer].float(), point_labels)
-                )
-                costs.append(
-                    self.cost_mask * cross_entropy
-                    + self.cost_dice * dice
-                    # (B, Q, K+1) at (B, 1, N) -> (B, Q, N)
-                    - self.cost_class * probabilities[layer].take_along_dim(labels[:, None], dim=2)
-                )
+        for layer, embeddings in enumerate(mask_embeddings.float()):
+            sampled = sample_points(features, points[layer].repeat_interleave(num_frames, 0))  # (B * T, C, P)
+            # The frames' points are further points: (B, Q, C) x (B, C, T * P) -> (B, Q, T * P)
+            logits = embeddings @ sampled.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2)
+            cross_entropy, dice = pairwise_losses(logits, at_points[:, :, :, layer].flatten(2))
+            probabilities = class_queries_logits[layer].float().softmax(-1)
+            costs.append(
+                self.cost_mask * cross_entropy
+                + self.cost_dice * dice
+                # (B, Q, K+1) at (B, 1, N) -> (B, Q, N)
+                - self.cost_class * probabilities.take_along_dim(labels[:, None], dim=2)
+            )
         return torch.stack(costs)
 
-    @staticmethod
-    def _at_points(
-        features: PointRows, points: Tensor, embeddings: Tensor, labels: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Mask logits and labels of an output, on the CPU at a few points at a time.
 
-        Points (B, P, 2), embeddings (B, Q, C), labels (B, N, T, P) -> (B, Q, T * p) and (B, N, T * p). The frames'
-        points count as further points.
-        """
-        batch_size, _, num_frames, num_points = labels.shape
-        numbers = batch_size * num_frames * max(embeddings.shape[1:])  # of a point's features, or logits
-        some = pieces(num_points, numbers) if points.device.type == "cpu" else [slice(None)]
-        for piece in some:
-            # (B * T, p, C) -> (B, T * p, C)
-            sampled = features.sample(points[:, piece].repeat_interleave(num_frames, 0)).unflatten(0, (batch_size, -1))
-            # (B, Q, C) x (B, T * p, C) -> (B, Q, T * p)
-            yield embeddings @ sampled.flatten(1, 2).mT, labels[..., piece].flatten(2)
+def pairwise_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean binary cross-entropy, and the dice loss, of each pair of a query and a target: (B, Q, N) each.
 
-
-def pairwise_losses(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean binary cross-entropy, and dice loss, of each pair of a query's logits and a target's labels.
-
-    With s the softplus, the cross-entropy is s(x) - x y: products give all pairs. Both losses are made of sums over
-    points, so that a few points at a time will do.
+    With s the softplus, the cross-entropy is s(x) - x y: products give all pairs.
 
     Args:
-        parts: logits (B, Q, p) and labels in [0, 1] (B, N, p) at some of the points.
-
-    Returns:
-        (B, Q, N) each.
+        logits: (B, Q, P), of the queries.
+        labels: (B, N, P) in [0, 1], of the targets.
     """
-    sums: list[Tensor] = []
-    num_points = 0
-    for logits, labels in parts:
-        probabilities = logits.sigmoid()
-        # The few labels first: several times faster than the same product the other way round.
-        of_part = [
-            sum_of_softplus(logits),
-            labels @ logits.mT,
-            probabilities.sum(-1),
-            labels @ probabilities.mT,
-            labels.sum(-1),
-        ]
-        sums = [total + more for total, more in zip(sums, of_part, strict=True)] if sums else of_part
-        num_points += logits.shape[-1]
-    softplus, products, of_queries, overlaps, of_targets = sums
-    cross_entropy = (softplus[..., None] - products.mT) / num_points
-    dice = 1 - (2 * overlaps.mT + 1) / (of_queries[..., None] + of_targets[:, None] + 1)
+    probabilities = logits.sigmoid()
+    # The few labels first: several times faster than the same products the other way round.
+    products, overlaps = (labels @ logits.mT).mT, (labels @ probabilities.mT).mT
+    cross_entropy = (F.softplus(logits).sum(-1, keepdim=True) - products) / logits.shape[-1]
+    dice = 1 - (2 * overlaps + 1) / (probabilities.sum(-1, keepdim=True) + labels.sum(-1)[:, None] + 1)
     return cross_entropy, dice
 
 
-def sum_of_softplus(values: Tensor) -> Tensor:
-    """(..., P) float32 -> (...). One logarithm serves many values.
-
-    The softplus of x is (x + |x|) / 2 + log(1 + exp(-|x|)), and a sum of logarithms is that of a product: of factors
-    from 1 to 2, 64 of which stay far from the largest float.
-    """
-    magnitudes = values.abs()
-    linear = (values.sum(-1) + magnitudes.sum(-1)) / 2
-    factors = magnitudes.neg_().exp_().add_(1)
-    whole = factors.shape[-1] // 64 * 64
-    products = factors[..., :whole].unflatten(-1, (-1, 64)).prod(-1)
-    return linear + products.log_().sum(-1) + factors[..., whole:].prod(-1).log_()
-
-
 def check_ranges(ranges: np.ndarray, num_labels: int) -> None:
-    """Raises ValueError unless the smallest and largest label, and mask value where given, are possible ones."""
+    """Raise ValueError unless the smallest and largest label, and mask value where given, are in range."""
     smallest, largest = ranges[:2]
     if smallest < 0 or largest >= num_labels:
         raise ValueError(
-            f"`class_labels` must lie in 0..{num_labels - 1} (the config's num_labels is {num_labels}), but range from "
+            f"`class_labels` must be in 0..{num_labels - 1} (the config's num_labels is {num_labels}), but range from "
             f"{smallest:.0f} to {largest:.0f}. Leave ignored or void segments out of the targets."
         )
     # NaN fails every comparison, so ask for what is right.
     if len(ranges) > 2 and not (ranges[2] >= 0 and ranges[3] <= 1):
-        raise ValueError(f"`mask_labels` must be bool, or lie in 0..1, but range from {ranges[2]:g} to {ranges[3]:g}.")
+        raise ValueError(f"`mask_labels` must be bool, or in 0..1, but range from {ranges[2]:g} to {ranges[3]:g}.")
 
 
 def assign(costs: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Solves the assignment problems of (L, B, Q, N) costs, where image b has `counts[b]` targets.
+    """Solve the assignment problems of (L, B, Q, N) costs, where image b has `counts[b]` targets.
 
     Returns:
         (L, M) queries and (L, M) targets, the latter counted over the whole batch.
@@ -334,7 +276,7 @@ def assign(costs: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, np.nda
 
 
 def _replace_non_finite(cost: np.ndarray) -> np.ndarray:
-    """A copy with non-finite costs so high that any assignment with fewer of them is cheaper."""
+    """Return a copy with non-finite costs so high that any assignment with fewer of them is cheaper."""
     is_finite = np.isfinite(cost)
     cost = np.where(is_finite, cost, 0).astype(np.float64)
     cost[~is_finite] = 1 + 2 * min(cost.shape) * np.abs(cost).max(initial=0)
