@@ -64,7 +64,7 @@ def draw_placement(size: Size, recipe: Recipe, rng: Generator) -> Placement:
     is_mirrored = bool(rng.random() < recipe.flip_probability)
     if recipe.scale_range is not None:
         resized = _fit(size, recipe.crop_size, rng.uniform(*recipe.scale_range))
-        # One number for both axes: the original's windows lie on the diagonal.
+        # One number for both axes: the original's windows are on the diagonal.
         share = rng.random()
         window = _smaller(resized, recipe.crop_size)
         offset = (round((resized[0] - window[0]) * share), round((resized[1] - window[1]) * share))

@@ -140,7 +140,7 @@ class MaskAP(Metric):
         # Of different types, ids have no order of their own.
         image_ids: list[Any] = sorted(self.images, key=lambda image_id: (type(image_id).__name__, image_id))
         outcomes = [[self.images[i][k] for i in image_ids if k in self.images[i]] for k in self.names]
-        curves = [_curves(of_class, self.area_ranges) for of_class in outcomes or [[]]]
+        curves = [_curves(own, self.area_ranges) for own in outcomes or [[]]]
         # (T, R, K, A, M) and (T, K, A, M): IoU thresholds, recalls, classes, size ranges, numbers of detections.
         precision, recall = (np.stack(parts, axis=-3) for parts in zip(*curves, strict=True))
         result: dict[str, Any] = _precisions(precision)

@@ -18,7 +18,7 @@ __all__ = ["StreamingMetric", "to_array"]
 
 
 class StreamingMetric(evaluate.Metric):
-    """An `evaluate.Metric` around a `measure` of this package, whose settings `evaluate.load` takes after the path.
+    """An `evaluate.Metric` around a `measure` of this package; `evaluate.load` takes its settings after the path.
 
     Several processes are combined by `compute(gather=…)` instead of `evaluate`'s `num_process`, which needs a shared
     file system and an image for each.

@@ -100,7 +100,7 @@ def samples(item: dict, recipe: Recipe, count: int = 30) -> list[dict]:
 
 @pytest.mark.parametrize("recipe", [JITTER, CROP], ids=["jitter", "crop"])
 def test_image_and_masks_move_together(item, recipe):
-    """Inside its mask a segment has its own colour; elsewhere nobody's, but for the blur at edges."""
+    """Inside its mask a segment has its own colour; elsewhere no one's, except for the blur at edges."""
     seen = set()
     for sample in samples(item, recipe):
         pixels, masks = sample["image"].astype(int), sample["mask_labels"]
@@ -161,7 +161,7 @@ def test_nothing_is_drawn_from_global_generators(item):
     assert torch.equal(torch.random.get_rng_state(), torch_before)
 
 
-def test_the_item_is_left_as_it_was():
+def test_the_item_is_not_changed():
     item = rectangles()
     samples(item, replace(CROP, color_jitter=True), 3)
     again = rectangles()
@@ -205,7 +205,7 @@ def test_ids_beyond_eight_bits_stay_apart():
         ((200, 150), (64, 48), (10, 7), (30, 40)),
     ],
 )
-def test_a_window_is_that_of_the_whole_image_mirrored_resized_and_cropped(size, resized, offset, window, is_mirrored):
+def test_a_window_equals_mirroring_resizing_and_cropping(size, resized, offset, window, is_mirrored):
     image = photo(*size)
     labels = np.random.default_rng(1).integers(0, 99, size).astype(np.int32)
     placement = Placement(is_mirrored, resized, offset, window, window)
@@ -241,7 +241,7 @@ def test_polygons_follow_resizing_and_cropping():
 
 
 def test_large_scale_jitter_has_the_originals_statistics():
-    """Scales are uniform from 0.1 to 2.0, the image fits the frame, windows lie on the diagonal, half are mirrored."""
+    """Scales are uniform from 0.1 to 2.0, the image fits the frame, windows are on the diagonal, half are mirrored."""
     recipe = get_recipe("coco-panoptic")
     size = (480, 640)
     rng = np.random.default_rng(0)
@@ -364,7 +364,7 @@ def test_the_share_of_a_category_counts_crowds_and_all_its_segments():
     assert largest_category_share({**item, "segments_info": []}, whole) == 1.0
 
 
-def test_two_hundred_instances_are_written_down_once():
+def test_two_hundred_instances_are_in_memory_once():
     """Peak memory beyond the result stays below a quarter of it, though all masks overlap."""
     pytest.importorskip("pycocotools", reason="polygons are drawn by pycocotools")
     rng = np.random.default_rng(0)
@@ -498,7 +498,7 @@ def test_colours_change_by_the_formulas(name, position):
         assert np.abs(found - np.asarray(image)).mean() > 3
 
 
-def test_brightness_and_contrast_are_cut_as_the_original_cuts_them():
+def test_brightness_and_contrast_are_truncated_as_in_the_original():
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
     values = np.arange(256, dtype=np.float32)
     bright = jitter_colors(ramp, Draws([YES, YES, NO, NO, NO], 0.9))
@@ -581,7 +581,7 @@ def test_recipes_at_another_size_keep_their_proportions():
 # --- recipes ---
 
 
-def test_recipes_are_those_of_the_released_checkpoints(shared):
+def test_recipes_equal_the_released_checkpoints(shared):
     """All image entries of the model zoo: each has the settings of one recipe."""
     entries = json.loads((shared / "data" / "zoo" / "zoo.json").read_text())
     compared = set()

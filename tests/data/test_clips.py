@@ -63,7 +63,7 @@ def equal(one: dict, other: dict) -> bool:
 # --- which frames ---
 
 
-def test_frames_lie_around_one_of_them_in_order_and_every_frame_is_taken():
+def test_frames_are_near_one_of_them_ascending_and_cover_the_video():
     counts, gaps = np.zeros(60), set()
     for seed in range(3000):
         first, second = sample_frames(60, 2, 20, np.random.default_rng(seed))
@@ -89,7 +89,7 @@ def test_short_videos_repeat_frames():
 
 
 @RECIPES
-def test_each_frame_is_what_the_image_pipeline_makes_of_it(video, recipe):
+def test_each_frame_equals_the_image_transform(video, recipe):
     """The oracle is `TrainingTransform`, given the same draws for every frame."""
     seen = 0
     for seed in range(12):
@@ -113,14 +113,14 @@ def test_each_frame_is_what_the_image_pipeline_makes_of_it(video, recipe):
 
 
 @RECIPES
-def test_run_lengths_give_what_maps_give_and_the_same_state_the_same_clip(video, recipe):
+def test_run_lengths_and_maps_give_the_same_clip(video, recipe):
     transform = ClipTransform(recipe, 4)
     for seed in range(5):
         first, second = (transform(item, np.random.default_rng(seed)) for item in (video, with_runs(video)))
         assert equal(first, second)
 
 
-def test_who_is_absent_in_all_frames_is_no_target_and_who_is_in_some_has_empty_masks():
+def test_instances_absent_from_all_frames_are_no_target():
     """The star of the scripted clip is hidden in the middle; one row of masks is one identity."""
     clip = occlusion_clip(16, 96)
     hidden = ~tube_masks(clip)[0].any((1, 2))
@@ -197,7 +197,7 @@ def test_a_batch_pads_clips_to_one_size(video):
         assert not batch["pixel_values_videos"][index, :, :, h:].any()
 
 
-def test_a_batch_has_clips_without_targets_and_instances_that_are_seen_once():
+def test_a_batch_may_have_clips_without_targets():
     clip = occlusion_clip(16, 96)
     samples = [ClipTransform(SAME, 2)(clip, np.random.default_rng(seed)) for seed in range(40)]
     once = next(one for one in samples if one["mask_labels"].any((2, 3)).tolist()[0] == [True, False])
@@ -222,7 +222,7 @@ def test_a_stream_of_clips_is_the_same_in_every_run():
 # --- the original's settings ---
 
 
-def test_recipes_are_those_of_the_released_checkpoints(shared):
+def test_recipes_equal_the_released_checkpoints(shared):
     entries = json.loads((shared / "data" / "zoo" / "zoo.json").read_text())
     compared = set()
     for entry in entries:
@@ -242,7 +242,7 @@ def test_recipes_are_those_of_the_released_checkpoints(shared):
     assert compared == set(VIDEO_RECIPES)
 
 
-def test_frames_are_sampled_and_placed_as_the_configuration_of_the_original_says(goldens):
+def test_defaults_equal_the_original_configuration(goldens):
     yaml = pytest.importorskip("yaml")
     given = yaml.safe_load((goldens / "ytvis2019_r50" / "config.yaml").read_text())["INPUT"]
     recipe = VIDEO_RECIPES["ytvis2019-instance"]

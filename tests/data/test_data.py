@@ -1,4 +1,4 @@
-"""Data sets are read as they lie, in every layout that is promised; what is wrong with one is told at once."""
+"""Data sets are read in place, in every supported layout; all their errors are reported at once."""
 
 import json
 import pickle
@@ -130,7 +130,7 @@ def test_run_lengths_decode_as_pycocotools_does():
             assert np.array_equal(decode_segmentation(form, height, width), mask.astype(bool))
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools beside NumPy 2
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools with NumPy 2
 def test_polygons_are_drawn_as_pycocotools_draws_them():
     coco = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(1)
@@ -181,7 +181,7 @@ def test_a_packed_list_holds_two_arrays_and_gives_its_values_back():
         ("train/_annotations.coco.json", "train"),
     ],
 )
-def test_coco_instances_are_read_in_every_layout(tmp_path, annotation_file, images):
+def test_coco_instances_in_every_layout(tmp_path, annotation_file, images):
     write_coco(tmp_path / annotation_file, tmp_path / images)
     for source in (tmp_path, tmp_path / annotation_file):
         found = open_dataset(source, held_out=0)
@@ -212,7 +212,7 @@ def test_instances_overlap_crowds_stay_crowds_and_empty_images_stay(tmp_path):
         dataset[3]
 
 
-def test_instances_become_semantic_with_the_smaller_one_on_top(tmp_path):
+def test_instances_become_semantic_with_the_smaller_on_top(tmp_path):
     write_coco(tmp_path / "labels.json", tmp_path)
     found = open_dataset(tmp_path, task="semantic", held_out=0)
     item = found.train.annotation(0)
@@ -224,7 +224,7 @@ def test_instances_become_semantic_with_the_smaller_one_on_top(tmp_path):
         open_dataset(tmp_path, task="panoptic")
 
 
-def test_detections_of_stuff_are_left_out_of_instance_segmentation(shared):
+def test_detections_of_stuff_are_no_instances(shared):
     """The sample's masks, written as detections, are those of its PNGs; its stuff has no instances."""
     folder = shared / "data" / "coco_panoptic"
     found = open_dataset(folder, task="instance", held_out=0)
@@ -254,7 +254,7 @@ def test_detections_of_stuff_are_left_out_of_instance_segmentation(shared):
         ("train/panoptic.json", "train/images", "train/panoptic"),
     ],
 )
-def test_panoptic_maps_are_read_in_every_layout(tmp_path, annotation_file, images, maps):
+def test_panoptic_maps_in_every_layout(tmp_path, annotation_file, images, maps):
     expected = write_panoptic(tmp_path / annotation_file, tmp_path / images, tmp_path / maps)
     found = open_dataset(tmp_path, held_out=0)
     assert found.task == "panoptic" and len(found.train) == 2
@@ -298,7 +298,7 @@ def test_panoptic_maps_do_for_the_other_tasks(tmp_path):
 # --- label maps ---
 
 
-def test_ade20k_is_known_by_its_file_names_and_0_is_other(tmp_path):
+def test_ade20k_is_recognised_by_file_names(tmp_path):
     for split, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
         write_image(tmp_path / "images" / split / f"{name}.jpg")
         write_map(tmp_path / "annotations" / split / f"{name}.png", label_map(0, [0, 1, 150]))
@@ -333,7 +333,7 @@ def cityscapes(tmp_path: Path, kinds: dict[str, np.ndarray]) -> None:
         )
 
 
-def test_cityscapes_label_ids_and_train_ids_mean_the_same(tmp_path):
+def test_cityscapes_label_ids_equal_train_ids(tmp_path):
     ids = label_map(0, [0, 7, 26, 33])
     table = np.full(256, 255, dtype=np.uint8)
     table[[7, 26, 33]] = [0, 13, 18]
@@ -412,7 +412,7 @@ def test_mapillary_instance_maps(tmp_path):
         ("images/{name}.jpg", "annotations/trimaps/{name}.png"),
     ],
 )
-def test_images_and_masks_are_paired_in_every_layout(tmp_path, image, mask):
+def test_images_and_masks_in_every_layout(tmp_path, image, mask):
     for index, name in enumerate(("b", "a")):
         write_image(tmp_path / image.format(name=name), index)
         write_map(tmp_path / mask.format(name=name), label_map(index, [0, 1, 255]))
@@ -432,7 +432,7 @@ def pair_folder(root: Path, values, names=("a", "b"), **options) -> Path:
     return root
 
 
-def test_pascal_voc_lists_say_which_images_belong_to_a_split(tmp_path):
+def test_pascal_voc_lists_define_the_splits(tmp_path):
     for index, name in enumerate(("a", "b", "c")):
         write_image(tmp_path / "JPEGImages" / f"{name}.jpg", index)
     for name in ("a", "b"):
@@ -452,7 +452,7 @@ def test_masks_of_0_and_255_are_background_and_foreground(tmp_path):
     assert "foreground" in str(found.report)
 
 
-def test_classes_without_names_are_named_after_their_number(tmp_path):
+def test_unnamed_classes_are_named_after_their_number(tmp_path):
     found = open_dataset(pair_folder(tmp_path, [0, 3, 255]), held_out=0)
     assert [(c["name"], c["dataset_id"]) for c in found.categories] == [("class 0", 0), ("class 3", 3)]
     assert "labels=" in str(found.report)
@@ -490,7 +490,7 @@ def test_the_void_of_colour_masks_is_a_colour(tmp_path):
     found = open_dataset(tmp_path, held_out=0)
     assert [category["name"] for category in found.categories] == ["ground", "cat"]
     assert np.array_equal(found.train[0]["segmentation_map"], np.array([1, 2, 0])[label_map(0, [0, 1, 2])])
-    # 255, a red that nobody listed, is no void where colours are meant.
+    # 255, an unlisted red, is no void in maps of colours.
     (tmp_path / "labelmap.txt").write_text("ground:0,0,0::\ncat:224,224,192::\n")
     assert "(255, 0, 0)" in problems_of(tmp_path, held_out=0)
 
@@ -712,7 +712,7 @@ def test_a_hub_name_loads_its_rows_and_class_names(tmp_path, monkeypatch):
     assert [category["name"] for category in found.categories] == ["ground", "tree"]
 
 
-def test_columns_that_say_nothing_are_named():
+def test_unknown_columns_are_named():
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"text": ["a"], "number": [1]})
     with pytest.raises(ValueError, match="columns text, number: expected an image"):
@@ -722,7 +722,7 @@ def test_columns_that_say_nothing_are_named():
 # --- splits and classes ---
 
 
-def test_the_held_out_share_depends_on_the_seed_alone(tmp_path):
+def test_the_held_out_share_depends_only_on_the_seed(tmp_path):
     pair_folder(tmp_path, [0, 1], names=[f"{index:02d}" for index in range(20)])
 
     def names(dataset):
@@ -754,7 +754,7 @@ def test_classes_of_both_splits_are_matched_by_name(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_another_folder_can_be_validated_on(tmp_path):
+def test_validation_on_another_folder(tmp_path):
     pair_folder(tmp_path / "here", [0, 1])
     pair_folder(tmp_path / "there", [0, 1], names=("c", "d", "e"))
     found = open_dataset(tmp_path / "here", validation=tmp_path / "there")
@@ -781,38 +781,33 @@ def test_workers_give_the_same_items(tmp_path):
 
 def test_images_come_upright(tmp_path):
     write_coco(tmp_path / "labels.json", tmp_path)
-    lying = Image.fromarray(np.zeros((WIDTH, HEIGHT, 3), dtype=np.uint8))
-    exif = lying.getexif()
+    turned = Image.fromarray(np.zeros((WIDTH, HEIGHT, 3), dtype=np.uint8))
+    exif = turned.getexif()
     exif[0x0112] = 6
-    lying.save(tmp_path / "a.png", exif=exif)
+    turned.save(tmp_path / "a.png", exif=exif)
     dataset = CocoInstanceDataset(tmp_path / "labels.json")
     assert dataset[0]["image"].size == (WIDTH, HEIGHT)
     assert (dataset.annotation(0)["height"], dataset.annotation(0)["width"]) == (HEIGHT, WIDTH)
 
 
 def test_training_and_the_processor_read_the_same_pixels(tmp_path):
-    """On a 16-bit ramp, and on 32-bit whole numbers and fractions, which TIFF files hold."""
+    """A 16-bit ramp, 32-bit whole numbers and fractions, which TIFF files hold, grey, a palette and transparency."""
     ramp = np.arange(1 << 16).reshape(256, 256)
+    grey = Image.fromarray(ramp.astype(np.uint8))
+    pictures = [Image.fromarray(values) for values in (ramp.astype(np.uint16), ramp.astype(np.int32))]
+    pictures += [Image.fromarray((ramp / 65535).astype(np.float32)), grey, grey.convert("P"), grey.convert("LA")]
     processor = M2FImageProcessor(do_resize=False, do_rescale=False, do_normalize=False, size_divisor=1)
-    for number, values in enumerate((ramp.astype(np.uint16), ramp.astype(np.int32), (ramp / 65535).astype(np.float32))):
-        path = tmp_path / f"{number}.{'png' if number == 0 else 'tif'}"
-        Image.fromarray(values).save(path)
+    for number, image in enumerate(pictures):
+        path = tmp_path / f"{number}.{'tif' if number in (1, 2) else 'png'}"
+        image.save(path)
         expected = processor(path, return_tensors="pt").pixel_values[0].permute(1, 2, 0).numpy()
-        expected = expected * 255 if expected.max() <= 1 else expected
-        assert np.array_equal(np.asarray(read_image(path, "ramp")), np.rint(expected)), values.dtype
+        expected = np.rint(expected * 255 if expected.max() <= 1 else expected)
+        found = read_image(path, "ramp")
+        assert found.mode == "RGB" and np.array_equal(np.asarray(found), expected), number
+    assert np.array_equal(np.asarray(read_image(tmp_path / "0.png", ""))[..., 0], np.rint(ramp / 257))
 
 
-def test_grey_palette_and_16_bit_images_become_rgb(tmp_path):
-    write_coco(tmp_path / "labels.json", tmp_path)
-    deep = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
-    Image.fromarray(deep).save(tmp_path / "a.png")
-    Image.fromarray(deep.astype(np.uint8)).convert("P").save(tmp_path / "b.png")
-    dataset = CocoInstanceDataset(tmp_path / "labels.json")
-    assert np.array_equal(np.asarray(dataset[0]["image"])[..., 0], np.rint(deep / 257))
-    assert dataset[1]["image"].mode == "RGB"
-
-
-def test_the_report_says_what_is_there(tmp_path):
+def test_the_report_lists_what_was_found(tmp_path):
     write_coco(tmp_path / "labels.json", tmp_path)
     text = str(open_dataset(tmp_path, held_out=0).report)
     assert "COCO instance annotations in" in text and "form='coco-panoptic'" in text
@@ -831,7 +826,7 @@ def problems_of(source, **options) -> str:
     return str(caught.value)
 
 
-def test_every_problem_of_a_coco_file_is_told_at_once(tmp_path):
+def test_all_problems_of_a_coco_file_are_reported_at_once(tmp_path):
     content = write_coco(tmp_path / "labels.json", tmp_path)
     extra = {"iscrowd": 0, "image_id": 1, "category_id": 3}
     outside = [[100.0, 2.0, 110.0, 2.0, 110.0, 8.0]]
@@ -887,9 +882,12 @@ def test_files_that_do_not_fit_are_found_before_training(tmp_path):
     assert "empty.png is 16x12" in text and "EXIF" in text
     with pytest.raises(DatasetError, match="another size"):
         check_dataset(CocoInstanceDataset(tmp_path / "labels.json"))
+    (tmp_path / "a.png").unlink()
+    text = problems_of(tmp_path, held_out=0)
+    assert text.count("a.png") == 1 and "are missing" in text and text.count("b.png: cannot identify") == 1
 
 
-def test_what_is_merely_odd_is_a_warning(tmp_path):
+def test_harmless_oddities_are_warnings(tmp_path):
     content = write_coco(tmp_path / "labels.json", tmp_path)
     extra = {"iscrowd": 0, "image_id": 1, "category_id": 3}
     content["annotations"] += [
@@ -951,6 +949,13 @@ def test_label_map_problems(tmp_path):
     text = problems_of(tmp_path, labels=["ground", "tree"])
     assert "c.jpg" in text and "z.png" in text
 
+    with pytest.raises(ValueError, match="objects of a class apart"):
+        open_dataset(tmp_path, task="instance")
+    write_image(tmp_path / "lossy" / "images" / "a.jpg")
+    write_map(tmp_path / "lossy" / "masks" / "a.jpg", label_map(0, [0, 1]))
+    with pytest.raises(ValueError, match="store them as PNG"):
+        open_dataset(tmp_path / "lossy")
+
 
 def test_sources_that_are_no_data_set_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a folder or file"):
@@ -968,8 +973,8 @@ def test_sources_that_are_no_data_set_are_refused(tmp_path):
             open_dataset(tmp_path, **options)
     with pytest.raises(ValueError, match="list is no data set"):
         open_dataset([1, 2])
-    with pytest.raises(ValueError, match="nobody/nothing is no folder here"):
-        open_dataset("nobody/nothing")
+    with pytest.raises(ValueError, match="someone/nothing is no folder here"):
+        open_dataset("someone/nothing")
 
 
 def test_empty_data_sets_are_refused(tmp_path):
@@ -993,16 +998,11 @@ def test_empty_data_sets_are_refused(tmp_path):
         open_dataset(datasets.Dataset.from_dict({"image": [], "label": []}))
 
 
-def test_images_that_are_elsewhere_are_asked_for(tmp_path):
+def test_missing_image_folders_are_asked_for(tmp_path):
     write_coco(tmp_path / "labels.json", tmp_path / "far" / "away")
     with pytest.raises(FileNotFoundError, match="image_folder="):
         open_dataset(tmp_path)
     assert len(open_dataset(tmp_path, image_folder=tmp_path / "far" / "away", held_out=0).train) == 3
-
-
-def test_label_maps_do_not_do_for_instances(tmp_path):
-    with pytest.raises(ValueError, match="objects of a class apart"):
-        open_dataset(pair_folder(tmp_path, [0, 1]), task="instance")
 
 
 def test_ambiguous_annotation_files_are_asked_for(tmp_path):
@@ -1021,7 +1021,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         decode_segmentation(SQUARE, HEIGHT, WIDTH)
 
 
-def test_an_image_that_was_cut_off_is_found(tmp_path):
+def test_truncated_images_are_found(tmp_path):
     for name in ("a.jpg", "b.png"):
         write_image(tmp_path / "images" / name, size=(64, 64))
         write_map(tmp_path / "masks" / f"{Path(name).stem}.png", np.zeros((64, 64), dtype=np.uint8))
@@ -1031,34 +1031,13 @@ def test_an_image_that_was_cut_off_is_found(tmp_path):
     assert "a.jpg" in text and "b.png" in text and "cannot be read" in text
 
 
-def test_missing_and_damaged_files_are_told_together(tmp_path):
-    write_coco(tmp_path / "labels.json", tmp_path)
-    (tmp_path / "a.png").unlink()
-    (tmp_path / "b.png").write_bytes(b"no image")
-    text = problems_of(tmp_path, held_out=0)
-    assert text.count("a.png") == 1 and "are missing" in text and text.count("b.png: cannot identify") == 1
-
-
-@pytest.mark.parametrize(
-    ("part", "key", "message"),
-    [
-        ("images", "id", "`id` is not in `images` at 0"),
-        ("images", "file_name", "images without `file_name`: id 1"),
-        ("annotations", "image_id", "`image_id` is not in `annotations` at 0"),
-        ("categories", "name", "`name` is not in `categories` at 0"),
-    ],
-)
-def test_entries_without_a_needed_key_are_named(tmp_path, part, key, message):
-    content = write_coco(tmp_path / "labels.json", tmp_path)
-    del content[part][0][key]
-    (tmp_path / "labels.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        open_dataset(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
+        ("images", {"file_name": "a.png"}, "`id` is not in `images` at 0"),
+        ("images", {"id": 1}, "images without `file_name`: id 1"),
+        ("annotations", {"id": 11, "category_id": 7}, "`image_id` is not in `annotations` at 0"),
+        ("categories", {"id": 7}, "`name` is not in `categories` at 0"),
         ("images", None, "`images` has entries that are no objects at 0"),
         ("images", {"id": 1, "file_name": 7}, "`file_name` should be text in `images` at 0"),
         ("images", {"id": [], "file_name": "a.png"}, "`id` should be a whole number or text in `images`"),
@@ -1072,7 +1051,7 @@ def test_entries_without_a_needed_key_are_named(tmp_path, part, key, message):
         ("categories", {"id": 7, "name": "plate", "color": [0, None, 300]}, "plate has the colour"),
     ],
 )
-def test_entries_of_the_wrong_kind_are_named(tmp_path, part, value, message):
+def test_wrong_entries_are_named(tmp_path, part, value, message):
     content = write_coco(tmp_path / "labels.json", tmp_path)
     content[part][0] = value
     (tmp_path / "labels.json").write_text(json.dumps(content))
@@ -1089,7 +1068,7 @@ def test_null_counts_as_missing(tmp_path):
     assert segment["iscrowd"] == 0 and "area" not in segment and "bbox" not in segment
 
 
-def test_panoptic_annotations_that_would_replace_each_other_are_refused(tmp_path):
+def test_several_annotations_of_one_image_are_refused(tmp_path):
     write_panoptic(tmp_path / "panoptic.json", tmp_path / "images", tmp_path / "panoptic")
     content = json.loads((tmp_path / "panoptic.json").read_text())
     content["annotations"].append({"image_id": 1, "file_name": "2.png", "segments_info": []})
@@ -1108,14 +1087,7 @@ def test_classes_that_share_a_name_or_id_are_refused(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_label_maps_in_jpeg_are_refused(tmp_path):
-    write_image(tmp_path / "images" / "a.jpg")
-    write_map(tmp_path / "masks" / "a.jpg", label_map(0, [0, 1]))
-    with pytest.raises(ValueError, match="store them as PNG"):
-        open_dataset(tmp_path)
-
-
-def test_maps_in_other_folders_are_paired_only_where_that_is_unambiguous(tmp_path):
+def test_maps_in_other_folders_are_paired_only_if_unambiguous(tmp_path):
     for folder in ("x", "y"):
         write_image(tmp_path / "images" / folder / "1.jpg")
     write_map(tmp_path / "masks" / "z" / "1.png", label_map(0, [0, 1]))

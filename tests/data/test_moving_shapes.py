@@ -19,7 +19,7 @@ def videos() -> list[dict]:
     return [dataset[index] for index in range(len(dataset))]
 
 
-def test_a_video_depends_on_seed_and_index_alone_and_begins_with_the_shorter():
+def test_a_video_depends_only_on_seed_and_index():
     short, long = MovingShapesDataset(3, 4, 64, seed=3), MovingShapesDataset(9, 7, 64, seed=3)
     last = [long[index] for index in (2, 1, 0)][::-1]
     for one, other in zip([short[index] for index in range(3)], last, strict=True):
@@ -50,7 +50,7 @@ def test_items_are_as_promised(videos):
 
 
 def test_things_move_hide_each_other_leave_and_come_back(videos):
-    """Counted over thirty videos; a thing is hidden by others if its pixels vanish while its way lies in the image."""
+    """Counted over thirty videos; a thing is hidden by others if its pixels vanish while its path is in the image."""
     returned = hidden = 0
     for index, item in enumerate(videos):
         scene = MovingShapesDataset(30, 24, 64, seed=7)._scene(index)
@@ -66,7 +66,7 @@ def test_things_move_hide_each_other_leave_and_come_back(videos):
     assert returned >= 5 and hidden >= 3
 
 
-def test_what_a_thing_covers_has_its_colours_wherever_it_goes():
+def test_a_things_colours_move_with_it():
     """Its paint moves with it: in every frame the thing in front shows the same colours."""
     scene = MovingShapesDataset(1, 2, 64, seed=1)._scene(0)
     thing = scene.things[-1]
@@ -80,7 +80,7 @@ def test_what_a_thing_covers_has_its_colours_wherever_it_goes():
 
 
 @pytest.mark.parametrize("num_frames", [5, 16])
-def test_the_star_of_the_occlusion_clip_goes_behind_the_circle_and_comes_out(num_frames):
+def test_the_occlusion_clips_star_is_hidden_and_seen_again(num_frames):
     item = occlusion_clip(num_frames, 96)
     masks = tube_masks(item)
     assert [info["id"] for info in item["segments_info"]] == [1, 2, 3]

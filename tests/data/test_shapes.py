@@ -17,7 +17,7 @@ def scenes() -> list[dict]:
     return [dataset[index] for index in range(len(dataset))]
 
 
-def test_a_scene_depends_on_seed_and_index_alone():
+def test_a_scene_depends_only_on_seed_and_index():
     forwards, backwards = ShapesDataset(4, 64, seed=3), ShapesDataset(9, 64, seed=3)
     last = [backwards[index] for index in (3, 2, 1, 0)][::-1]
     for one, other in zip([forwards[index] for index in range(4)], last, strict=True):
@@ -72,7 +72,7 @@ def test_colour_does_not_tell_the_class():
 
 
 @pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
-def test_shapes_lie_in_their_circle_and_differ_in_area(shape):
+def test_shapes_are_inside_their_circle_and_differ_in_area(shape):
     """The share of the circumscribed circle that a shape covers follows from its definition."""
     bounds = {"circle": (0.98, 1.01), "rectangle": (0.50, 0.65), "triangle": (0.35, 0.43), "star": (0.30, 0.50)}
     bounds |= {"cross": (0.47, 0.66), "ring": (0.62, 0.82), "hexagon": (0.81, 0.85), "crescent": (0.45, 0.63)}
@@ -92,7 +92,7 @@ def test_a_ring_has_a_hole_and_a_crescent_is_hollow():
             )
 
 
-def test_the_default_scenes_are_those_that_the_bundled_checkpoint_was_trained_on():
+def test_default_scenes_equal_the_bundled_checkpoints_training_data():
     """Their maps to the bit, pixels but for rounding; whoever changes them changes what published figures mean."""
     scenes = [ShapesDataset(3, 64, seed=9)[index] for index in range(3)]
     digest = hashlib.sha256(b"".join(scene["segmentation_map"].tobytes() for scene in scenes))
@@ -194,7 +194,7 @@ def test_folders_of_another_kind_are_refused(tmp_path):
 
 
 def test_reads_the_coco_sample(shared):
-    """The published sample has 18 and 32 segments; areas and boxes of its own json tell that ids are read rightly."""
+    """The published sample has 18 and 32 segments; areas and boxes of its json show that ids are read rightly."""
     dataset = CocoPanopticDataset(shared / "data" / "coco_panoptic")
     for index in range(len(dataset)):
         item = dataset[index]

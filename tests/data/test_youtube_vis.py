@@ -37,7 +37,7 @@ def changed(written: Path, folder: Path, change) -> Path:
     return path
 
 
-def test_what_is_written_reads_back_the_same(written):
+def test_written_videos_read_back_the_same(written):
     shapes = MovingShapesDataset(3, num_frames=4, image_size=48, seed=5)
     dataset, report = open_youtube_vis(written / "instances.json")
     assert [
@@ -63,7 +63,7 @@ def test_what_is_written_reads_back_the_same(written):
         write(shapes, written)
 
 
-def test_a_frame_is_opened_when_it_is_looked_at(written, tmp_path):
+def test_frames_are_opened_on_access(written, tmp_path):
     """A data set travels to worker processes, and one frame of a video can be missing while another is read."""
 
     def lose_frame(content):
@@ -78,13 +78,13 @@ def test_a_frame_is_opened_when_it_is_looked_at(written, tmp_path):
         dataset[3]
 
 
-@pytest.mark.parametrize("layout", ["ytvis_2019", "ytvis_2021", "beside"])
-def test_frames_are_found_where_they_usually_lie(written, tmp_path, layout):
+@pytest.mark.parametrize("layout", ["ytvis_2019", "ytvis_2021", "one folder"])
+def test_frames_are_found_in_the_usual_layouts(written, tmp_path, layout):
     content = json.loads((written / "instances.json").read_text())
     file, frames = {
         "ytvis_2019": ("train.json", "train/JPEGImages"),
         "ytvis_2021": ("train/instances.json", "train/JPEGImages"),
-        "beside": ("any.json", "."),
+        "one folder": ("any.json", "."),
     }[layout]
     for name in content["videos"][0]["file_names"]:
         (tmp_path / frames / name).parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def test_masks_of_all_kinds_crowds_and_windows_separators(written, tmp_path):
     assert "no mask in any frame" in str(report) and "annotation 8" in str(report)
 
 
-def test_all_problems_are_told_at_once_with_the_names_of_files(written, tmp_path):
+def test_all_problems_are_reported_at_once_with_file_names(written, tmp_path):
     frames = tmp_path / "frames"
     for path in sorted((written / "JPEGImages").glob("*/*.png")):
         (frames / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -168,10 +168,10 @@ def test_all_problems_are_told_at_once_with_the_names_of_files(written, tmp_path
         "00002/00000.png: annotation",
     ):
         assert expected in message, expected
-    assert message.count("00000/00001.png") == 1, "a missing frame is told once"
+    assert message.count("00000/00001.png") == 1, "a missing frame is reported once"
 
 
-def test_a_size_that_nobody_wrote_is_that_of_the_first_frame(written, tmp_path):
+def test_a_missing_size_is_the_first_frames(written, tmp_path):
     def strip(content):
         for video in content["videos"]:
             del video["height"], video["width"]
@@ -181,7 +181,7 @@ def test_a_size_that_nobody_wrote_is_that_of_the_first_frame(written, tmp_path):
 
 
 @pytest.mark.parametrize("height", [float("nan"), 1e30, -48])
-def test_a_size_that_no_picture_has_is_told(height, written, tmp_path):
+def test_impossible_sizes_are_reported(height, written, tmp_path):
     def change(content):
         content["videos"][1]["height"] = height
 
@@ -240,7 +240,7 @@ def test_reads_the_real_clip(shared, tmp_path):
         "track",
         "car",
     ]
-    # From frame to frame the same thing lies where it was, not where another is.
+    # From frame to frame a thing stays where it was, not where another is.
     for tube in masks:
         for one, other in itertools.pairwise(tube):
             assert (one & other).sum() > 0.7 * (one | other).sum()
@@ -301,7 +301,7 @@ def test_videos_and_images_are_not_taken_for_each_other(written, tmp_path):
         open_dataset(tmp_path / "images", task="video")
 
 
-def test_everything_wrong_with_videos_is_told_when_they_are_opened(written, tmp_path):
+def test_problems_of_videos_are_reported_on_opening(written, tmp_path):
     def spoil(content):
         content["videos"][0]["file_names"][1] = "nowhere/00001.png"
         content["annotations"][-1]["segmentations"] += [None, None]

@@ -99,10 +99,10 @@ def test_equals_pycocotools_to_the_last_digit(images):
     assert [result[name] for name in STATS] == stats.tolist()
     assert result["per_class"]["unicorn"]["ap"] is None
     for k, name in enumerate(("cat", "dog")):
-        of_class = precision[:, :, k]
-        assert result["per_class"][name]["ap"] == of_class[:, :, 0, 2].mean()
-        assert result["per_class"][name]["ap75"] == of_class[5, :, 0, 2].mean()
-        assert result["per_class"][name]["ap_small"] == of_class[:, :, 1, 2].mean()
+        own = precision[:, :, k]
+        assert result["per_class"][name]["ap"] == own[:, :, 0, 2].mean()
+        assert result["per_class"][name]["ap75"] == own[5, :, 0, 2].mean()
+        assert result["per_class"][name]["ap_small"] == own[:, :, 1, 2].mean()
 
 
 def test_shares_of_processes_and_their_order_change_nothing(images):
@@ -119,7 +119,7 @@ def test_more_than_a_hundred_detections_of_a_class():
     assert [evaluated(images).compute()[name] for name in STATS] == by_pycocotools(images)[0].tolist()
 
 
-def test_forms_of_a_mask_are_one():
+def test_all_forms_of_a_mask_are_equal():
     """An array, run lengths as numbers or packed, and a polygon of the same pixels."""
     mask = np.zeros((6, 8), bool)
     mask[1:4, 2:6] = True
@@ -140,7 +140,7 @@ def test_forms_of_a_mask_are_one():
         assert metric.compute()["ap"] == pytest.approx(1.0)
 
 
-def test_what_is_no_thing_does_not_count_and_nothing_to_find_has_no_figure():
+def test_stuff_does_not_count_and_no_object_gives_none():
     metric = MaskAP(CATEGORIES)
     assert metric.compute()["ap"] is None
     mask = np.ones((4, 4), bool)

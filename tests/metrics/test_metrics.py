@@ -50,7 +50,7 @@ def test_an_overlap_of_exactly_one_half_is_no_match():
     assert result["per_class"]["cat"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "tp": 0, "fp": 1, "fn": 1}
 
 
-def test_predictions_mostly_in_void_or_in_a_crowd_of_their_class_are_excused():
+def test_predictions_mostly_in_void_or_crowds_are_no_false_positives():
     crowd = segments((1, 0, 1), (2, 1, 0))
     target = [[1, 1, 1, 2, 2, 2, 0, 0]]
     inside = quality([[5, 5, 5, 6, 6, 6, 0, 0]], segments((5, 0, 0), (6, 1, 0)), target, crowd)
@@ -209,7 +209,7 @@ def test_mean_iou_by_hand():
     }
 
 
-def test_mean_iou_equals_a_confusion_matrix_filled_pixel_by_pixel():
+def test_mean_iou_equals_a_confusion_matrix_by_pixel():
     rng = np.random.default_rng(0)
     metric, halves = MeanIoU(4, ignore_index=9), [MeanIoU(4, ignore_index=9) for _ in range(3)]
     targets = [rng.choice([0, 1, 2, 9], (5, 7)) for _ in range(6)]  # 3 is only ever predicted
@@ -284,7 +284,7 @@ def test_a_model_that_knows_the_target_scores_high_through_the_processor():
     assert doubled["pq_all"] == pytest.approx(result["pq_all"])
 
 
-def test_three_hundred_classes_keep_their_labels_and_void_is_none_of_them():
+def test_three_hundred_classes_do_not_collide_with_void():
     """Class 255 and those above it are counted as what they are; a pixel of no segment counts nowhere."""
     categories = [{"id": i, "name": str(i), "isthing": 0} for i in range(300)]
     segment_ids = np.repeat(np.arange(1, 5, dtype=np.int32), 16)[None].repeat(64, axis=0)  # four strips of 16 columns

@@ -135,7 +135,7 @@ def test_a_tube_is_matched_as_a_whole():
     assert (target & guess).sum() / (target | guess).sum() == 0.5
 
 
-def test_forms_of_a_tube_are_one(videos):
+def test_all_forms_of_a_tube_are_equal(videos):
     """Run lengths of each frame, compressed or not, with None where there is nothing; tensors; lists of masks."""
     torch = pytest.importorskip("torch")
 
@@ -160,7 +160,7 @@ def test_forms_of_a_tube_are_one(videos):
         assert evaluated(changed).compute() == expected
 
 
-def test_sizes_go_by_the_mean_area_over_frames_in_which_it_is_seen():
+def test_size_is_the_mean_area_over_frames_with_a_mask():
     """A disc seen large in one frame of four is large; the annotation's own areas go before those of its mask."""
     tube = np.zeros((4, 300, 300), bool)
     tube[2, :260, :260] = True
@@ -191,7 +191,7 @@ def test_bad_input_is_named():
         metric.merge(metric)
 
 
-def test_targets_of_a_data_set_predict_themselves_as_a_module_of_evaluate(load_measure):
+def test_the_evaluate_module_measures_items_of_a_data_set(load_measure):
     dataset = MovingShapesDataset(3, num_frames=4, image_size=64)
     module = load_measure(module_path("video_ap"), categories=dataset.categories)
     for index in range(3):

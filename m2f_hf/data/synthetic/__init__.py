@@ -1,1 +1,1 @@
-"""Generated scenes and clips, whose annotations are known exactly."""
+"""Generated scenes and clips with exact annotations."""
