@@ -79,7 +79,7 @@ def mean_best_iou(found, expected):
     return np.mean(ious)
 
 
-def test_pictures_of_one_size_give_in_a_batch_what_they_give_alone(model, processor):
+def test_batch_of_one_size_equals_single_images(model, processor):
     images = [ShapesDataset(3, seed=UNSEEN_SEED)[i]["image"] for i in range(3)]
     batched, _ = predict(model, processor, images)
     for i, image in enumerate(images):
@@ -88,7 +88,7 @@ def test_pictures_of_one_size_give_in_a_batch_what_they_give_alone(model, proces
             torch.testing.assert_close(batched[name][i], alone[name][0], atol=2e-3, rtol=1e-3)
 
 
-def test_pictures_of_different_sizes_give_in_a_batch_nearly_what_they_give_alone(model, processor):
+def test_batch_of_mixed_sizes_nearly_equals_single_images(model, processor):
     scenes = [ShapesDataset(6, seed=UNSEEN_SEED)[i]["image"] for i in range(6)]
     boxes = [(0, 0, 160, 96), (0, 0, 96, 160), (0, 0, 160, 160), (10, 0, 150, 120), (0, 20, 128, 160), (0, 0, 160, 128)]
     images: list[Image.Image] = [scene.crop(box) for scene, box in zip(scenes, boxes, strict=True)]
@@ -114,7 +114,7 @@ def test_the_video_checkpoint_computes_in_float32(video_model):
     assert list(video_model.config.id2label.values()) == [c["name"] for c in MovingShapesDataset(1).categories]
 
 
-def test_the_video_checkpoint_follows_a_thing_behind_another(video_model):
+def test_video_checkpoint_tracks_through_occlusion(video_model):
     """On average over clips that no training has seen: one track covers each thing, the one that is hidden too."""
     processor = Mask2FormerVideoProcessor.from_pretrained(BUNDLED_VIDEO_MODEL)
     ious = []

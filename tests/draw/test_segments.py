@@ -38,7 +38,7 @@ def test_palette_keeps_neighbouring_classes_apart():
     assert len({tuple(color) for color in colors.tolist()}) == 150
 
 
-def test_instances_of_a_class_have_different_colours_and_the_first_has_the_classs():
+def test_instances_have_different_colours():
     infos = [info(i, 4) for i in range(1, 8)]
     colors = segment_colors(infos)
     assert colors[1] == label_color(4)
@@ -47,7 +47,7 @@ def test_instances_of_a_class_have_different_colours_and_the_first_has_the_class
 
 
 @pytest.mark.parametrize("base", [(220, 20, 60), (0, 0, 142), (0, 0, 0), (255, 255, 255), (70, 70, 70)])
-def test_things_have_shades_of_their_classs_colour_and_stuff_has_exactly_that(base):
+def test_things_have_shades_and_stuff_the_classs_colour(base):
     things = [{"id": i, "label_id": 1, "isthing": True} for i in range(1, 8)]
     shades = segment_colors(things, [(1, 2, 3), list(base)])
     assert shades[1] == base
@@ -99,7 +99,7 @@ def changed_by_label(image: Image.Image, segmentation: np.ndarray, infos: list[d
     return (named != visualization._paint(np.asarray(image), segmentation, colors)).any(axis=-1)
 
 
-def test_label_lies_inside_its_segment():
+def test_label_is_inside_its_segment():
     image = Image.new("RGB", (400, 300), GREY)
     segmentation = np.zeros((300, 400), dtype=int)
     segmentation[180:290, 20:220] = 5
@@ -151,7 +151,7 @@ def test_any_size_is_drawn_at_its_own_size(size):
     assert np.asarray(picture).tolist() != np.asarray(image).tolist()
 
 
-def test_a_phones_photo_does_not_fill_the_memory():
+def test_memory_of_a_large_photo():
     """Of 12 million pixels, floats for each channel and a map for each segment would be a gigabyte and more."""
     image = Image.new("RGB", (1000, 750), GREY)
     segmentation = np.arange(1000)[None].repeat(750, axis=0) // 25
@@ -175,7 +175,7 @@ def test_nothing_found_leaves_the_photo():
     assert np.array_equal(draw_segments(image, np.zeros((20, 30), dtype=int), []), image)
 
 
-def test_transformers_result_with_tensor_and_void_of_minus_one():
+def test_transformers_result_is_drawn():
     torch = pytest.importorskip("torch")
     segmentation = torch.full((40, 40), -1, dtype=torch.int32)
     segmentation[:20] = 0

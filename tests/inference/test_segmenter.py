@@ -38,7 +38,7 @@ def test_every_kind_of_picture_gives_the_same_segments(segmenter):
     assert same(fractions, result) and np.array_equal(np.asarray(fractions.image), pixels)
 
 
-def test_a_result_is_read_as_a_person_would_expect(segmenter):
+def test_result_as_a_container(segmenter):
     result = segmenter(SCENE)
     assert len(result) == len(list(result)) == len(result.segments) > 2
     assert str(result) in repr(result) and result.segments[0]["label"] in str(result)
@@ -104,12 +104,12 @@ def test_threads_share_model_and_processor(segmenter, prepare):
         ({"revision": "main"}, "is a folder, and revision"),
     ],
 )
-def test_settings_that_cannot_be(arguments, says):
+def test_bad_settings(arguments, says):
     with pytest.raises(ValueError, match=says):
         Segmenter.from_pretrained(BUNDLED_MODEL, **arguments)
 
 
-def test_checkpoints_that_cannot_be(tmp_path):
+def test_bad_checkpoints(tmp_path):
     with pytest.raises(ValueError, match=r"video model.*ClipTracker"):
         Segmenter.from_pretrained(BUNDLED_VIDEO_MODEL)
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
@@ -123,7 +123,7 @@ def test_checkpoints_that_cannot_be(tmp_path):
         Segmenter.from_pretrained(tmp_path)
 
 
-def test_what_is_no_picture(segmenter, tmp_path):
+def test_bad_pictures(segmenter, tmp_path):
     with pytest.raises(FileNotFoundError, match="no image file"):
         segmenter(tmp_path / "missing.jpg")
     with pytest.raises(ValueError, match="list is not an image"):

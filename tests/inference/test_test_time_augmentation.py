@@ -42,7 +42,7 @@ def image() -> np.ndarray:
     return picture
 
 
-def test_every_size_is_seen_as_it_is_and_mirrored(processor, image):
+def test_every_size_is_used_with_its_mirror_image(processor, image):
     model = PixelModel()
     scores = semantic_scores_with_augmentation(model, processor, image, shortest_edges=[32, 64], longest_edge=90)
     # Of 64 the longer side would be 96, more than 90 pixels; padded to multiples of 32.

@@ -47,13 +47,13 @@ def ids_of(memory, *windows):
     return [memory.join(window)[0] for window in windows]
 
 
-def test_tracks_in_one_place_on_shared_frames_are_one_whatever_query_and_class():
+def test_tracks_that_overlap_are_joined():
     first = found(0, [([0, 0, 1, 2], 0, 0), ([6, 6, 5, 4], 1, 1)])
     second = found(2, [([5, 4, 3, 2], 0, 0), ([1, 2, 3, 4], 3, 2)])
     assert ids_of(TrackMemory(), first, second) == [[1, 2], [2, 1]]
 
 
-def test_matching_is_one_to_one_and_the_best_on_the_whole():
+def test_matching_is_one_to_one_and_optimal():
     first = found(0, [([0] * 4, 0, 0), ([1] * 4, 1, 0)])
     # Both overlap the first's place, and the nearer of the two takes it.
     second = found(2, [([1] * 4, 2, 0), ([0] * 4, 3, 0), ([0] * 4, 4, 0)])
@@ -61,20 +61,20 @@ def test_matching_is_one_to_one_and_the_best_on_the_whole():
     assert before == [1, 2] and now[0] == 2 and sorted(now) == [1, 2, 3]
 
 
-def test_without_shared_frames_queries_tell_who_is_who():
+def test_without_shared_frames_queries_decide():
     first = found(0, [([0] * 4, 0, 0), ([4] * 4, 1, 1)])
     second = found(4, [([0] * 4, 1, 1), ([4] * 4, 0, 0), ([6] * 4, 2, 2)])
     assert ids_of(TrackMemory(), first, second) == [[1, 2], [2, 1, 3]]
 
 
 @pytest.mark.parametrize(("axis", "label", "expected"), [(0, 0, 1), (1, 0, 2), (0, 1, 2)])
-def test_an_object_that_was_gone_is_known_again_by_query_and_class(axis, label, expected):
+def test_object_out_of_sight_is_recognised(axis, label, expected):
     here, gone = found(0, [([0, 0, None, None], 0, 0)]), found(2, [])
     back = found(4, [([6] * 4, axis, label)])
     assert ids_of(TrackMemory(), here, gone, back)[2] == [expected]
 
 
-def test_what_is_gone_for_long_is_forgotten():
+def test_object_out_of_sight_for_long_is_forgotten():
     memory = TrackMemory(memory=6)
     here, soon, late = (found(start, [([0] * 4, 0, 0)]) for start in (0, 10, 40))
     assert ids_of(memory, here, found(4, []), soon) == [[1], [], [1]]
@@ -82,12 +82,12 @@ def test_what_is_gone_for_long_is_forgotten():
     assert memory.join(late)[0] == [2]
 
 
-def test_two_that_are_seen_apart_are_not_one_though_their_queries_are_alike():
+def test_tracks_seen_apart_are_not_joined():
     first, second = found(0, [([0] * 4, 0, 0)]), found(2, [([6] * 4, 0, 0)])
     assert ids_of(TrackMemory(), first, second) == [[1], [2]]
 
 
-def test_two_classes_of_one_query_go_on_each_as_itself():
+def test_two_classes_of_one_query_stay_two_tracks():
     window = found(0, [([0] * 4, 0, 0), ([0] * 4, 0, 0)])._replace(labels=[0, 1])
     swapped = window._replace(start=2, labels=[1, 0])
     assert ids_of(TrackMemory(), window, swapped) == [[1, 2], [2, 1]]
@@ -100,7 +100,7 @@ def test_a_tracks_class_is_that_of_most_windows():
     assert memory.join(found(6, [([0] * 4, 0, 2)]), [5.0])[1] == [2]
 
 
-def test_stuff_is_one_track_for_each_class_however_it_moves():
+def test_stuff_is_one_track_for_each_class():
     memory = TrackMemory()
     first = found(0, [([0] * 4, 0, 2), ([4] * 4, 1, 1)])._replace(is_stuff=[True, False])
     second = found(4, [([4] * 4, 5, 2), ([0] * 4, 1, 1)])._replace(is_stuff=[True, False])
@@ -123,7 +123,7 @@ def at_once(model, frames, **settings):
     return processor.post_process_video_instance_segmentation(outputs, **settings)[0]
 
 
-def test_halves_of_the_forward_pass_are_the_whole():
+def test_encode_and_decode_equal_forward():
     model, pixel_values = tiny_video_model(), clips(2)
     with torch.no_grad():
         outputs = model.decode_frames(model.encode_frames(pixel_values))
@@ -133,7 +133,7 @@ def test_halves_of_the_forward_pass_are_the_whole():
 
 
 @pytest.mark.parametrize("window", [5, 9])
-def test_a_window_that_covers_the_clip_gives_what_one_pass_gives(window):
+def test_window_over_the_clip_equals_one_pass(window):
     model, frames = tiny_video_model(), pictures(5)
     expected = at_once(model, frames)
     results = list(tracker(model, window=window)(frames))
@@ -158,7 +158,7 @@ def test_a_window_that_covers_the_clip_gives_what_one_pass_gives(window):
 
 
 @pytest.mark.parametrize(("window", "overlap"), [(1, 0), (3, 0), (4, 2), (4, 3), (5, 1)])
-def test_each_window_is_the_pass_over_its_frames(window, overlap):
+def test_each_window_equals_a_pass_over_its_frames(window, overlap):
     """Frames that windows share are encoded once, and the last window has its full length."""
     model, frames = tiny_video_model(), pictures(10)
     encoded = []
@@ -183,7 +183,7 @@ def test_each_window_is_the_pass_over_its_frames(window, overlap):
 
 
 @pytest.mark.parametrize("stuff", [None, [0, 3]])
-def test_panoptic_tracks_of_a_covered_clip_are_those_of_one_pass(stuff):
+def test_panoptic_window_over_the_clip_equals_one_pass(stuff):
     model, frames = tiny_video_model(num_queries=20), pictures(5)
     processor = Mask2FormerVideoProcessor(
         do_resize=False, task="panoptic", threshold=0.1, overlap_mask_area_threshold=0.1, label_ids_to_fuse=stuff
@@ -196,17 +196,17 @@ def test_panoptic_tracks_of_a_covered_clip_are_those_of_one_pass(stuff):
     # Stuff is counted after things here.
     ids = {(info["label_id"], info["score"]): info["id"] for result in results for info in result["segments_info"]}
     for result in results:
-        of_frame = torch.zeros(40, 60, dtype=torch.int32)
+        frame_map = torch.zeros(40, 60, dtype=torch.int32)
         for info in expected["segments_info"]:
-            of_frame[expected["segmentation"][result["frame"]] == info["id"]] = ids[info["label_id"], info["score"]]
-        assert torch.equal(result["segmentation"], of_frame)
+            frame_map[expected["segmentation"][result["frame"]] == info["id"]] = ids[info["label_id"], info["score"]]
+        assert torch.equal(result["segmentation"], frame_map)
         for info in result["segments_info"]:
             assert info["area"] == (result["segmentation"] == info["id"]).sum()
             assert info["isthing"] == (None if stuff is None else info["label_id"] not in stuff)
-        assert np.array_equal(to_id_map(result), of_frame)
+        assert np.array_equal(to_id_map(result), frame_map)
 
 
-def test_stuff_keeps_its_id_where_nothing_else_would_tell():
+def test_stuff_keeps_its_id_without_overlap():
     model = seeing_bright(tiny_video_model())
     processor = Mask2FormerVideoProcessor(do_resize=False, task="panoptic", label_ids_to_fuse=[3])
     results = list(ClipTracker(model, processor, window=2, overlap=0, min_similarity=1.0)(moving_square(8)))
@@ -260,7 +260,7 @@ def test_an_object_keeps_its_id_from_window_to_window():
 
 
 @pytest.mark.parametrize("number", [50, 500])
-def test_no_more_frames_and_maps_are_held_than_a_windows(number):
+def test_memory_holds_one_window(number):
     model = tiny_video_model()
     frames_alive, maps_alive, most = weakref.WeakSet(), [], {"frames": 0, "maps": 0}
 
@@ -292,7 +292,7 @@ def test_no_more_frames_and_maps_are_held_than_a_windows(number):
     assert most["frames"] <= 4 + 2 and most["maps"] <= 2
 
 
-def test_results_come_before_the_clip_is_read_to_its_end():
+def test_results_stream_out():
     read = []
 
     def stream():
@@ -304,7 +304,7 @@ def test_results_come_before_the_clip_is_read_to_its_end():
     assert next(results)["frame"] == 0 and len(read) == 4
 
 
-def test_clips_of_any_size_and_settings_by_the_processor():
+def test_settings_come_from_the_processor():
     processor = Mask2FormerVideoProcessor(instance_threshold=0.3, mask_threshold=0.4)
     assert ClipTracker(tiny_video_model(), processor).settings["threshold"] == 0.3
     assert ClipTracker(tiny_video_model(), Mask2FormerVideoProcessor()).settings["threshold"] == 0.5
@@ -312,7 +312,7 @@ def test_clips_of_any_size_and_settings_by_the_processor():
     assert result["segmentation"].shape[1:] == (33, 61)
 
 
-def test_what_cannot_be_tracked_is_refused_early():
+def test_bad_arguments():
     with pytest.raises(ValueError, match=r"overlap 4 must be .* less than window 4"):
         tracker(window=4, overlap=4)
     with pytest.raises(ValueError, match="window must be at least 1"):
@@ -351,7 +351,7 @@ def test_what_cannot_be_tracked_is_refused_early():
 
 
 @pytest.mark.parametrize("size", [(40, 3), (40, 1), (3, 40)])
-def test_columns_of_a_frame_are_no_channels(size):
+def test_narrow_frames(size):
     frames = pictures(5, size)
     follow = tracker(window=10**7)  # more than there is memory for
     results = list(follow(frames))
@@ -365,7 +365,7 @@ def test_columns_of_a_frame_are_no_channels(size):
 # --- damaged frames ---
 
 
-def test_a_damaged_frame_keeps_its_number_and_the_others_their_results(tmp_path):
+def test_damaged_frames_keep_their_numbers(tmp_path):
     frames = pictures(6)
     for index, frame in enumerate(frames):
         frame.save(tmp_path / f"{index}.png")

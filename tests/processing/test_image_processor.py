@@ -240,7 +240,7 @@ def test_where_the_shape_fits_both_layouts():
     assert channels_first["pixel_values"][0].shape == (3, 7, 3)
 
 
-def test_fractions_keep_their_range_where_nothing_is_rescaled(picture):
+def test_fractions_keep_their_range_unless_rescaled(picture):
     fractions = picture.astype(np.float32) / 255
     assert np.array_equal(pixels(fractions), fractions)
     normalised = fractions * 4 - 2
@@ -548,7 +548,7 @@ STOCK = {
         ({"size": 512, "_max_size": None}, {"shortest_edge": 512, "longest_edge": 1333}, 32, False),
     ],
 )
-def test_settings_of_transformers_own(tmp_path, warned, picture, changes, size, divisor, reduces):
+def test_settings_of_transformers_processor(tmp_path, warned, picture, changes, size, divisor, reduces):
     stock = STOCK | changes
     if "do_reduce_labels" in changes:
         del stock["reduce_labels"]
@@ -566,7 +566,7 @@ def test_settings_of_transformers_own(tmp_path, warned, picture, changes, size, 
     assert warned == []
 
 
-def test_settings_that_transformers_own_processor_saves(tmp_path, warned):
+def test_settings_saved_by_transformers_processor(tmp_path, warned):
     stock = pytest.importorskip("transformers.models.mask2former.image_processing_pil_mask2former")
     stock.Mask2FormerImageProcessorPil(ignore_index=255, num_labels=19).save_pretrained(tmp_path)
     processor = M2FImageProcessor.from_pretrained(tmp_path)
@@ -613,12 +613,12 @@ def test_impossible_settings(settings, message):
         ([], "the list is empty"),
     ],
 )
-def test_images_that_are_none(image, message):
+def test_bad_images(image, message):
     with pytest.raises(ValueError, match=message):
         M2FImageProcessor()(image)
 
 
-def test_files_that_are_no_images(tmp_path, picture):
+def test_bad_files(tmp_path, picture):
     text, cut = tmp_path / "text.jpg", tmp_path / "cut.jpg"
     text.write_text("not an image")
     Image.fromarray(picture).resize((400, 300)).save(cut)
@@ -633,7 +633,7 @@ def test_files_that_are_no_images(tmp_path, picture):
 
 
 @pytest.mark.parametrize("address", ["data:image/png;base64,AAAA", "http://127.0.0.1:9/photo.jpg"])
-def test_addresses_without_an_image(address):
+def test_bad_addresses(address):
     with pytest.raises(ValueError, match=r"no image could be fetched from .*pass its path"):
         M2FImageProcessor()(address)
 
@@ -677,12 +677,12 @@ MAP = np.zeros((2, 3), dtype=np.int64)
         ({"mask_labels": [MAP[None]], "class_labels": [[-1]]}, "class -1 is out of range"),
     ],
 )
-def test_labels_that_do_not_fit(arguments, message):
+def test_bad_labels(arguments, message):
     with pytest.raises(ValueError, match=message):
         M2FImageProcessor()(ZEROS, **arguments)
 
 
-def test_a_map_in_another_orientation_is_noticed(picture):
+def test_label_map_in_another_orientation_is_refused(picture):
     """The image is turned upright, its label map has no EXIF of its own."""
     image = Image.fromarray(picture)
     image.getexif()[0x0112] = 6

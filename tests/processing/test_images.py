@@ -72,7 +72,7 @@ def test_every_kind_is_read_as_rgb_with_channels_first(picture, tmp_path):
     np.testing.assert_allclose(fractions, picture.transpose(2, 0, 1) / 255, rtol=1e-6)
 
 
-def test_a_list_of_images_is_told_from_one(picture):
+def test_list_of_images(picture):
     assert len(list_of_images(picture)) == len(list_of_images([picture])) == 1
     assert len(list_of_images(np.stack([picture] * 3))) == len(list_of_images((picture,) * 3)) == 3
     with pytest.raises(ValueError, match="no images"):

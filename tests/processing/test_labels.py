@@ -34,7 +34,7 @@ def test_every_kind_of_label_map_gives_the_same_numbers(tmp_path):
         (Image.new("CMYK", (2, 2)), "mode CMYK"),
     ],
 )
-def test_what_is_no_label_map(label_map, message):
+def test_bad_label_maps(label_map, message):
     with pytest.raises(ValueError, match=message):
         read_label_map(label_map)
 

@@ -51,20 +51,20 @@ def naive_panoptic(class_logits, mask_logits, image_size, target_size, threshold
     scores = torch.stack([probs[q].max() for q in kept])
     weighted = scores[:, None, None] * masks[kept]
     winner = weighted.argmax(0)
-    segments, segment_of_stuff = [], {}
+    segments, stuff_segment = [], {}
     for place, query in enumerate(kept):
         wins, covers = winner == place, masks[query] >= 0.5
         visible = wins & covers
         if not visible.any() or int(wins.sum()) / int(covers.sum()) < overlap:
             continue
         label = int(probs[query].argmax())
-        if label in segment_of_stuff:
-            segmentation[visible] = segment_of_stuff[label]
+        if label in stuff_segment:
+            segmentation[visible] = stuff_segment[label]
             continue
         segments.append((len(segments) + 1, label))
         segmentation[visible] = len(segments)
         if label in stuff:
-            segment_of_stuff[label] = len(segments)
+            stuff_segment[label] = len(segments)
     best = weighted.topk(min(2, len(kept)), dim=0).values
     close = (best[0] - best[-1] < NEAR_TIE) & (len(kept) > 1)
     return segmentation, segments, close | ((masks[kept] - 0.5).abs() < NEAR_TIE).any(0)
@@ -143,7 +143,7 @@ SIZES = [((32, 48), (32, 48)), ((30, 41), (30, 41)), ((30, 41), (47, 83)), ((27,
 
 @pytest.mark.parametrize("elements", [1, 2000, 1 << 20])
 @pytest.mark.parametrize(("image_size", "target_size"), SIZES)
-def test_tiles_are_two_bilinear_resizings_within_their_bounds(image_size, target_size, elements, monkeypatch):
+def test_tiles_equal_two_bilinear_resizings(image_size, target_size, elements, monkeypatch):
     monkeypatch.setitem(mask_tiles.TILE_ELEMENTS, "cpu", elements)
     mask_logits = random_outputs().masks_queries_logits[0]
     tiles = mask_tiles.MaskTiles(mask_logits, image_size, target_size)
@@ -404,7 +404,7 @@ def test_pixels_no_mask_covers_are_void():
     assert (segmentation[:, 16:] == 0).all()
 
 
-def test_areas_are_those_of_the_mask_not_of_mask_times_score():
+def test_areas_are_of_the_mask_alone():
     """With 0.6 x 0.7 < 0.5 transformers finds the segment's own area empty and drops it."""
     outputs = outputs_of([(0, 0.6, np.full((8, 8), 0.7))])
     result = find_panoptic(outputs, threshold=0.5)[0]
@@ -433,7 +433,7 @@ def test_ids_count_up_and_fused_stuff_is_listed_once():
     assert result["segments_info"][0]["bbox"] == [0, 0, 32, 24]
 
 
-def test_a_segment_that_wins_too_little_of_its_mask_becomes_void():
+def test_segment_that_wins_too_little_becomes_void():
     """Query 1 has the whole image but wins only the right half of it."""
     queries = [(0, 0.95, (0, 0, 8, 4)), (1, 0.9, np.full((8, 8), 0.9))]
     for overlap, kept in ((0.49, 2), (0.51, 1)):
@@ -454,7 +454,7 @@ def test_a_ratio_equal_to_the_threshold_is_enough():
     assert (len(again["segments_info"]), len(above["segments_info"])) == (2, 1)
 
 
-def test_queries_without_object_or_below_the_threshold_take_no_part():
+def test_queries_without_object_take_no_part():
     outputs = outputs_of([(None, 0.99, (0, 0, 8, 8)), (0, 0.79, (0, 0, 8, 8)), (1, 0.81, (0, 0, 8, 4))])
     result = find_panoptic(outputs)[0]
     assert [info["label_id"] for info in result["segments_info"]] == [1]
@@ -481,7 +481,7 @@ def test_one_query_may_give_instances_of_several_classes():
     assert torch.equal(result["segmentation"][0], result["segmentation"][1])
 
 
-def test_score_is_class_probability_times_mean_mask_probability():
+def test_score_is_class_times_mean_mask_probability():
     mask = np.full((8, 8), 0.2)
     mask[:4] = 0.75
     outputs = outputs_of([(0, 0.8, mask)])
@@ -636,7 +636,7 @@ def test_memory_does_not_grow_with_the_queries(task, monkeypatch):
     assert largest(60) <= allowed
 
 
-def test_the_recorder_sees_memory_that_grows():
+def test_recorder_sees_memory_that_grows():
     """The straightforward form fails the test above."""
     outputs = random_outputs(0, queries=60)
     recorder = recorded(lambda: naive_masks(outputs.masks_queries_logits[0], (32, 48), TARGET))
@@ -786,6 +786,6 @@ def test_bad_arguments(call, message):
         call(M2FImageProcessor(), random_outputs(batch=2))
 
 
-def test_image_sizes_that_cannot_be():
+def test_impossible_image_sizes():
     with pytest.raises(ValueError, match="multiple of 32"):
         find_semantic(random_outputs(size=(8, 12), image_sizes=[(33, 48)]))

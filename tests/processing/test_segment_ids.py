@@ -15,7 +15,7 @@ def test_every_channel_has_its_weight():
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64", "uint64"])
-def test_there_and_back(dtype):
+def test_round_trip(dtype):
     ids = np.random.default_rng(0).integers(0, min(NUM_IDS, np.iinfo(dtype).max + 1), (7, 5)).astype(dtype)
     colors = id_to_rgb(ids)
     assert (colors.shape, colors.dtype) == ((7, 5, 3), np.uint8)
@@ -26,7 +26,7 @@ def test_there_and_back(dtype):
     assert np.array_equal(rgb_to_id(colors.astype(np.int64)), ids)
 
 
-def test_none_at_all():
+def test_empty_maps():
     assert id_to_rgb(np.zeros((0, 4), dtype=int)).shape == (0, 4, 3)
     assert rgb_to_id(np.zeros((0, 4, 3), dtype=np.uint8)).shape == (0, 4)
 
@@ -40,7 +40,7 @@ def test_none_at_all():
         ([[True]], "whole numbers, not bool"),
     ],
 )
-def test_what_is_no_id(ids, message):
+def test_bad_ids(ids, message):
     with pytest.raises(ValueError, match=message):
         id_to_rgb(ids)
 
@@ -55,6 +55,6 @@ def test_what_is_no_id(ids, message):
         (5, "not int64"),
     ],
 )
-def test_what_is_no_colour_of_an_id(colors, message):
+def test_bad_colours(colors, message):
     with pytest.raises(ValueError, match=message):
         rgb_to_id(np.array(colors))
