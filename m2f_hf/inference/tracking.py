@@ -339,17 +339,16 @@ class ClipTracker:
                 batch.append(item)
                 num_missing -= not isinstance(item, DamagedFrame)
             if batch and (item is None or num_missing == 0):
-                is_damaged = [isinstance(entry, DamagedFrame) for entry in batch]
+                reasons = [entry.reason if isinstance(entry, DamagedFrame) else None for entry in batch]
                 new = [entry for entry in batch if not isinstance(entry, DamagedFrame)]
                 if new:
                     size = new[0].shape[-2:]
                 results = self._read_window(new, features, memory) if new else iter(())
-                reasons = [entry.reason if isinstance(entry, DamagedFrame) else "" for entry in batch]
                 del new
                 batch, num_missing = [], self.window - self.overlap
-                for damaged, reason in zip(is_damaged, reasons, strict=True):
-                    result = {"segmentation": self._empty_segmentation(size), "segments_info": [], "damaged": reason}
-                    yield {"frame": num_results, **(result if damaged else next(results))}
+                for reason in reasons:
+                    empty = {"segmentation": self._empty_segmentation(size), "segments_info": [], "damaged": reason}
+                    yield {"frame": num_results, **(next(results) if reason is None else empty)}
                     num_results += 1
             if item is None:
                 return
@@ -375,9 +374,8 @@ class ClipTracker:
         (tracks,) = self.processor.post_process(
             outputs, self.task, target_sizes=[frames[0].shape[-2:]], **self.settings
         )
-        infos = tracks["segments_info"]
-        seen = [index for index, info in enumerate(infos) if any(info["areas"])]
-        queries = torch.tensor([infos[index]["query"] for index in seen], dtype=torch.int64, device=self.model.device)
+        infos = [info for info in tracks["segments_info"] if any(info["areas"])]
+        queries = torch.tensor([info["query"] for info in infos], dtype=torch.int64, device=self.model.device)
         threshold = torch.logit(torch.tensor(float(self.settings["mask_threshold"])))
         window = WindowTracks(
             start=memory.end + len(frames) - features.count,
@@ -385,28 +383,26 @@ class ClipTracker:
             masks=outputs.masks_queries_logits[0, queries] > threshold.to(self.model.device),
             embeddings=outputs.transformer_decoder_last_hidden_state[0, queries],
             class_probs=outputs.class_queries_logits[0, queries].float().softmax(-1)[:, :-1],
-            labels=[infos[index]["label_id"] for index in seen],
-            is_stuff=[infos[index].get("was_fused", False) for index in seen],
+            labels=[info["label_id"] for info in infos],
+            is_stuff=[info.get("was_fused", False) for info in infos],
         )
-        ids, labels = memory.join(window, [infos[index]["score"] for index in seen])
-        named = [
-            {**infos[index], "track": track, "label_id": label}
-            for index, track, label in zip(seen, ids, labels, strict=True)
-        ]
-        return self._split_frames(tracks["segmentation"].cpu(), named, len(frames))
+        ids, labels = memory.join(window, [info["score"] for info in infos])
+        for info, track, label in zip(infos, ids, labels, strict=True):
+            info["track"], info["label_id"] = track, label
+        return self._split_frames(tracks["segmentation"].cpu(), infos, len(frames))
 
     def _split_frames(
         self, segmentation: Tensor, infos: list[dict[str, Any]], num_new: int
     ) -> Iterator[dict[str, Any]]:
         """Yield the results of a window's last frames; `infos` have the id of their `track`."""
         is_stuff_known = self.processor.label_ids_to_fuse is not None
+        track_ids = torch.zeros(1 + max((info["id"] for info in infos), default=0), dtype=torch.int32)
+        for info in infos:
+            track_ids[info["id"]] = info["track"]
         for frame in range(-num_new, 0):
             present = [info for info in infos if info["areas"][frame]]
             if self.task == "panoptic":
-                track_of_segment = torch.zeros(1 + max((info["id"] for info in infos), default=0), dtype=torch.int32)
-                for info in infos:
-                    track_of_segment[info["id"]] = info["track"]
-                frame_map = track_of_segment[segmentation[frame].long()]
+                frame_map = track_ids[segmentation[frame].long()]
             else:
                 frame_map = segmentation[[info["id"] for info in present], frame]
             yield {

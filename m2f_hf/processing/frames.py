@@ -54,10 +54,7 @@ def stream_frames(source: Any, data_format: str | None = None) -> Iterator[np.nd
 
 
 def check_clip(clip: Any) -> None:
-    """
-    Raises:
-        ValueError: what is no clip, such as a single image.
-    """
+    """Raise a ValueError for what is no clip, such as a single image."""
     dimensions = getattr(clip, "ndim", 4)
     if isinstance(clip, Image.Image) or dimensions < 4:
         raise ValueError("a single image is no clip: give a list of frames, [image] for one")

@@ -432,10 +432,7 @@ class M2FImageProcessor(PilBackend):
 
     @classmethod
     def check_task(cls, task: str) -> None:
-        """
-        Raises:
-            ValueError: one that is not among `tasks`.
-        """
+        """Raise a ValueError for a task that is not among `tasks`."""
         if task not in cls.tasks:
             raise ValueError(f"{cls.__name__} has no task {task!r}; choose one of {', '.join(cls.tasks)}")
 

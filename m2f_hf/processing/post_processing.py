@@ -104,20 +104,14 @@ def _to_sizes(sizes: Sequence[Size] | Tensor) -> list[Size]:
 
 
 def check_probabilities(**values: float) -> None:
-    """
-    Raises:
-        ValueError: one that is not from 0 to 1, by its name.
-    """
+    """Raise a ValueError that names the first value that is not from 0 to 1."""
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} {value} is not a probability or ratio from 0 to 1")
 
 
 def check_max_detections(number: int) -> None:
-    """
-    Raises:
-        ValueError: fewer than one.
-    """
+    """Raise a ValueError for fewer than one."""
     if number < 1:
         raise ValueError(f"max_detections must be at least 1, not {number}")
 
