@@ -2,6 +2,9 @@
 
 import base64
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -21,6 +24,11 @@ def picture():
     return np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
 
 
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return Segmenter.from_pretrained(BUNDLED_MODEL, device="cpu")
+
+
 def deep_pictures() -> dict[str, np.ndarray]:
     """Grey ramps of more than 8 bits, by the name of a file that holds them."""
     ramp = np.linspace(0, 65535, 40 * 64).reshape(40, 64)
@@ -33,7 +41,7 @@ def deep_pictures() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", deep_pictures())
-def test_every_way_in_reads_the_same_pixels(name, tmp_path):
+def test_every_way_in_reads_the_same_pixels(name, segmenter, tmp_path):
     """An array, a path, an open file, an address, a clip, the pipeline, one call, and training data."""
     (tmp_path / "clip").mkdir()
     path = tmp_path / "clip" / name
@@ -52,7 +60,6 @@ def test_every_way_in_reads_the_same_pixels(name, tmp_path):
         assert found.dtype == expected.dtype and np.array_equal(found, expected)
     in_8_bits = np.asarray(read_rgb(path))
     assert in_8_bits.min() == 0 and in_8_bits.max() == (1 if name == "dark.png" else 255)
-    segmenter = Segmenter.from_pretrained(BUNDLED_MODEL, device="cpu")
     pipeline = M2FImageSegmentationPipeline(segmenter.model, image_processor=segmenter.processor)
     assert np.array_equal(segmenter(path).image, in_8_bits)
     assert np.array_equal(read_training_image(path, name), in_8_bits)
@@ -60,6 +67,23 @@ def test_every_way_in_reads_the_same_pixels(name, tmp_path):
     assert torch.equal(inputs, segmenter.processor(path, return_tensors="pt")["pixel_values"][0])
     without_address = pipeline.preprocess(base64.b64encode(path.read_bytes()).decode())
     assert torch.equal(without_address["pixel_values"][0], inputs)
+
+
+def test_http_address(picture, tmp_path, monkeypatch):
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert np.array_equal(read_image(f"{address}/picture.png"), picture.transpose(2, 0, 1))
+        with pytest.raises(ValueError, match=r"no image could be fetched from .*404.*pass its path"):
+            read_image(f"{address}/missing.png")
+        monkeypatch.setattr("m2f_hf.processing.images.MAX_DOWNLOAD", 2**10)
+        with pytest.raises(ValueError, match="larger than 0 MiB"):
+            read_image(f"{address}/picture.png")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_every_kind_is_read_as_rgb_with_channels_first(picture, tmp_path):
