@@ -111,8 +111,8 @@ def test_a_model_s_outputs_and_gradients(large_blocks, monkeypatch):
 
 @pytest.mark.parametrize("is_right", [True, False])
 def test_the_checks_of_the_gpu_benchmark(is_right, large_blocks, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
-    import benchmark_gpu_parts as parts
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    import gpu_parts as parts
 
     monkeypatch.setattr(parts, "DTYPES", {"bf16": torch.bfloat16} if is_right else {"fp32": torch.float32})
     if not is_right:

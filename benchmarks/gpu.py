@@ -1,14 +1,13 @@
 """Compare with `transformers`' Mask2Former on one GPU: kernels, forward pass, training step, results; in ten minutes.
 
-    python examples/benchmark_gpu.py --output gpu.md --json gpu.json
-    python examples/benchmark_gpu.py --only kernels,host
-    python examples/benchmark_gpu.py --device cpu --tiny    # runs everything without a GPU; its figures mean nothing
+    python benchmarks/gpu.py --output gpu.md --json gpu.json
+    python benchmarks/gpu.py --only kernels,host
+    python benchmarks/gpu.py --device cpu --tiny    # runs everything without a GPU; its figures mean nothing
 
-Weights and inputs are those of `benchmark.py`, and outputs are compared in the same run: the exit status is 1 if they
-differ by more than allowed or could not be compared. Implementations take turns after a warm-up, timed by CUDA events;
-medians are reported. Each part runs in a process of its own, for its share of the time that is left, and what it
-finished is kept, whatever happens to it or to later ones: too little memory or a failed compilation is a line of the
-result.
+Weights and inputs are those of `cpu.py`, and outputs are compared in the same run: the exit status is 1 if they differ
+by more than allowed or could not be compared. Implementations take turns after a warm-up, timed by CUDA events; medians
+are reported. Each part runs in a process of its own, for its share of the time that is left, and what it finished is
+kept, whatever happens to it or to later ones: too little memory or a failed compilation is a line of the result.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import json
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,11 +26,10 @@ from typing import Any
 
 import torch
 import transformers
-from benchmark_checks import Check
-from benchmark_gpu_parts import PARTS, Contest, Pace, Report
-from benchmark_measure import processor_name
-from benchmark_setup import OURS, SIZES, THEIRS, Setup, save_checkpoint
-from benchmark_tables import check_cells, markdown_table, write_file
+from cases import OURS, SIZES, Setup, save_checkpoint
+from gpu_parts import PARTS, Pace, Report
+from measuring import processor_name
+from report import read_check, read_line, render, write_file
 
 import m2f_hf
 from m2f_hf.kernels import triton_deformable_attention as kernels
@@ -45,7 +42,7 @@ LEAST_SECONDS = 15  # in which a part can start and measure something
 
 
 def run_part(name: str, setup: Setup, pace: Pace, path: Path) -> None:
-    """In the part's own process."""
+    """Run a part in this process, which should be its own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # Convolutions would be rounded to TF32 by default and products not: then nothing could be compared.
@@ -56,7 +53,8 @@ def run_part(name: str, setup: Setup, pace: Pace, path: Path) -> None:
 
 
 def run_part_in_fresh_process(name: str, setup: Setup, pace: Pace, path: Path, limit: float) -> None:
-    """A kernel that goes wrong spoils the GPU for its process only, and one that hangs can be stopped."""
+    """Run a part for at most `limit` seconds: a kernel that goes wrong spoils the GPU for its process only, and one
+    that hangs can be stopped."""
     request = json.dumps({"name": name, "setup": setup, "pace": pace, "path": str(path)})
     command = [sys.executable, str(Path(__file__).resolve()), "--request", request]
     log = path.with_suffix(".log")
@@ -77,11 +75,11 @@ def run_part_in_fresh_process(name: str, setup: Setup, pace: Pace, path: Path, l
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All parts; files are written after each."""
+    """Run all parts and return what they found; files are written after each."""
     start = time.monotonic()
-    document: dict[str, Any] = {"facts": facts(arguments), "parts": {}}
-    print(render_facts(document["facts"]))
-    weights = save_checkpoint(arguments.size, folder, arguments.seed)
+    document: dict[str, Any] = {"facts": machine_facts(arguments), "parts": {}}
+    print(render(document["facts"], [], [], OURS.name))
+    weights = save_checkpoint(arguments.size, folder / "checkpoint", arguments.seed)
     size = SIZES[arguments.size]
     setup = Setup(arguments.size, size.height, size.width, 1, arguments.seed, weights, device=arguments.device)
     pace = Pace(0.0, least=1) if arguments.tiny else Pace()
@@ -96,20 +94,20 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         document["parts"][name] = Report(path).read()
         print(render_part(name, document["parts"][name]), flush=True)
         if arguments.output is not None:
-            write_file(arguments.output, render(document))
+            write_file(arguments.output, render_document(document))
         if arguments.json is not None:
             write_file(arguments.json, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return document
 
 
-def facts(arguments: argparse.Namespace) -> dict[str, str]:
+def machine_facts(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return what a reader has to know of the machine and the run."""
     config = SIZES[arguments.size].config()
     found = {
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, m2f_hf {m2f_hf.__version__}, Triton "
         + (kernels.triton.__version__ if kernels.IS_AVAILABLE else "missing"),
-        "model": f"{arguments.size}: {config.backbone_config.model_type} backbone, {config.num_queries} queries, "
-        f"{config.num_labels} classes, random weights (seed {arguments.seed})",
+        "model": f"{arguments.size}, {config.num_queries} queries, {config.num_labels} classes, random weights",
         "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
     if arguments.device == "cpu":
@@ -119,65 +117,16 @@ def facts(arguments: argparse.Namespace) -> dict[str, str]:
     return {"device": name, **found}
 
 
-# --- tables ---
-
-
-def contest_cells(line: Contest, with_images: bool) -> list[str]:
-    """Title; milliseconds of both and how many times faster; images a second; MiB of both and the share."""
-    names = [*line.missing, *line.seconds]
-    baseline = next(name for name in names if name != OURS.name)
-    medians = {name: statistics.median(times) for name, times in line.seconds.items()}
-    cells = [line.title]
-    for name in (baseline, OURS.name):
-        cells.append(f"{1e3 * medians[name]:.3g}" if name in medians else line.missing[name])
-    if len(medians) == 2:
-        ratios = [a / b for a, b in zip(line.seconds[baseline], line.seconds[OURS.name], strict=True)]
-        cells.append(f"**{medians[baseline] / medians[OURS.name]:.2f}×** ({min(ratios):.2f}–{max(ratios):.2f})")
-    else:
-        cells.append("–")
-    for name in (baseline, OURS.name) if with_images else ():
-        cells.append(f"{line.images / medians[name]:.3g}" if line.images is not None and name in medians else "–")
-    for name in (baseline, OURS.name):
-        cells.append(f"{line.memory[name] / 2**20:,.0f}" if name in line.memory else "–")
-    has_share = len(line.memory) == 2 and line.memory[baseline] > 0
-    cells.append(f"**{line.memory[OURS.name] / line.memory[baseline]:.2f}**" if has_share else "–")
-    return cells
-
-
 def render_part(name: str, found: Mapping[str, Sequence[Any]]) -> str:
-    parts = [f"## {PARTS[name].title}\n"]
-    contests = [Contest(*line) for line in found["contests"]]
-    if contests:
-        theirs = "grid_sample" if "grid_sample" in {*contests[0].seconds, *contests[0].missing} else THEIRS.name
-        names = [theirs, OURS.name]
-        with_images = any(line.images is not None for line in contests)
-        header = ["median milliseconds", *names, "faster (range)"]
-        header += [f"images/s, {name}" for name in names] if with_images else []
-        header += [*(f"MiB above idle, {name}" for name in names), "share"]
-        parts.append(markdown_table(header, [contest_cells(line, with_images) for line in contests]))
-    if found["checks"]:
-        header = ["output", "largest difference", "allowed", "verdict", "note"]
-        parts.append(markdown_table(header, [check_cells(as_check(fields)) for fields in found["checks"]]))
-    lines = [
-        *(f"- **failed:** {failure}\n" for failure in found["failures"]),
-        *(f"- {note}\n" for note in found["notes"]),
-    ]
-    if lines:
-        parts.append("".join(lines))
-    return "\n".join(parts)
+    """Return a part's findings as Markdown."""
+    tables = render({}, list(map(read_line, found["lines"])), list(map(read_check, found["checks"])), OURS.name)
+    said = [f"- **failed:** {failure}\n" for failure in found["failures"]] + [f"- {note}\n" for note in found["notes"]]
+    return "\n".join(part for part in (f"## {PARTS[name].title}\n", tables, "".join(said)) if part)
 
 
-def as_check(fields: Mapping[str, Any]) -> Check:
-    return Check(fields["what"], float(fields["difference"]), fields["tolerance"], fields["note"])
-
-
-def render_facts(found: Mapping[str, str]) -> str:
-    return "".join(f"- {name}: {value}\n" for name, value in found.items())
-
-
-def render(document: Mapping[str, Any]) -> str:
+def render_document(document: Mapping[str, Any]) -> str:
     parts = [render_part(name, found) for name, found in document["parts"].items()]
-    return "\n".join([render_facts(document["facts"]), *parts])
+    return "\n".join([render(document["facts"], [], [], OURS.name), *parts])
 
 
 # --- command line ---
@@ -205,7 +154,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if path is not None and not path.parent.is_dir():
             parser.error(f"--{name}: the folder {path.parent} does not exist")
     if arguments.device == "cpu" and not arguments.tiny and arguments.request is None:
-        parser.error("--device cpu goes with --tiny; benchmark.py measures on a CPU")
+        parser.error("--device cpu goes with --tiny; cpu.py measures on a CPU")
     if arguments.device == "cuda" and arguments.request is None and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU; `--device cpu --tiny` tries the script without one")
     arguments.size = "tiny" if arguments.tiny else arguments.size
@@ -222,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         document = run(arguments, Path(folder))
-    checks = [as_check(fields) for found in document["parts"].values() for fields in found["checks"]]
-    differing = [check.what for check in checks if not check.passed]
-    failures = [failure for found in document["parts"].values() for failure in found["failures"]]
+    parts = document["parts"].values()
+    differing = [fields["what"] for found in parts for fields in found["checks"] if not fields["passed"]]
+    failures = [failure for found in parts for failure in found["failures"]]
     if differing:
         print(f"error: outputs differ by more than allowed: {'; '.join(differing)}", file=sys.stderr)
     if failures:

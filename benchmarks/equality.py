@@ -1,4 +1,4 @@
-"""For the benchmarks: whether both implementations give the same, and how far apart they are."""
+"""Whether both implementations give the same, and how far apart they are."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from benchmark_setup import OURS, PHOTO, SIZES, THEIRS, Setup, full_pixel_mask
+from cases import OURS, PHOTO, THEIRS, Setup
 from PIL import Image
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class Check(NamedTuple):
 
 
 def compare(what: str, ours: Tensor, theirs: Tensor, note: str = "") -> Check:
-    """Largest absolute difference; infinite where the shapes differ, not a number where a value is none."""
+    """Return the largest absolute difference; infinite where the shapes differ, not a number where a value is none."""
     tolerance = OUTPUT_TOLERANCE * max(1.0, theirs.abs().max().item())
     difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
     return Check(what, difference, tolerance, note)
@@ -56,7 +56,7 @@ class Decision(NamedTuple):
 
 @contextmanager
 def recorded_decisions(model: Any) -> Iterator[list[Decision]]:
-    """Collect the attention masks that the `transformers` model makes, one for each of its decoder's predictions."""
+    """Collect the attention masks that the `transformers` model makes, one for each prediction of its decoder."""
     decisions: list[Decision] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -75,7 +75,7 @@ def recorded_decisions(model: Any) -> Iterator[list[Decision]]:
 
 @contextmanager
 def imposed_decisions(model: Any, decisions: list[Decision]) -> Iterator[list[Tensor]]:
-    """Make our model read where `decisions` say; collects the logits at which it would have decided otherwise.
+    """Make our model attend where `decisions` say, and collect the logits at which it would have decided otherwise.
 
     A mask logit within rounding of zero blocks a position or doesn't, and either is right, but what comes after
     differs. With the same decisions everything else can be held to rounding, and the decisions to being near-ties.
@@ -99,15 +99,16 @@ def imposed_decisions(model: Any, decisions: list[Decision]) -> Iterator[list[Te
             handle.remove()
 
 
-def check_forward(setup: Setup, **inputs: Tensor) -> list[Check]:
+def check_forward(setup: Setup) -> list[Check]:
+    """Compare the logits with `transformers`' attention masks, and count where m2f_hf's own would differ."""
     theirs, ours = setup.model(THEIRS).eval(), setup.model(OURS).eval()
     pixel_values = setup.pixel_values()
     with torch.no_grad():
         with recorded_decisions(theirs) as decisions:
-            expected = theirs(pixel_values, **inputs)
+            expected = theirs(pixel_values)
         with imposed_decisions(ours, decisions) as otherwise:
-            actual = ours(pixel_values, **inputs)
-        free = ours(pixel_values, **inputs)
+            actual = ours(pixel_values)
+        free = ours(pixel_values)
     names = ("class_queries_logits", "masks_queries_logits")
     apart = max((free[name] - expected[name]).abs().max().item() for name in names)
     near_ties = torch.cat(otherwise).abs()
@@ -125,13 +126,8 @@ def check_forward(setup: Setup, **inputs: Tensor) -> list[Check]:
     ]
 
 
-def check_pixel_mask(setup: Setup) -> list[Check]:
-    checks = check_forward(setup, pixel_mask=full_pixel_mask(setup))
-    return [check._replace(what=check.what.replace("forward", "forward with pixel_mask")) for check in checks]
-
-
 def check_bf16(setup: Setup) -> list[Check]:
-    """With the decisions of the float32 model, as in `check_forward`, but as close as bfloat16 can be."""
+    """Compare bfloat16 with `transformers` in float32, with its attention masks, as close as bfloat16 can be."""
     theirs, ours = setup.model(THEIRS).eval(), setup.model(OURS, torch.bfloat16).eval()
     pixel_values = setup.pixel_values()
     with torch.no_grad():
@@ -140,7 +136,7 @@ def check_bf16(setup: Setup) -> list[Check]:
         with imposed_decisions(ours, decisions):
             actual = ours(pixel_values)
     checks = []
-    note = "relative norm, against float32; with the same attention masks"
+    note = "relative norm, to float32; with the same attention masks"
     for kind, name in (("class", "class_queries_logits"), ("mask", "masks_queries_logits")):
         difference = (actual[name].float() - expected[name]).norm() / expected[name].norm()
         checks.append(Check(f"forward in bf16: {kind} logits", difference.item(), BF16_TOLERANCE, note))
@@ -148,27 +144,18 @@ def check_bf16(setup: Setup) -> list[Check]:
 
 
 def check_end_to_end(setup: Setup) -> list[Check]:
-    """The processors' pixels at a fixed size, which needs no padding: there both make the same of a photo."""
-    height, width = SIZES[setup.size].own_size
+    """Compare the processors' pixels at a fixed size, which needs no padding."""
     pixels = []
     for implementation in (OURS, THEIRS):
-        processor = implementation.processor_class.from_pretrained(
-            setup.weights, size={"height": height, "width": width}
-        )
+        processor = implementation.processor_class.from_pretrained(setup.weights, size={"height": 384, "width": 384})
         with Image.open(Path(setup.weights) / PHOTO) as photo:
             pixels.append(processor(images=photo, return_tensors="pt").pixel_values)
-    note = f"of the processors, at {height}×{width}; what they make by default differs by design"
+    note = "at 384×384; with the aspect ratio kept, transformers stretches where m2f_hf pads"
     return [compare("image file: pixel values", *pixels, note)]
 
 
-def check_deformable(setup: Setup) -> list[Check]:
-    inputs = setup.attention_inputs()
-    ours, theirs = OURS.deformable_attention(*inputs), THEIRS.deformable_attention(*inputs)
-    return [compare("deformable attention: output", ours, theirs)]
-
-
 def check_training(setup: Setup) -> list[Check]:
-    """Loss and gradients at the same random points, with the same attention masks."""
+    """Compare loss and gradients at the same random points, with the same attention masks."""
     theirs, ours = setup.model(THEIRS).train(), setup.model(OURS).train()
     for model in (theirs, ours):
         model.zero_grad(set_to_none=True)  # what an earlier line left
@@ -213,7 +200,7 @@ def check_training(setup: Setup) -> list[Check]:
 
 
 def gradient_difference(ours: nn.Module, theirs: nn.Module) -> float:
-    """Norm of the difference of all gradients, relative to the norm of `theirs`; sets both to None."""
+    """Return the norm of the difference of all gradients, relative to that of `theirs`; sets both to None."""
     gradients = []
     for model in (ours, theirs):
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
