@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import Mask2FormerConfig, ResNetConfig, SwinConfig
 from transformers.models.mask2former import modeling_mask2former as stock
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
@@ -44,27 +44,28 @@ IMPLEMENTATIONS = {implementation.name: implementation for implementation in (TH
 # --- models ---
 
 
-def _swin(
-    embed_dim: int, depths: list[int], num_heads: list[int], window_size: int, **fields: int
-) -> Mask2FormerConfig:
+configs: Any = transformers  # whose classes take more fields than their annotations say
+
+
+def _swin(embed_dim: int, depths: list[int], num_heads: list[int], window_size: int, **fields: int) -> Any:
     # Without dropped paths: what they leave out is random, and the losses are to be equal.
     sizes = {"embed_dim": embed_dim, "depths": depths, "num_heads": num_heads, "window_size": window_size}
-    backbone = SwinConfig(**sizes, drop_path_rate=0.0, out_features=STAGES)
-    return Mask2FormerConfig(backbone_config=backbone, num_labels=NUM_LABELS, **fields)
+    backbone = configs.SwinConfig(**sizes, drop_path_rate=0.0, out_features=STAGES)
+    return configs.Mask2FormerConfig(backbone_config=backbone, num_labels=NUM_LABELS, **fields)
 
 
-def _tiny() -> Mask2FormerConfig:
+def _tiny() -> Any:
     names = ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward")
     fields = {"num_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 4, "num_queries": 20}
     return _swin(24, [1, 1, 1, 1], [1, 2, 4, 8], 4, train_num_points=112, **fields, **dict.fromkeys(names, 64))
 
 
-def _swin_t() -> Mask2FormerConfig:
+def _swin_t() -> Any:
     return _swin(96, [2, 2, 6, 2], [3, 6, 12, 24], 7)
 
 
-def _r50() -> Mask2FormerConfig:
-    return Mask2FormerConfig(backbone_config=ResNetConfig(out_features=STAGES), num_labels=NUM_LABELS)
+def _r50() -> Any:
+    return configs.Mask2FormerConfig(backbone_config=configs.ResNetConfig(out_features=STAGES), num_labels=NUM_LABELS)
 
 
 class Size(NamedTuple):
@@ -79,7 +80,7 @@ class Size(NamedTuple):
         edges: shortest and longest edge that a photo is resized to.
     """
 
-    config: Callable[[], Mask2FormerConfig]
+    config: Callable[[], Any]
     height: int = 800
     width: int = 1216
     training_side: int = 512
@@ -172,7 +173,7 @@ class Setup(NamedTuple):
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
-    def config(self) -> Mask2FormerConfig:
+    def config(self) -> Any:
         return SIZES[self.size].config()
 
     def model(self, implementation: Implementation, dtype: torch.dtype = torch.float32) -> Any:

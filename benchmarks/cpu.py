@@ -46,7 +46,6 @@ from cases import (
 from equality import Check, check_bf16, check_end_to_end, check_forward, check_training
 from measuring import (
     Memory,
-    available_memory,
     is_out_of_memory,
     kernel_off,
     lacks_bf16_products,
@@ -246,10 +245,13 @@ def serve(text: str) -> None:
 
 def start_worker(name: str, setup: Setup, arguments: argparse.Namespace, who: str | None, **more: Any) -> Worker:
     """Start the process of an implementation for a case."""
-    limit = arguments.memory_limit
-    if limit is None and (available := available_memory()) is not None:
-        limit = available * 9 // 10  # so that it cannot take the machine down
-    request = {"case": name, "setup": setup, "threads": arguments.threads, "limit": limit, "off": more.pop("off", None)}
+    request = {
+        "case": name,
+        "setup": setup,
+        "threads": arguments.threads,
+        "limit": arguments.memory_limit,
+        "off": more.pop("off", None),
+    }
     what = f"{who or 'comparing the outputs'}, {name}"
     before = arguments.against if who == BEFORE else None
     return Worker(what, request | {"implementation": OURS.name if who == BEFORE else who}, before)
@@ -375,7 +377,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--memory-limit",
         type=float,
         metavar="GB",
-        help="of a process (default: nine tenths of what is free; Linux only)",
+        help="of a process (default: none; on Linux only)",
     )
     parser.add_argument("--output", type=Path, help="write the Markdown here, too")
     parser.add_argument("--json", type=Path, help="write every number here")

@@ -151,7 +151,7 @@ def check_end_to_end(setup: Setup) -> list[Check]:
         with Image.open(Path(setup.weights) / PHOTO) as photo:
             pixels.append(processor(images=photo, return_tensors="pt").pixel_values)
     note = "at 384×384; with the aspect ratio kept, transformers stretches where m2f_hf pads"
-    return [compare("image file: pixel values", *pixels, note)]
+    return [compare("image file: pixel values", pixels[0], pixels[1], note)]
 
 
 def check_training(setup: Setup) -> list[Check]:
@@ -208,6 +208,6 @@ def gradient_difference(ours: nn.Module, theirs: nn.Module) -> float:
     if gradients[0].keys() != gradients[1].keys():
         return float("inf")
     # In double precision: the squares of millions of entries are summed.
-    squares = [(gradients[0][name] - grad).double().square().sum() for name, grad in gradients[1].items()]
-    norm = sum(grad.double().square().sum() for grad in gradients[1].values())
-    return (sum(squares) / norm).sqrt().item()
+    differences = torch.stack([(gradients[0][name] - grad).double().norm() for name, grad in gradients[1].items()])
+    norms = torch.stack([grad.double().norm() for grad in gradients[1].values()])
+    return (differences.norm() / norms.norm()).item()

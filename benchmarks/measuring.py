@@ -60,23 +60,9 @@ def measure_memory(run: Callable[[], Any]) -> Memory:
     return Memory(idle, _read_kibibytes("VmHWM") * 1024)
 
 
-def _read_kibibytes(field: str, file: str = "/proc/self/status") -> int:
-    lines = Path(file).read_text().splitlines()
+def _read_kibibytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def available_memory() -> int | None:
-    """Return the bytes that a new process could take, or None where the system (outside Linux) doesn't say."""
-    try:
-        available = _read_kibibytes("MemAvailable", "/proc/meminfo") * 1024
-    except (OSError, StopIteration):
-        return None
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's own limit
-        try:
-            available = min(available, int((Path("/sys/fs/cgroup") / file).read_text()))
-        except (OSError, ValueError):
-            continue
-    return available
 
 
 def limit_memory(limit: int) -> None:
@@ -122,7 +108,10 @@ def kernel_off(name: str | None) -> Iterator[None]:
 
     off = list(list_kernels().values()) if name == "all" else [list_kernels()[name]]
     allowed = fast_path._is_allowed
-    is_allowed = lambda kernel, *args: not any(kernel is one for one in off) and allowed(kernel, *args)
+
+    def is_allowed(kernel: Any, *args: Any) -> bool:
+        return not any(kernel is one for one in off) and allowed(kernel, *args)
+
     with mock.patch.object(fast_path, "_is_allowed", is_allowed):
         yield
 
