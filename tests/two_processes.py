@@ -1,4 +1,4 @@
-"""Runs a command in two processes that find each other through `torch.distributed`'s environment."""
+"""Run a command in two processes that find each other through `torch.distributed`'s environment."""
 
 import contextlib
 import os
@@ -21,13 +21,13 @@ def run_two(command: Callable[[int], Sequence[object]], cwd: Path | None = None,
     """Run a command as ranks 0 and 1 on the CPU, one thread each.
 
     Args:
-        command: makes it from the port where the two meet, which a launcher wants to be told.
+        command: makes it from the port where the two meet, which a launcher needs as an option.
         timeout: seconds that both have.
 
     Raises:
         AssertionError: one failed, or they took too long; with what both wrote, and where each of them was.
     """
-    # Held here, so that nobody else takes the port while the two import what they need.
+    # Held here, so that no one else takes the port while the two import what they need.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONFAULTHANDLER": "1"}

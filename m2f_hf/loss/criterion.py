@@ -136,10 +136,9 @@ class Mask2FormerLoss(nn.Module):
         self, mask_embeddings: Tensor, mask_features: Tensor, targets: Targets, matching: Matching
     ) -> Tensor:
         """Return binary cross-entropies and dice losses at points, summed over the matched masks: (2, L)."""
-        num_frames = len(mask_features) // len(matching.counts)
         layers = torch.arange(len(mask_embeddings), device=mask_features.device)[:, None]  # (L, 1)
         matched = mask_embeddings[layers, matching.images, matching.queries]  # (L, M, C)
-        matching = repeat_for_frames(matching, num_frames)
+        matching = repeat_for_frames(matching, len(mask_features) // len(matching.counts))
         images = [image for image, count in enumerate(matching.counts) for _ in range(count)]
         losses: Tensor = MatchedMaskLosses.apply(
             mask_features,
@@ -185,8 +184,6 @@ def sample_targets(targets: Targets, matching: Matching, points: Tensor) -> Tens
 
 def repeat_for_frames(matching: Matching, num_frames: int) -> Matching:
     """Turn the pairs of clips into pairs of their frames' masks: T times as many, each pair's frames in turn."""
-    if num_frames == 1:
-        return matching
     frames = torch.arange(num_frames, device=matching.targets.device)
     return Matching(
         images=matching.images.repeat_interleave(num_frames),

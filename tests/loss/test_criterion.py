@@ -213,7 +213,7 @@ def test_values_for_a_model_that_knows_nothing():
     assert losses.keys() == set(WEIGHTS)
     assert losses["loss_cross_entropy"].item() == pytest.approx(math.log(NUM_LABELS + 1), rel=1e-5)
     assert losses["loss_mask"].item() == pytest.approx(math.log(2), rel=1e-5)
-    # Half of the points lie in the mask, everything has probability 1/2: 1 - 2 * (1/4) / (1/2 + 1/2)
+    # Half of the points are in the mask, everything has probability 1/2: 1 - 2 * (1/4) / (1/2 + 1/2)
     assert losses["loss_dice"].item() == pytest.approx(0.5, abs=0.01)
 
 
@@ -339,7 +339,7 @@ def test_wrong_targets_are_refused():
         compute(batch)
 
 
-# Masks of the matched queries, written down a few outputs at a time
+# Masks of the matched queries, a few outputs at a time
 
 
 @pytest.mark.parametrize("at_once", [1, 10**6], ids=["one output", "all outputs"])
@@ -347,7 +347,7 @@ def test_wrong_targets_are_refused():
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2)], ids=["BCHW", "BHWC", "BCWH"])
 @pytest.mark.parametrize("num_frames", [1, 2])
 def test_losses_of_matched_masks_have_the_gradient_of_the_masks(num_frames, order, counts, at_once, monkeypatch):
-    """Whatever the order in which the features lie in memory. A query of a clip has a mask in each frame."""
+    """In every memory layout of the features. A query of a clip has a mask in each frame."""
     monkeypatch.setattr(criterion_module, "_LOGITS_AT_ONCE", at_once)
     back = [order.index(axis) for axis in range(4)]
     features = torch.randn(2 * num_frames, 4, 5, 6).permute(order).contiguous().permute(back).requires_grad_()
@@ -384,7 +384,7 @@ def test_losses_of_matched_masks_have_the_gradient_of_the_masks(num_frames, orde
     )
 
 
-def test_gradients_are_in_float32_where_the_backward_pass_is_in_autocast():
+def test_gradients_are_float32_when_the_backward_pass_is_under_autocast():
     batch = make_batch((2, 1))
     expected, found = [], []
     for grads, enabled in ((expected, False), (found, True)):
@@ -432,7 +432,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_masks_are_written_down_for_a_few_outputs_at_a_time(monkeypatch):
+def test_masks_are_computed_for_a_few_outputs_at_a_time(monkeypatch):
     monkeypatch.setattr(criterion_module, "_LOGITS_AT_ONCE", 1)
     features, embeddings = torch.randn(1, 2, 32, 32, requires_grad=True), torch.randn(9, 3, 2, requires_grad=True)
     points = torch.rand(9, 3, 5, 2)
@@ -444,7 +444,7 @@ def test_masks_are_written_down_for_a_few_outputs_at_a_time(monkeypatch):
     assert largest.numel == 3 * 32 * 32
 
 
-def test_mask_logits_of_unmatched_queries_are_never_written_down():
+def test_mask_logits_of_unmatched_queries_are_never_computed():
     num_queries, size = 50, (32, 32)
     batch = make_batch((2, 1), num_queries=num_queries, channels=4, size=size)
     criterion = make_criterion(num_points=20)
@@ -476,7 +476,7 @@ def test_nothing_large_is_kept_for_the_backward_pass():
 
 
 class OnAccelerator(torch.Tensor):
-    """A CPU tensor that says it lies on another device ("meta", the one that needs no hardware)."""
+    """A CPU tensor that claims to be on another device ("meta", the one that needs no hardware)."""
 
     @staticmethod
     def __new__(cls, data):

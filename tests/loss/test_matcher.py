@@ -180,7 +180,7 @@ def test_an_assignment_exists_even_when_no_cost_is_finite(warnings_logged):
     assert "24 of 24" in warnings_logged()[0]
 
 
-def test_finite_costs_are_not_warned_of(warnings_logged):
+def test_finite_costs_give_no_warning(warnings_logged):
     match(make_batch((2, 3)))
     assert warnings_logged() == []
 
