@@ -1,8 +1,7 @@
-"""Auto classes and pipeline: ours are found, and stock checkpoints stay untouched by the import."""
+"""Auto classes and pipeline: ours are found, and the import changes nothing for stock checkpoints."""
 
 import inspect
 import json
-import logging
 import subprocess
 import sys
 
@@ -10,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from listening import WarningsOfTransformers
 from PIL import Image
+from tiny import BACKBONES, FIELDS, tiny_config
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,23 +26,12 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 import m2f_hf
 
 
-SIZES = {
-    "feature_size": 32,
-    "mask_feature_size": 16,
-    "hidden_dim": 32,
-    "encoder_feedforward_dim": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 3,
-    "num_attention_heads": 4,
-    "dim_feedforward": 32,
-    "num_queries": 9,
-    "id2label": {0: "cat", 1: "dog", 2: "sky", 3: "grass"},
-}
-OUT_FEATURES = ["stage1", "stage2", "stage3", "stage4"]
+NAMES = {0: "cat", 1: "dog", 2: "sky", 3: "grass"}
+SIZES = FIELDS | {"encoder_layers": 1, "decoder_layers": 3, "num_queries": 9, "num_labels": 4, "id2label": NAMES}
 
 
 def spread(model):
-    """Weights whose logits vary enough for every kind of segment."""
+    """Return the model with weights whose logits vary enough for every kind of segment."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -53,15 +43,7 @@ def spread(model):
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours")
-    backbone = transformers.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 16, 16],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=OUT_FEATURES,
-    )
-    config = m2f_hf.Mask2FormerConfig(backbone_config=backbone, **SIZES)
-    spread(m2f_hf.Mask2FormerForUniversalSegmentation(config)).save_pretrained(folder)
+    spread(m2f_hf.Mask2FormerForUniversalSegmentation(tiny_config(**SIZES))).save_pretrained(folder)
     m2f_hf.Mask2FormerImageProcessor(
         size={"shortest_edge": 64, "longest_edge": 96},
         task="instance",
@@ -76,10 +58,7 @@ def ours(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stock")
-    backbone = transformers.SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], out_features=OUT_FEATURES
-    )
-    config = transformers.Mask2FormerConfig(backbone_config=backbone, **SIZES)
+    config = transformers.Mask2FormerConfig(backbone_config=dict(BACKBONES["swin"]), **SIZES)
     spread(transformers.Mask2FormerForUniversalSegmentation(config)).save_pretrained(folder)
     Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
@@ -92,21 +71,12 @@ def image():
 
 @pytest.fixture
 def complaints():
-    """Messages of level warning and above that transformers logs during the test."""
-    messages = []
-
-    class Collector(logging.Handler):
-        def emit(self, record):
-            messages.append(record.getMessage())
-
-    handler = Collector(level=logging.WARNING)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
+    """Warnings that transformers logs during the test."""
+    with WarningsOfTransformers() as messages:
+        yield messages
 
 
-def test_the_collector_of_complaints_hears(complaints):
+def test_complaints_are_collected(complaints):
     transformers.logging.get_logger("transformers.tests").warning("heard")
     assert complaints == ["heard"]
 
@@ -142,7 +112,7 @@ def test_pipeline_takes_the_checkpoints_task_and_thresholds(ours, image, complai
     assert len(expected["segments_info"]) >= 2
     result = segmenter(image)
     assert [segment["label"] for segment in result] == [
-        SIZES["id2label"][segment["label_id"]] for segment in expected["segments_info"]
+        NAMES[segment["label_id"]] for segment in expected["segments_info"]
     ]
     assert [segment["score"] for segment in result] == pytest.approx(
         [segment["score"] for segment in expected["segments_info"]]
@@ -166,12 +136,12 @@ def test_pipeline_subtasks(ours, image):
     result = segmenter(image, subtask="panoptic")
     assert len(result) == len(panoptic["segments_info"])
     for segment, info in zip(result, panoptic["segments_info"], strict=True):
-        assert segment["label"] == SIZES["id2label"][info["label_id"]]
+        assert segment["label"] == NAMES[info["label_id"]]
         assert np.array_equal(np.asarray(segment["mask"]) > 0, panoptic["segmentation"].numpy() == info["id"])
 
     semantic = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0]
     result = segmenter(image, subtask="semantic")
-    assert {segment["label"] for segment in result} == {SIZES["id2label"][i] for i in semantic.unique().tolist()}
+    assert {segment["label"] for segment in result} == {NAMES[i] for i in semantic.unique().tolist()}
     assert sum(np.asarray(segment["mask"]).astype(bool).sum() for segment in result) == image.width * image.height
     assert all(segment["score"] is None for segment in result)
 
@@ -226,7 +196,7 @@ def test_stock_folders_get_the_stock_classes_and_results(stock, image):
 
 
 def look_up(folder):
-    """What the Auto classes make of a folder, and what its model predicts. Its source is run elsewhere, too."""
+    """Return the classes that the Auto classes find, and a sum of logits. Its source is also run in a process."""
     import torch
     import transformers
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -249,8 +219,8 @@ import m2f_hf
 """
 
 
-def test_the_import_says_nothing_and_changes_nothing_for_stock_folders(stock):
-    """Looked up by a process before it imports ours, and here, where it is imported."""
+def test_the_import_is_silent_and_changes_nothing_for_stock_folders(stock):
+    """Compare a process that has not imported ours with this one, which has."""
     command = [sys.executable, "-c", inspect.getsource(look_up) + WITHOUT_OURS, stock]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     *classes, total = look_up(stock)

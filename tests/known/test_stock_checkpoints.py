@@ -4,14 +4,16 @@
 """
 
 import json
-import logging
 import re
 import shutil
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from listening import WarningsOfTransformers
 from safetensors.torch import load_file, save_file
+from tiny import FIELDS, STAGES, shake
 from transformers import Mask2FormerConfig as StockConfig
 from transformers import Mask2FormerForUniversalSegmentation as StockModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -21,34 +23,9 @@ from m2f_hf.known.label_sets import LABEL_SETS, label_set
 from m2f_hf.known.stock_checkpoints import add_known_settings, checkpoint_name, translate_settings
 
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
-TINY = {
-    "feature_size": 32,
-    "mask_feature_size": 20,
-    "hidden_dim": 32,
-    "num_attention_heads": 2,
-    "encoder_layers": 1,
-    "encoder_feedforward_dim": 24,
-    "decoder_layers": 3,
-    "dim_feedforward": 40,
-    "num_queries": 6,
-    "num_labels": 3,
-}
-TINY_SWIN = {
-    "model_type": "swin",
-    "embed_dim": 8,
-    "depths": [1, 1, 2, 1],
-    "num_heads": [1, 1, 2, 2],
-    "drop_path_rate": 0.0,
-    "out_features": STAGES,
-}
-TINY_RESNET = {
-    "model_type": "resnet",
-    "embedding_size": 8,
-    "hidden_sizes": [16, 16, 32, 32],
-    "depths": [1, 2, 1, 1],
-    "out_features": STAGES,
-}
+TINY = FIELDS | {"encoder_layers": 1, "decoder_layers": 3}
+TINY_SWIN = {name: value for name, value in tiny.BACKBONES["swin"].items() if name != "window_size"}
+TINY_RESNET = tiny.BACKBONES["resnet"] | {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 2, 1, 1]}
 CONVNEXT = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 2, 1], "out_features": STAGES}
 # Every kind of backbone that gives maps at strides 4, 8, 16 and 32 and trains in a stock model.
 BACKBONES = {
@@ -90,33 +67,16 @@ REAL_BACKBONES = {
 
 
 @pytest.fixture
-def messages(monkeypatch):
-    """What is logged at level warning and above, by transformers or by the package."""
-    heard = []
-
-    class Collector(logging.Handler):
-        def emit(self, record):
-            heard.append(record.getMessage())
-
-    collector = Collector(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("transformers", "m2f_hf")]
-    for logger in loggers:
-        logger.addHandler(collector)
-    yield heard
-    for logger in loggers:
-        logger.removeHandler(collector)
+def messages():
+    """Warnings that transformers and the package log during the test."""
+    with WarningsOfTransformers() as messages:
+        yield messages
 
 
 def stock_model(backbone, **fields):
-    """A stock model whose every parameter and statistic is off its initial value, so that none is ignored unnoticed."""
+    """Return a stock model with every parameter and statistic off its initial value, so that none is ignored."""
     torch.manual_seed(0)
-    model = StockModel(StockConfig(backbone_config=dict(backbone), **(TINY | fields)))
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not name.endswith("empty_weight"):
-                noise = torch.randn_like(tensor) * 0.1
-                tensor.add_(noise.abs() if name.endswith("running_var") else noise)
-    return model.eval()
+    return shake(StockModel(StockConfig(backbone_config=dict(backbone), **(TINY | fields)))).eval()
 
 
 def outputs_of(model, size=(64, 96)):
