@@ -137,6 +137,20 @@ def random_model(config: Mask2FormerConfig) -> Mask2FormerForUniversalSegmentati
     return model
 
 
+def tiny_config(folder: Path, changes: dict | None = None) -> Mask2FormerConfig:
+    """Return our config for the original's tiny one with these changes."""
+    return Mask2FormerConfig(**config_from_yaml(read_config(write_config(folder, changes))))
+
+
+def original_of(config: Mask2FormerConfig) -> dict[str, torch.Tensor]:
+    """Return the parameters of `random_model` in the original's form."""
+    return invert_state_dict(on_disk(random_model(config)), config)
+
+
+def run(*arguments: object) -> int:
+    return convert_detectron2.main([str(argument) for argument in arguments])
+
+
 def on_disk(model: Mask2FormerForUniversalSegmentation) -> dict[str, torch.Tensor]:
     return revert_weight_conversion(model, model.state_dict())
 
@@ -147,7 +161,7 @@ def tiny_original(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("original")
     config_file = write_config(folder)
     config = Mask2FormerConfig(**config_from_yaml(read_config(config_file)))
-    return write_pickle(folder / "model.pkl", invert_state_dict(on_disk(random_model(config)), config)), config_file
+    return write_pickle(folder / "model.pkl", original_of(config)), config_file
 
 
 def write_pickle(path: Path, parameters: dict[str, torch.Tensor]) -> Path:
@@ -231,24 +245,16 @@ def test_a_decoder_of_clips_in_a_model_of_images_is_refused(tmp_path):
 
 def test_video_checkpoint_gives_a_video_model(goldens, tmp_path, monkeypatch, capsys):
     folder = goldens / "ytvis2019_r50"
-    arguments = [
-        "--checkpoint",
-        folder / "model.pkl",
-        "--config-file",
-        folder / "config.yaml",
-        "--output",
-        tmp_path / "o",
-    ]
+    arguments = ["--checkpoint", folder / "model.pkl", "--config-file", folder / "config.yaml"]
+    arguments += ["--output", tmp_path / "o"]
     clip = goldens.parent / "data" / "video_clip"
-    refused = [*arguments, "--verify", "--photo", clip / "00000100.jpg"]
-    assert convert_detectron2.main([str(argument) for argument in refused]) == 1
+    assert run(*arguments, "--verify", "--photo", clip / "00000100.jpg") == 1
     assert "is of a video model: give --clip" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(converter, "SHOWN_SCORE", 0.0)  # of random weights
     for sample, name in (([], "a generated clip"), (["--clip", clip], "video_clip")):
         shutil.rmtree(tmp_path / "o", ignore_errors=True)
-        verified = [*arguments, "--verify", *sample]
-        assert convert_detectron2.main([str(argument) for argument in verified]) == 0
+        assert run(*arguments, "--verify", *sample) == 0
         said = capsys.readouterr().out
         assert f"logits are finite for {name} (" in said and f"Look at {tmp_path / 'o.verify.png'}" in said
         assert "nothing found" not in said
@@ -266,7 +272,7 @@ def test_a_video_checkpoint_that_is_not_finite_does_not_pass_verification(golden
     content["model"]["sem_seg_head.predictor.class_embed.weight"][:] = 3e38  # finite, but no sum of them is
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
     arguments = ["--checkpoint", tmp_path / "model.pkl", "--config-file", folder / "config.yaml", "--output"]
-    assert convert_detectron2.main([str(each) for each in [*arguments, tmp_path / "out" / "o", "--verify"]]) == 1
+    assert run(*arguments, tmp_path / "out" / "o", "--verify") == 1
     assert "class_queries_logits are not finite" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -275,7 +281,7 @@ def test_an_image_checkpoint_takes_no_clip(goldens, tmp_path, capsys):
     folder = goldens / "coco_panoptic_r50"
     arguments = ["--checkpoint", folder / "model.pkl", "--config-file", folder / "config.yaml", "--output"]
     arguments += [tmp_path / "o", "--verify", "--clip", tmp_path]
-    assert convert_detectron2.main([str(each) for each in arguments]) == 1
+    assert run(*arguments) == 1
     assert "is of an image model: give --photo" in capsys.readouterr().err
 
 
@@ -284,7 +290,7 @@ def test_an_image_checkpoint_takes_no_clip(goldens, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_mapping_covers_the_model_and_round_trips(tmp_path, changes):
-    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
+    config = tiny_config(tmp_path, changes)
     model = random_model(config)
     saved = {name: value for name, value in on_disk(model).items() if not converter.is_unused(name)}
     original = invert_state_dict(saved, config)
@@ -323,8 +329,8 @@ KNOWN_NAMES = {
 
 
 def test_fused_parameters_are_split_in_order(tmp_path):
-    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path))))
-    original = invert_state_dict(on_disk(random_model(config)), config)
+    config = tiny_config(tmp_path)
+    original = original_of(config)
     original = {
         name: torch.randn(value.shape) if value.is_floating_point() else value for name, value in original.items()
     }
@@ -346,7 +352,7 @@ def test_position_index_table_by_its_definition():
 def test_batch_counters_are_kept_or_zero_for_frozen_norms(tmp_path):
     config_file = write_config(tmp_path, VARIANTS["resnet"])
     config = Mask2FormerConfig(**config_from_yaml(read_config(config_file)))
-    trained = {n: v.clone() for n, v in invert_state_dict(on_disk(random_model(config)), config).items()}
+    trained = {n: v.clone() for n, v in original_of(config).items()}
     counters = [name for name in trained if name.endswith("num_batches_tracked")]
     for name in counters:
         trained[name] += 7
@@ -415,8 +421,8 @@ def plain(request, tmp_path_factory) -> tuple[dict[str, np.ndarray], Mask2Former
     """Parameters of the original as arrays, the config, and what they are converted to: ours, and recorded ones."""
     if request.param in VARIANTS:
         folder = tmp_path_factory.mktemp("plain")
-        config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(folder, VARIANTS[request.param]))))
-        parameters = numpy_of(invert_state_dict(on_disk(random_model(config)), config))
+        config = tiny_config(folder, VARIANTS[request.param])
+        parameters = numpy_of(original_of(config))
     else:
         folder = request.getfixturevalue("goldens") / request.param
         config = Mask2FormerConfig(**config_from_yaml(read_config(folder / "config.yaml")))
@@ -452,8 +458,8 @@ def test_half_precision_becomes_float32_of_the_same_values(plain, tmp_path, dtyp
 def test_synchronised_and_partly_frozen_norms_convert_alike(tmp_path):
     """FrozenBN keeps no counters, SyncBN does, and with FREEZE_AT the first stages of a SyncBN model have none."""
     changes = VARIANTS["resnet"] | {"MODEL.RESNETS.NORM": "SyncBN"}
-    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
-    trained = numpy_of(invert_state_dict(on_disk(random_model(config)), config))
+    config = tiny_config(tmp_path, changes)
+    trained = numpy_of(original_of(config))
     counters = [name for name in trained if name.endswith("num_batches_tracked")]
     trained |= {name: np.array(7) for name in counters}
     first = [name for name in counters if name.startswith(("backbone.stem.", "backbone.res2."))]
@@ -468,16 +474,16 @@ def test_synchronised_and_partly_frozen_norms_convert_alike(tmp_path):
 
 def test_class_weights_left_out_are_those_of_the_config(tmp_path):
     changes = {"MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": 0.25}
-    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
-    original = invert_state_dict(on_disk(random_model(config)), config)
+    config = tiny_config(tmp_path, changes)
+    original = original_of(config)
     del original["criterion.empty_weight"]
     assert differences(original, config).filled == ["criterion.empty_weight"]
     assert convert_state_dict(original, config)["criterion.empty_weight"].tolist() == [1.0, 1.0, 1.0, 0.25]
 
 
 def test_parameter_under_an_old_and_a_new_name_is_refused(tmp_path):
-    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path))))
-    original = invert_state_dict(on_disk(random_model(config)), config)
+    config = tiny_config(tmp_path)
+    original = original_of(config)
     original["sem_seg_head.predictor.static_query.weight"] = original["sem_seg_head.predictor.query_feat.weight"]
     with pytest.raises(ValueError, match=r"query_feat\.weight twice"):
         convert_state_dict(original, config)
@@ -517,12 +523,8 @@ def test_folder_holds_model_and_processor_with_equal_outputs(tiny_original, tmp_
     report = convert(checkpoint, config_file, tmp_path / "made" / "model", labels)
 
     folder = tmp_path / "made" / "model"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    ]
+    files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     model, loading = Mask2FormerForUniversalSegmentation.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
@@ -572,7 +574,7 @@ def test_checkpoint_that_does_not_fit_is_refused_and_nothing_is_left(tiny_origin
         message = "class_predictor.bias"
     spoiled = write_pickle(tmp_path / "spoiled.pkl", parameters)
     arguments = ["--checkpoint", spoiled, "--config-file", config_file, "--output", tmp_path / "out"]
-    assert convert_detectron2.main([str(argument) for argument in arguments]) == 1
+    assert run(*arguments) == 1
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["spoiled.pkl"]
 
@@ -582,7 +584,7 @@ def test_malicious_checkpoint_writes_no_folder_either(tiny_original, tmp_path, c
     marker, evil = tmp_path / "executed", tmp_path / "evil.pkl"
     evil.write_bytes(b"cos\nsystem\n(S" + repr(f"touch '{marker}'").encode() + b"\ntR.")
     arguments = ["--checkpoint", evil, "--config-file", config_file, "--output", tmp_path / "out"]
-    assert convert_detectron2.main([str(argument) for argument in arguments]) == 1
+    assert run(*arguments) == 1
     assert "system" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pkl"]
 
@@ -694,7 +696,7 @@ CONVERTS = {
 def test_option_with_an_equivalent_converts_into_a_model_that_runs(tmp_path, changes):
     options = read_config(write_config(tmp_path, changes))
     config = Mask2FormerConfig(**config_from_yaml(options))
-    original = invert_state_dict(on_disk(random_model(config)), config)
+    original = original_of(config)
     model = converter._load_strictly(convert_state_dict(original, config), config).eval()
     inputs = M2FImageProcessor(**processor_from_yaml(options))(np.zeros((70, 60, 3), np.uint8), return_tensors="pt")
     with torch.no_grad():
@@ -779,8 +781,8 @@ def test_resnet_of_every_kind_computes_what_detectron2_defines(tmp_path, depth, 
         "MODEL.RESNETS.DEPTH": depth,
         "MODEL.RESNETS.STRIDE_IN_1X1": stride_in_1x1,
     }
-    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
-    original = invert_state_dict(on_disk(random_model(config)), config)
+    config = tiny_config(tmp_path, changes)
+    original = original_of(config)
     generator = torch.Generator().manual_seed(0)
     for name, value in original.items():  # statistics that matter, and weights that keep the signal alive
         if name.endswith("running_mean"):
@@ -823,7 +825,7 @@ def test_option_of_the_wrong_type_is_refused_by_name(tmp_path, option, value):
 def test_impossible_model_is_an_error_without_traceback(tiny_original, tmp_path, capsys):
     config_file = write_config(tmp_path, {"MODEL.SEM_SEG_HEAD.CONVS_DIM": 40})
     arguments = ["--checkpoint", tiny_original[0], "--config-file", config_file, "--output", tmp_path / "out"]
-    assert convert_detectron2.main([str(argument) for argument in arguments]) == 1
+    assert run(*arguments) == 1
     assert "feature_size" in capsys.readouterr().err
 
 
@@ -926,7 +928,7 @@ def test_instances_stay_the_task_with_every_test_switched_on(tmp_path):
 )
 def test_classes_of_an_unknown_data_set_or_another_number_are_not_guessed(tmp_path, data_set, count):
     changes = {"DATASETS.TRAIN": [data_set], "MODEL.SEM_SEG_HEAD.NUM_CLASSES": count}
-    config = Mask2FormerConfig(**config_from_yaml(read_config(write_config(tmp_path, changes))))
+    config = tiny_config(tmp_path, changes)
     assert config.id2label == {i: f"LABEL_{i}" for i in range(count)} and config.label_colors is None
 
 
