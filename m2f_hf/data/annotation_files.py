@@ -104,12 +104,15 @@ def check_entries(entries: Any, where: str, needed: Sequence[str], fields: Mappi
 # --- files ---
 
 
-def find_folder(candidates: Sequence[Path], names: Sequence[str], what: str) -> Path:
-    """Return the folder that has most of the named files.
+def find_folder(
+    given: str | os.PathLike[str] | None, candidates: Sequence[Path], names: Sequence[str], what: str
+) -> Path:
+    """Return the folder that has most of the named files: the one given, or one of the candidates.
 
     Raises:
         FileNotFoundError: none has any; the message names the folders.
     """
+    candidates = candidates if given is None else [Path(given)]
     sample = names[:: max(1, len(names) // 20)]
     counts = [sum((folder / name).is_file() for name in sample) for folder in candidates]
     if not any(counts):

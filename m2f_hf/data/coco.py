@@ -68,8 +68,7 @@ class CocoInstanceDataset(AnnotationFile, SegmentationDataset):
         self.task = "instance"
         names = [_name(image) for image in content["images"]]
         if image_folder is not None or names:
-            candidates = image_folders(path) if image_folder is None else [Path(image_folder)]
-            self.image_folder = find_folder(candidates, names, "images")
+            self.image_folder = find_folder(image_folder, image_folders(path), names, "images")
         self._pack(path, content, problems)
         for category in self.categories:
             category["isthing"] = category["isthing"] is not False
@@ -143,12 +142,10 @@ class CocoPanopticDataset(AnnotationFile, SegmentationDataset):
             own = path.parent
             # Cityscapes and ADE20K keep the PNGs in a folder named as the JSON.
             candidates = [own / path.stem, own.parent / path.stem, own / "panoptic", *image_folders(path)]
-            self.panoptic_folder = find_folder(
-                candidates if panoptic_folder is None else [Path(panoptic_folder)], maps, "panoptic PNGs"
-            )
+            self.panoptic_folder = find_folder(panoptic_folder, candidates, maps, "panoptic PNGs")
             names = [_name(images[annotation["image_id"]]) for annotation in annotated]
             folders = [folder for folder in image_folders(path) if folder != self.panoptic_folder]
-            self.image_folder = find_folder(folders if image_folder is None else [Path(image_folder)], names, "images")
+            self.image_folder = find_folder(image_folder, folders, names, "images")
         self._pack(path, content, problems)
 
     def _records(self, content: Mapping[str, Any], problems: Problems) -> Iterator[dict[str, Any]]:

@@ -82,9 +82,8 @@ class YouTubeVISDataset(AnnotationFile, VideoDataset):
         names = [name for video in content["videos"] for name in _file_names(video)]
         self.frame_folder = Path(frame_folder or path.parent)
         if names:
-            folders = [self.frame_folder] if frame_folder is not None else image_folders(path)
-            inside = [place for folder in folders for place in (folder, folder / "JPEGImages", folder / "frames")]
-            self.frame_folder = find_folder(folders if frame_folder is not None else inside, names, "frames")
+            inside = [place / name for place in image_folders(path) for name in (".", "JPEGImages", "frames")]
+            self.frame_folder = find_folder(frame_folder, inside, names, "frames")
         self._pack(path, content, problems)
         for category in self.categories:
             category["isthing"] = category["isthing"] is not False

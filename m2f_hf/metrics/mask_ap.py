@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..processing.rle import decode_segmentation, encode_rle, run_lengths
+from ..processing.rle import decode_segmentation, encode_rle
 from .base import Metric, names_of
 
 
@@ -117,8 +117,10 @@ class MaskAP(Metric):
         self, entry: Mapping[str, Any], size: tuple[int, ...], is_target: bool
     ) -> tuple[Mapping[str, Any], float]:
         """Return the run-length encoding of an entry's mask, and the area by which it is small or large."""
+        from pycocotools import mask
+
         rle = to_rle(entry["segmentation"], (size[0], size[1]))
-        pixels = int(run_lengths(rle["counts"])[1::2].sum())
+        pixels = int(mask.area(rle))
         return rle, entry.get("area", pixels) if is_target else pixels
 
     def merge(self, other: "MaskAP") -> None:
