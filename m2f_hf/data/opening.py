@@ -1,6 +1,6 @@
 """Open labelled data of any known form for training: recognise it, agree on classes, split it, check it.
 
-To add a form: write its reader, a `SegmentationDataset` that defines `_load`, in a module of its own; name it in `FORMS`;
+To add a form: write its reader, a `SegmentationDataset` that defines `_load`, in its own module; name it in `FORMS`;
 return its splits in a branch of `_open_folder`, or of `_open` where a single file is enough.
 """
 
