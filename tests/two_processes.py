@@ -31,7 +31,11 @@ def run_two(command: Callable[[int], Sequence[object]], cwd: Path | None = None,
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONFAULTHANDLER": "1"}
-    common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    common |= {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     arguments = list(map(str, command(store.port)))
     with tempfile.TemporaryFile("w+") as first, tempfile.TemporaryFile("w+") as second:
         logs = [first, second]
