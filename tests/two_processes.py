@@ -57,7 +57,7 @@ def run_two(command: Callable[[int], Sequence[object]], cwd: Path | None = None,
                 time.sleep(0.05)
             codes = [process.poll() for process in processes]
             if codes != [0, 0]:
-                tell_where(processes)
+                report_stacks(processes)
             reports = [
                 f"\nrank {rank}, {'aborted to see where' if code is None else f'status {code}'}:\n{end_of(log)}"
                 for rank, (code, log) in enumerate(zip(codes, logs, strict=True))
@@ -70,8 +70,8 @@ def run_two(command: Callable[[int], Sequence[object]], cwd: Path | None = None,
                 process.wait()
 
 
-def tell_where(processes: Sequence[subprocess.Popen]) -> None:
-    """Abort what still runs, what a launcher started before the launcher: Python writes where each thread was."""
+def report_stacks(processes: Sequence[subprocess.Popen]) -> None:
+    """Abort what still runs, a launcher's children before the launcher: Python writes the stack of each thread."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             running = psutil.Process(process.pid)

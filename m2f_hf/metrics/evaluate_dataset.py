@@ -1,6 +1,5 @@
 """Measure a checkpoint on a labelled data set: PQ, mask AP, mIoU or video AP, per class, and its worst images."""
 
-import heapq
 import itertools
 import json
 import re
@@ -99,9 +98,9 @@ def evaluate_dataset(args: EvaluationArguments) -> dict[str, Any]:
     evaluation = Evaluation(task, used, _label_categories(dataset_categories, label_of, model, processor))
     positions = range(accelerator.process_index, num_images, accelerator.num_processes)
     share = Items(dataset, positions, label_of)
-    worst = _measure(model, evaluation, share, args, accelerator.is_main_process)
+    measured = _measure(model, evaluation, share, args, accelerator.is_main_process)
     figures = evaluation.compute(gather_object)
-    ranked = heapq.nsmallest(args.worst, gather_object(worst.ranked()))
+    worst = sorted(gather_object(measured))[: args.worst]
     if not accelerator.is_main_process:
         return figures
 
@@ -121,7 +120,7 @@ def evaluate_dataset(args: EvaluationArguments) -> dict[str, Any]:
     args.output.mkdir(parents=True, exist_ok=True)
     items = Items(dataset, range(num_images), label_of)
     predicted = []
-    for figure, position in tqdm(ranked, desc="Drawing", unit="image"):
+    for figure, position in tqdm(worst, desc="Drawing", unit="image"):
         inputs, batch = CollateItems(used)([items[position]])
         predicted.append((figure, batch[0], _predict(model, evaluation, inputs, batch, args.tta)[0]))
     result["worst"] = draw_worst(predicted, evaluation, model.config, args.output)
@@ -233,24 +232,6 @@ def _label_categories(
 # --- measuring ---
 
 
-class Worst:
-    """The `number` images of lowest figures that were offered, as (figure, position)."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._heap: list[tuple[float, int]] = []  # of negated figures, so that the best of the worst is on top
-
-    def offer(self, figure: float | None, position: int) -> None:
-        if figure is not None and self.number:
-            heapq.heappush(self._heap, (-figure, position))
-            if len(self._heap) > self.number:
-                heapq.heappop(self._heap)
-
-    def ranked(self) -> list[tuple[float, int]]:
-        """Return them from the worst on."""
-        return sorted((-negated, position) for negated, position in self._heap)
-
-
 @torch.no_grad()
 def _predict(
     model: Any, evaluation: Evaluation, inputs: Any, items: Sequence[Mapping[str, Any]], tta: bool
@@ -264,9 +245,10 @@ def _predict(
     return evaluation.predict(outputs, items)
 
 
-def _measure(model: Any, evaluation: Evaluation, items: Items, args: EvaluationArguments, show_progress: bool) -> Worst:
-    """Add the items to the evaluation, image by image, and return which were worst."""
-    worst = Worst(args.worst)
+def _measure(
+    model: Any, evaluation: Evaluation, items: Items, args: EvaluationArguments, show_progress: bool
+) -> list[tuple[float, int]]:
+    """Add the items to the evaluation, image by image; return the figure and the position of each that has one."""
     comes_alone = args.post_processing == "stock" or evaluation.task == "video"
     loader = DataLoader(
         items,
@@ -275,13 +257,16 @@ def _measure(model: Any, evaluation: Evaluation, items: Items, args: EvaluationA
         num_workers=args.num_workers,
     )
     main_measure, main_figure = MEASURES[evaluation.task][0], MAIN_FIGURE[evaluation.task]
+    measured = []
     for inputs, batch in tqdm(loader, desc="Evaluating", unit="batch", disable=not show_progress):
         for prediction, item in zip(_predict(model, evaluation, inputs, batch, args.tta), batch, strict=True):
             single = evaluation.empty()
             single.add(prediction, item)
-            worst.offer(single.metrics[main_measure].compute()[main_figure], item["position"])
             evaluation.merge(single)
-    return worst
+            figure = single.metrics[main_measure].compute()[main_figure]
+            if figure is not None:
+                measured.append((figure, item["position"]))
+    return measured
 
 
 def _occurred(entry: Mapping[str, Any]) -> bool:

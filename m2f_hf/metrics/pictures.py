@@ -104,6 +104,22 @@ def draw_frames(
     return rows, [f"{item['file_name']}, frame {frame + 1} of {length}" for frame in frames]
 
 
+def draw_prediction(
+    item: Mapping[str, Any], prediction: Prediction, evaluation: Evaluation, config: Any
+) -> tuple[list[list[Image.Image]], list[str]]:
+    """Draw an image, or four frames of a video, with prediction and target; return the rows and their titles.
+
+    Args:
+        config: the model's, with names and colours of the classes. Other arguments are `draw_comparison`'s.
+    """
+    id2label = {int(label): name for label, name in config.id2label.items()}
+    colors = dict(enumerate(config.label_colors)) if config.label_colors else None
+    if evaluation.task == "video":
+        return draw_frames(item, prediction, evaluation, id2label, colors)
+    row = draw_comparison(item, prediction, evaluation, id2label, colors)
+    return [row], [str(item.get("file_name", f"image {item['image_id']}"))]
+
+
 def comparison_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], side: int = 480) -> Image.Image:
     """Put rows of `draw_comparison` into one picture, each with its title; images are fitted into `side` pixels."""
     return sheet_of([[_fit(picture, side) for picture in row] for row in rows], titles, COLUMNS, side)

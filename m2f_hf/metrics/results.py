@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..hub.card import Figure, model_card
 from .evaluation import MAIN_FIGURE, Evaluation, Prediction
-from .pictures import comparison_sheet, draw_comparison, draw_frames
+from .pictures import comparison_sheet, draw_prediction
 
 
 RESULTS_SECTION = re.compile(r"^## Results\n.*?(?=^## |^<!-- |\Z)", re.M | re.S)
@@ -33,18 +33,12 @@ def draw_worst(
     folder.mkdir(exist_ok=True)
     for path in folder.glob("[0-9][0-9]_*.jpg"):  # an earlier evaluation's
         path.unlink()
-    id2label = {int(label): name for label, name in config.id2label.items()}
-    colors = dict(enumerate(config.label_colors)) if config.label_colors else None
     figure_name = MAIN_FIGURE[evaluation.task]
     rows = []
     for rank, (figure, item, prediction) in enumerate(worst, start=1):
         item_id = item["video_id"] if evaluation.task == "video" else item["image_id"]
         name = str(item.get("file_name", f"image {item_id}"))
-        arguments = (item, prediction, evaluation, id2label, colors)
-        if evaluation.task == "video":
-            pictures, titles = draw_frames(*arguments)
-        else:
-            pictures, titles = [draw_comparison(*arguments)], [name]
+        pictures, titles = draw_prediction(item, prediction, evaluation, config)
         sheet = comparison_sheet(pictures, [f"{title}: {figure_name} {100 * figure:.1f}" for title in titles])
         file = f"{rank:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(name).stem)}.jpg"
         sheet.save(folder / file, quality=90)

@@ -29,7 +29,7 @@ _WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 def hidden_folder(target: Path, kind: str) -> Path:
     """Return where `target` is written ("tmp"), put aside ("old") or collected ("parts").
 
-    The names are this package's own, so that clearing up afterwards removes nobody else's folders.
+    The names are this package's own, so that clearing up removes no other program's folders.
     """
     return target.with_name(f".{target.name}.m2f_hf-{kind}")
 

@@ -23,7 +23,7 @@ NORMS = (
 UNDECAYED_NAMES = ("relative_position_bias_table", "position_embeddings", "absolute_pos_embed")
 """Last parts of the names of position tables that are plain parameters: Swin's, under old and new names."""
 BACKBONE = "pixel_level_module.encoder."
-"""How the names of a backbone's parameters go on after `model.` (or begin, in a `Mask2FormerModel`)."""
+"""Prefix of a backbone's parameters, after `model.` in models with heads."""
 REFERENCE_BATCH_SIZE = 16
 """Images per step at which the original's learning rate of 1e-4 holds."""
 IMAGES_PER_ROOT = 1000
@@ -33,7 +33,7 @@ IMAGES_PER_ROOT = 1000
 def get_parameter_groups(
     model: nn.Module, learning_rate: float = 1e-4, weight_decay: float = 0.05, backbone_multiplier: float = 0.1
 ) -> list[dict[str, Any]]:
-    """Parameter groups of the original's AdamW: at most four, by learning rate and weight decay.
+    """Return the parameter groups of the original's AdamW: at most four, by learning rate and weight decay.
 
     The backbone learns at `backbone_multiplier` times `learning_rate`. Weights of norms, embeddings (queries and the
     transformer decoder's level embedding among them) and Swin's position tables are not decayed; everything else is,
@@ -76,11 +76,11 @@ def get_schedule(
     power: float = 0.9,
     warmup_factor: float = 0.0,
 ) -> LambdaLR:
-    """Learning rate schedule, to be advanced once per optimizer step; every group keeps its own peak rate.
+    """Return a learning rate schedule, to be advanced once per optimizer step; every group keeps its own peak rate.
 
-    A linear warm-up rises from above `warmup_factor` times the peak to the peak in `warmup_steps`. (The original's
-    factor is 1.0: it starts at the peak, whatever the number of steps.) `kind` says what multiplies the rate at step t
-    of `total_steps`:
+    (`transformers.get_scheduler` has none that equals the original's: its warm-up starts at 0 and delays the decay.) A
+    linear warm-up rises from above `warmup_factor` times the peak (the original's factor is 1.0) to the peak in
+    `warmup_steps`. `kind` says what multiplies the rate at step t of `total_steps`:
 
     - "multistep": 0.1 for each milestone passed, given as shares of `total_steps` (the original on COCO: 327,778 and
       355,092 of 368,750 steps);
@@ -111,17 +111,17 @@ def get_schedule(
 
 
 class Choice(NamedTuple):
-    """A number that was chosen for a run, and why, in words for its log."""
+    """A number that was chosen for a run, and why."""
 
     value: float
     reason: str
 
 
 def scale_learning_rate(batch_size: int, learning_rate: float = 1e-4) -> Choice:
-    """The learning rate for `batch_size` images per step (over all processes and accumulated batches).
+    """Return the learning rate for `batch_size` images per step (over all processes and accumulated batches).
 
-    `learning_rate` is that for 16 images. It goes with the square root of the batch: AdamW's step has the same length
-    whatever the gradient's, only its noise shrinks with the batch (Malladi et al., arXiv 2205.10287).
+    `learning_rate` is that for 16 images. It grows with the square root of the batch: AdamW's step has the same length
+    for every gradient, and only its noise shrinks with the batch (Malladi et al., arXiv 2205.10287).
 
     Raises:
         ValueError: if `batch_size` is below 1.
@@ -129,21 +129,18 @@ def scale_learning_rate(batch_size: int, learning_rate: float = 1e-4) -> Choice:
     if batch_size < 1:
         raise ValueError(f"A batch has 1 image or more, got {batch_size}.")
     value = learning_rate * math.sqrt(batch_size / REFERENCE_BATCH_SIZE)
+    reason = f"{learning_rate:.3g} for {REFERENCE_BATCH_SIZE} images per step, times the square root of {batch_size}/16"
     if batch_size == REFERENCE_BATCH_SIZE:
-        return Choice(value, f"learning rate {value:.3g}: the original's for {REFERENCE_BATCH_SIZE} images per step")
-    return Choice(
-        value,
-        f"learning rate {value:.3g}: {learning_rate:.3g} for {REFERENCE_BATCH_SIZE} images per step, times the square "
-        f"root of {batch_size}/{REFERENCE_BATCH_SIZE}",
-    )
+        reason = f"the original's for {REFERENCE_BATCH_SIZE} images per step"
+    return Choice(value, f"learning rate {value:.3g}: {reason}")
 
 
 def choose_num_steps(num_images: int, batch_size: int) -> Choice:
-    """How many steps to fine-tune a model that segments already, on `num_images` images.
+    """Return how many steps to fine-tune a model that segments already, on `num_images` images.
 
-    Images are seen 1000 times the square root of their number: 10 images 316 times each, 200 images 71 times, 20,000
-    images 7 times. The original sees 17,000 (COCO) to 36,000 (Mapillary Vistas) times that root, starting from a
-    backbone alone; this is about a twentieth. A rule of thumb: watch the validation figure.
+    1000 times the square root of the number of images are seen: each of 10 images 316 times, of 200 images 71 times.
+    The original sees 17,000 (COCO) to 36,000 (Mapillary Vistas) times that root, from a backbone alone; this is about a
+    twentieth. A rule of thumb: watch the validation figure.
 
     Raises:
         ValueError: if there is no image, or `batch_size` is below 1.
@@ -163,12 +160,7 @@ def choose_num_steps(num_images: int, batch_size: int) -> Choice:
 
 
 class LossShare(NamedTuple):
-    """What a batch's losses count for in the step that several batches make together: factors from 0 to 1.
-
-    Attributes:
-        classes: of `loss_cross_entropy`.
-        masks: of `loss_mask` and `loss_dice`.
-    """
+    """Factors, 0 to 1, of a batch's `loss_cross_entropy` and mask losses in a step of several batches."""
 
     classes: float
     masks: float
@@ -180,26 +172,24 @@ def get_loss_shares(
     empty_weight: Tensor,
     average: Callable[[Tensor], Tensor] = lambda totals: totals,
 ) -> list[LossShare]:
-    """Shares with which the losses of batches add up to the loss of all their images in one batch.
+    """Return the shares with which the losses of batches add up to the loss of all their images in one batch.
 
-    A loss is a sum over its batch, divided by the batch's number of targets (masks) or by the batch's sum of class
-    weights (classes). Batches differ in both, so the mean of their losses is another loss than that of the images put
-    together. Here each is multiplied back and divided by what belongs to the whole step:
+    A loss is a sum over its batch, divided by the batch's number of targets (masks) or sum of class weights (classes).
+    Batches differ in both, so the mean of their losses is not the loss of all images together. Hence:
 
         shares = get_loss_shares([batch["class_labels"] for batch in batches], num_queries, criterion.empty_weight)
         for batch, share in zip(batches, shares):
             outputs = model(**batch)
             model.get_loss(scale_losses(outputs.loss_dict, share)).backward()
 
-    The sum of the gradients is then that of the large batch (norm layers that look at a whole batch aside, and classes
-    of different weight in images with more targets than queries, of which the matching decides which count).
+    The gradients then add up to those of the large batch (except with batch norms in training, and with classes of
+    different weight in images with more targets than queries).
 
     Args:
         class_labels: for each batch of the step, for each image (N,) int64.
         num_queries: of the model.
         empty_weight: (num_labels + 1,) weights of the classes, the last of "no object" (`Mask2FormerLoss`).
-        average: mean over processes of a (batches, 2) float32 tensor, where there are several. Every process must call
-            it with as many batches.
+        average: returns the mean over processes of a (batches, 2) float32 tensor; all have as many batches.
     """
     weight = empty_weight.detach().double().cpu()
     totals = []
@@ -219,7 +209,7 @@ def get_loss_shares(
 
 
 def scale_losses(loss_dict: Mapping[str, Tensor], share: LossShare) -> dict[str, Tensor]:
-    """A model's `loss_dict` with the terms multiplied by their share; over the batches of a step the results add up."""
+    """Return a model's `loss_dict` with each term multiplied by its share."""
     return {
         name: loss * (share.classes if name.startswith("loss_cross_entropy") else share.masks)
         for name, loss in loss_dict.items()

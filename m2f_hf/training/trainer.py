@@ -64,12 +64,12 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         sums = {name: value.cpu() for name, value in self.sums.items()}
-        best = {"best": self.best, "best_step": self.best_step}
-        return {"step": self.step, **best, "sums": sums, "settings": self.settings}
+        names = ("step", "best", "best_step", "settings")
+        return {"sums": sums, **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self.sums = state["step"], dict(state["sums"])
-        self.best, self.best_step = state["best"], state["best_step"]
+        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+        self.sums = dict(state["sums"])
         for name in sorted(self.settings.keys() | state["settings"].keys()):
             before, now = state["settings"].get(name), self.settings.get(name)
             if before != now and self.is_main:

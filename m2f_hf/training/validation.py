@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType, gather_object
 
 from ..data.loading import evaluation_loader
 from ..metrics import MAIN_FIGURE, Evaluation, evaluate_model
-from ..metrics.pictures import comparison_sheet, draw_comparison, draw_frames
+from ..metrics.pictures import comparison_sheet, draw_prediction
 from .plan import Data
 
 
@@ -47,8 +47,6 @@ def evaluate(
     # Where processes need each other for every batch, all see all images: shares may differ in length.
     share = (0, 1) if is_sharded(accelerator) else (accelerator.process_index, accelerator.num_processes)
     config = accelerator.unwrap_model(model).config
-    id2label = {int(label): name for label, name in config.id2label.items()}
-    colors = dict(enumerate(config.label_colors)) if config.label_colors else None
     rows: list[Any] = []
     titles: list[str] = []
 
@@ -56,15 +54,10 @@ def evaluate(
         before_batch()
         for prediction, item in zip(evaluation.predict(outputs, items), items, strict=True):
             evaluation.add(prediction, item)
-            if not accelerator.is_main_process or len(rows) >= NUM_PICTURES:
-                continue
-            if data.is_video:
-                found, named = draw_frames(item, prediction, evaluation, id2label, colors, NUM_PICTURES)
+            if accelerator.is_main_process and len(rows) < NUM_PICTURES:
+                found, named = draw_prediction(item, prediction, evaluation, config)
                 rows.extend(found)
                 titles.extend(named)
-            else:
-                rows.append(draw_comparison(item, prediction, evaluation, id2label, colors))
-                titles.append(str(item.get("file_name", f"image {item['image_id']}")))
 
     batches = evaluation_loader(data.validation, processor, batch_size, *share)
     evaluate_model(model, batches, update, accelerator.is_main_process)

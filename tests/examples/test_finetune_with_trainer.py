@@ -41,7 +41,7 @@ def test_the_example_trains_saves_and_measures(tmp_path):
 
 
 def test_the_trainer_s_first_loss_is_the_model_s(tmp_path):
-    """Evaluation mode apart, nothing lies between the batch and the loss."""
+    """In evaluation mode the Trainer's loss of a batch is the model's."""
     model = Mask2FormerForUniversalSegmentation.from_pretrained(BUNDLED_MODEL)
     collate = CollateSamples(M2FImageProcessor())
     samples = TrainingStream(ShapesDataset(2, 64), TrainingTransform(default_recipe({"shortest_edge": 64})), seed=0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tiny import BACKBONES, FIELDS
 
 from m2f_hf import M2FImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import CATEGORIES
@@ -13,27 +14,13 @@ from m2f_hf.training import FinetuningArguments, finetune
 from m2f_hf.training.checkpoints import read_log, save_model
 
 
-BACKBONE = {
-    "model_type": "resnet",
-    "layer_type": "basic",
-    "embedding_size": 8,
-    "hidden_sizes": [8, 8, 8, 8],
-    "depths": [1, 1, 1, 1],
-    "out_features": ["stage1", "stage2", "stage3", "stage4"],
-}
-SMALL = {
-    "backbone_config": BACKBONE,
-    "feature_size": 32,
-    "mask_feature_size": 16,
-    "hidden_dim": 16,
-    "encoder_feedforward_dim": 16,
-    "dim_feedforward": 16,
+SMALL = FIELDS | {
+    "backbone_config": BACKBONES["resnet"],
     "encoder_layers": 1,
-    "decoder_layers": 4,  # one layer for each scale: with fewer a scale's projection has no gradient
-    "num_attention_heads": 2,
     "num_queries": 12,
     "train_num_points": 64,
 }
+del SMALL["num_labels"]
 FROZEN = {**SMALL, "freeze_backbone_norm": True}
 """Batch norms see one process's batch, so splitting that changes them; the rest of the model does not care."""
 COMMON = ["--image_size", "64", "--num_workers", "0", "--log_every", "1", "--eval_scenes", "3"]

@@ -1,4 +1,4 @@
-"""The training script, with a model of a few thousand parameters: whatever splits a run leaves its losses as they are.
+"""Runs with a model of a few thousand parameters: whatever splits a run leaves its losses as they are.
 
 Split by interruptions, over accumulated batches, over processes. And: every task, what is chosen, what is refused.
 """
@@ -26,8 +26,8 @@ from m2f_hf import BUNDLED_MODEL, M2FImageProcessor, Mask2FormerConfig, Mask2For
 from m2f_hf.cli import main as m2f
 from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset, write_coco_panoptic
 from m2f_hf.data.augmentation import TrainingTransform
-from m2f_hf.data.loading import CollateSamples, StepSampler, TrainingStream, to_model_inputs, training_loader
-from m2f_hf.known.recipes import SizeSchedule, default_recipe, get_recipe
+from m2f_hf.data.loading import CollateSamples, TrainingStream, to_model_inputs
+from m2f_hf.known.recipes import default_recipe, get_recipe
 from m2f_hf.metrics import Evaluation
 from m2f_hf.processing.rle import encode_rle
 from m2f_hf.training import trainer as trainer_module
@@ -148,8 +148,8 @@ def assert_equal(found, expected) -> None:
         assert found == expected
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path):
-    """SIGKILL after step 4, whose row is in the log already; with a worker process, before and after."""
+def test_a_killed_run_resumes_exactly(whole, tmp_path):
+    """SIGKILL after step 4, when its row is in the log already; with a worker process, before and after."""
     killed_at_4 = """
 import os, signal, finetune
 from m2f_hf.training import Trainer
@@ -175,8 +175,8 @@ finetune.main()
 
 
 @pytest.mark.parametrize("moment", ["step", "validation"])
-def test_a_run_that_is_told_to_stop_saves_and_goes_on(whole, tmp_path, monkeypatch, capsys, moment):
-    """SIGTERM in step 2, where no checkpoint was due: the step is finished. In a validation: that is done again."""
+def test_a_stopped_run_saves_and_resumes_exactly(whole, tmp_path, monkeypatch, capsys, moment):
+    """SIGTERM in step 2, where no checkpoint was due: the step is finished. In a validation: it is repeated."""
     owner, name, step = {
         "step": (Trainer, "backward", 1),
         "validation": (Evaluation, "add", 4),
@@ -188,14 +188,14 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(whole, tmp_path, monkeypat
         current[:] = [self]
         return reset(self, *arguments)
 
-    def be_told(self, *arguments):
+    def stop(self, *arguments):
         if current[0].progress.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
     reset = Trainer._loader
     monkeypatch.setattr(Trainer, "_loader", remember)
-    monkeypatch.setattr(owner, name, be_told)
+    monkeypatch.setattr(owner, name, stop)
     arguments = [*SHAPES, "--config", whole / "config.json", *INTERRUPTED]
     with pytest.raises(SystemExit) as caught:
         run(tmp_path / "run", *arguments)
@@ -222,21 +222,21 @@ def test_a_run_is_not_written_over(whole, tmp_path, capsys):
     assert "no checkpoint yet: from the beginning" in capsys.readouterr().err
 
 
-def test_going_on_with_other_settings_is_told_of(tmp_path, config, capsys):
+def test_resuming_with_other_settings_warns(tmp_path, config, capsys):
     arguments = [*SHAPES, "--config", config, "--batch_size", 1]
     run(tmp_path / "run", *arguments, "--steps", 1)
     capsys.readouterr()
     run(tmp_path / "run", *arguments, "--steps", 2, "--resume", "--no_object_weight", 0.4)
-    told = capsys.readouterr().err
-    assert "warning: steps was 1 and is 2" in told and told.count("does not go on as") == 1
+    words = capsys.readouterr().err
+    assert "warning: steps was 1 and is 2" in words and words.count("does not go on as") == 1
     assert torch.load(find_checkpoint(tmp_path / "run") / "state.pt", weights_only=True)["model"][
         "criterion.empty_weight"
     ].tolist() == pytest.approx([1.0] * 7 + [0.4])
     AcceleratorState._reset_state(reset_partial_state=True)
     run(tmp_path / "run", *arguments, "--steps", 3, "--resume", "--recipe", "default", "--mixed_precision", "bf16")
-    told = capsys.readouterr().err
-    for words in ("color_jitter was False and is True", "mixed_precision was no and is bf16"):
-        assert f"warning: {words}: the run does not go on as it would have" in told
+    words = capsys.readouterr().err
+    for change in ("color_jitter was False and is True", "mixed_precision was no and is bf16"):
+        assert f"warning: {change}: the run does not go on as it would have" in words
     AcceleratorState._reset_state(reset_partial_state=True)
     assert "other settings: average" in refusal(
         capsys, *arguments, "--steps", 4, "--resume", "--ema", 0.9, "--output", tmp_path / "run"
@@ -246,7 +246,7 @@ def test_going_on_with_other_settings_is_told_of(tmp_path, config, capsys):
 # --- what is on the disk ---
 
 
-def test_a_run_goes_on_without_room_and_says_so_at_the_end(tmp_path, config, monkeypatch, capsys):
+def test_a_full_disk_does_not_end_training(tmp_path, config, monkeypatch, capsys):
     save = torch.save
     full = [False, True, True]
 
@@ -265,8 +265,8 @@ def test_a_run_goes_on_without_room_and_says_so_at_the_end(tmp_path, config, mon
     assert [row["step"] for row in losses(rows_of(tmp_path / "run"))] == [1, 2, 3]
 
 
-def test_the_best_is_what_could_be_written(tmp_path, config, monkeypatch, capsys):
-    """The disk is full at the best validation: that the next is worse does not matter, and the card is its."""
+def test_the_best_is_the_best_that_could_be_written(tmp_path, config, monkeypatch, capsys):
+    """The disk is full at the best validation: the next best is kept, and the card has its figures."""
     figures = iter([0.5, 0.9, 0.7])
     evaluate, save = trainer_module.evaluate, trainer_module.save_model
 
@@ -341,8 +341,8 @@ def test_more_queries_than_the_checkpoint_has(tmp_path, small_model, config, cap
     common = ["--dataset", folder, "--steps", 1]
     for name, start in (("model", small_model), ("config", config)):
         run(tmp_path / name, *common, f"--{name}", start, "--num_queries", most - 1)
-        told = capsys.readouterr().err
-        assert f"{most} segments" in told and f"--num_queries {2 * most}" in told
+        words = capsys.readouterr().err
+        assert f"{most} segments" in words and f"--num_queries {2 * most}" in words
         run(tmp_path / f"{name}-more", *common, f"--{name}", start, "--num_queries", 2 * most + 1)
         assert "--num_queries" not in capsys.readouterr().err
         saved = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / f"{name}-more" / "best")
@@ -367,8 +367,8 @@ def test_every_task_ends_in_a_folder_that_works(tmp_path, small_model, task, cap
     arguments = ["--dataset", folder, "--model", small_model, "--steps", 2, "--batch_size", 2, "--eval_every", 2]
     rows = run(tmp_path / "run", *arguments)
     assert rows[-1][figure] >= 0.0 and rows[-1]["step"] == 2
-    told = capsys.readouterr().err
-    assert told.index(f"task:      {task}") < told.index("start: ") < told.index("recipe default")
+    words = capsys.readouterr().err
+    assert words.index(f"task:      {task}") < words.index("start: ") < words.index("recipe default")
 
     best = tmp_path / "run" / "best"
     processor = M2FImageProcessor.from_pretrained(best)
@@ -423,7 +423,7 @@ def test_averaged_weights_are_what_is_kept(tmp_path, config):
     assert not torch.equal(state["model"][name], averages[name])
 
 
-def test_a_frozen_backbone_stays_and_the_rest_learns(tmp_path, small_model):
+def test_a_frozen_backbone_does_not_change(tmp_path, small_model):
     arguments = [*SHAPES, "--model", small_model, "--steps", 1, "--batch_size", 2, "--warmup_steps", 0]
     run(tmp_path / "run", *arguments, "--freeze_backbone", "--gradient_checkpointing")
     before, after = load_file(small_model / "model.safetensors"), weights_of(tmp_path / "run")
@@ -432,7 +432,7 @@ def test_a_frozen_backbone_stays_and_the_rest_learns(tmp_path, small_model):
     assert not any(".encoder." in name and "pixel_level_module.encoder" in name for name in changed)
 
 
-def test_half_precision_leaves_the_weights_whole(tmp_path, small_model):
+def test_half_precision_keeps_float32_weights(tmp_path, small_model):
     """Autocast on the CPU; the loss is that in float32 but for rounding, the weights are stored as before."""
     arguments = [*SHAPES, "--model", small_model, "--steps", 1, "--batch_size", 2]
     full = run(tmp_path / "full", *arguments)[0]
@@ -445,7 +445,7 @@ def test_half_precision_leaves_the_weights_whole(tmp_path, small_model):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
-def test_accelerate_reads_its_configurations(name):
+def test_accelerate_reads_the_configurations(name):
     """That they are complete and without unknown fields; running them takes two GPUs."""
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -479,7 +479,7 @@ def test_a_new_head_takes_over_classes_by_name():
     )
 
 
-def test_as_many_classes_of_other_names_are_another_head_too():
+def test_other_class_names_give_a_new_head():
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**SMALL, id2label={0: "cat", 1: "dog"}))
     before = model.class_predictor
     note = set_classes(
@@ -494,7 +494,7 @@ def test_as_many_classes_of_other_names_are_another_head_too():
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_no_number_ends_the_run_before_the_weights_are_spoilt(tmp_path, small_model, monkeypatch, what):
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, small_model, monkeypatch, what):
     folder = write_panoptic(tmp_path / "data")
     calls = []
 
@@ -524,7 +524,7 @@ def test_what_is_no_number_ends_the_run_before_the_weights_are_spoilt(tmp_path, 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
 )
-def test_running_out_of_memory_says_what_to_lower(tmp_path, config, monkeypatch, error):
+def test_running_out_of_memory_gives_advice(tmp_path, config, monkeypatch, error):
     def allocate(self, batches, seed):
         raise error
 
@@ -533,7 +533,7 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path, config, monkeypatch,
         run(tmp_path / "run", *SHAPES, "--config", config, "--steps", 1, "--batch_size", 1)
 
 
-def test_other_errors_are_not_taken_for_that(tmp_path, config, monkeypatch):
+def test_other_errors_give_no_advice(tmp_path, config, monkeypatch):
     def fail(self, batches, seed):
         raise RuntimeError("another reason")
 
@@ -542,7 +542,7 @@ def test_other_errors_are_not_taken_for_that(tmp_path, config, monkeypatch):
         run(tmp_path / "run", *SHAPES, "--config", config, "--steps", 1, "--batch_size", 1)
 
 
-def test_data_and_models_that_do_not_do_are_refused_before_training(tmp_path, small_model, config, capsys):
+def test_unusable_data_and_models_are_refused(tmp_path, small_model, config, capsys):
     other = write_panoptic(tmp_path / "panoptic")
     instances, maps = write_instances(tmp_path / "instances"), write_maps(tmp_path / "maps")
     (tmp_path / "broken").mkdir()
@@ -629,7 +629,7 @@ def test_precision_is_bf16_where_a_gpu_has_it(monkeypatch):
     assert choose_precision(None)[0] == "no"
 
 
-def test_batch_norms_of_a_pretrained_backbone_are_frozen_for_small_batches():
+def test_small_batches_freeze_pretrained_batch_norms():
     def prepared(*arguments):
         model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**SMALL))
         notes = prepare_for_training(model, arguments_for(*arguments), data_of(9, ["a"]))
@@ -642,7 +642,7 @@ def test_batch_norms_of_a_pretrained_backbone_are_frozen_for_small_batches():
     assert not is_frozen and "warning" in notes
 
 
-def test_thresholds_are_chosen_among_those_offered_and_saved(tmp_path, small_model, capsys):
+def test_thresholds_are_chosen_and_saved(tmp_path, small_model, capsys):
     arguments = [*SHAPES, "--model", small_model, "--choose_thresholds", "--output", tmp_path / "chosen"]
     train(*COMMON, *arguments)
     settings = json.loads((tmp_path / "chosen" / "best" / "preprocessor_config.json").read_text())
@@ -651,11 +651,11 @@ def test_thresholds_are_chosen_among_those_offered_and_saved(tmp_path, small_mod
     assert f"'threshold': {settings['threshold']}" in capsys.readouterr().out
 
 
-def test_samples_are_drawn_and_trackers_told(tmp_path, small_model, monkeypatch):
+def test_samples_are_drawn_and_trackers_get_the_log(tmp_path, small_model, monkeypatch):
     """A tracker of our own in the place of one that would have to be installed."""
     from accelerate import tracking
 
-    told = []
+    logged = []
 
     class Tracker(tracking.GeneralTracker):
         name = "tensorboard"
@@ -666,61 +666,23 @@ def test_samples_are_drawn_and_trackers_told(tmp_path, small_model, monkeypatch)
             super().__init__()
 
         def store_init_configuration(self, values):
-            told.append(values)
+            logged.append(values)
 
         def log(self, values, step, **arguments):
-            told.append((step, values))
+            logged.append((step, values))
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
     monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
     arguments = ["--dataset", write_panoptic(tmp_path / "data"), "--model", small_model, "--batch_size", 2]
     rows = run(tmp_path / "run", *arguments, "--steps", 1, "--inspect", 2, "--report_to", "tensorboard")
-    assert told[0]["steps"] == 1
-    assert [step for step, _ in told[1:]] == [1, 1]
-    assert told[1][1]["loss"] == rows[0]["loss"] and told[2][1]["pq_all"] == rows[1]["pq_all"]
+    assert logged[0]["steps"] == 1
+    assert [step for step, _ in logged[1:]] == [1, 1]
+    assert logged[1][1]["loss"] == rows[0]["loss"] and logged[2][1]["pq_all"] == rows[1]["pq_all"]
     with Image.open(tmp_path / "run" / "samples.jpg") as sheet:
         assert len(sheet.convert("RGB").getcolors(1 << 20)) > 1000
 
 
-# --- batches ---
-
-
-def stream_of(num_images: int, seed: int, **more) -> TrainingStream:
-    recipe = default_recipe({"shortest_edge": 32})
-    return TrainingStream(ShapesDataset(num_images, 32), TrainingTransform(recipe), seed, **more)
-
-
-def test_places_in_the_stream_depend_on_the_seed_alone():
-    """Each epoch shows every item once, in an order of its own; reading out of order changes nothing."""
-    stream, other = stream_of(5, seed=1), stream_of(5, seed=1)
-    samples = [stream[position] for position in range(15)]
-    epochs = [[sample["file_name"] for sample in samples[start : start + 5]] for start in (0, 5, 10)]
-    assert all(len(set(epoch)) == 5 for epoch in epochs)
-    assert len(set(map(tuple, epochs))) > 1
-    for position in (12, 3, 7):
-        again = other[position]
-        for name in ("image", "mask_labels", "class_labels"):
-            assert np.array_equal(again[name], samples[position][name])
-    assert not np.array_equal(stream_of(5, seed=2)[3]["image"], samples[3]["image"])
-
-
-def test_processes_and_accumulated_batches_share_each_step():
-    """Whoever sees them, the images of a step are the same, each at one place."""
-    one = list(StepSampler(3, 6, 8))
-    halves = [list(StepSampler(3, 6, 2, 2, process, 2)) for process in range(2)]
-    for step in range(3):
-        parts = [batch for half in halves for batch in half[2 * step : 2 * step + 2]]
-        assert sorted(position for batch in parts for position in batch) == one[step]
-    sampler = StepSampler(3, 6, 2, 2, 1, 2)
-    assert len(sampler) == 6 and sampler.images_per_step == 8
-    for index, batch in enumerate(sampler):
-        assert batch[0] == (3 + index // 2) * 8 + sampler.first_image(index % 2)
-
-
-def test_samples_grow_over_training():
-    sizes = SizeSchedule.parse("0:32,0.5:64")
-    stream = stream_of(4, seed=0, sizes=sizes, images_per_step=2, total_steps=4)
-    assert [stream[position]["image"].shape[0] for position in range(8)] == [32] * 4 + [64] * 4
+# --- samples ---
 
 
 def test_plain_samples_are_what_the_processor_makes_of_an_image_mirrored_or_not():
@@ -767,34 +729,3 @@ def test_whole_samples_are_what_evaluation_sees(size):
         assert torch.equal(found["pixel_values"], expected["pixel_values"])
         assert torch.equal(found["mask_labels"][0], expected["mask_labels"][0])
         assert torch.equal(found["class_labels"][0], expected["class_labels"][0])
-
-
-def test_batches_are_the_samples_as_the_model_takes_them():
-    samples = [stream_of(4, seed=0)[position] for position in range(2)]
-    inputs = to_model_inputs(CollateSamples(M2FImageProcessor())(samples))
-    assert inputs["pixel_values"].shape == (2, 3, 32, 32)
-    for masks, labels, sample in zip(inputs["mask_labels"], inputs["class_labels"], samples, strict=True):
-        assert masks.dtype == torch.bool and np.array_equal(masks.numpy(), sample["mask_labels"])
-        assert labels.tolist() == sample["class_labels"].tolist()
-
-
-def test_a_stream_of_rows_goes_on_where_it_is_told_to(tmp_path):
-    """Two epochs of a table read as a stream: starting later gives the batches that starting early gives then."""
-    from datasets import Dataset, Features
-    from datasets import Image as ImageFeature
-
-    folder = write_maps(tmp_path / "data")
-    columns = {"image": "images", "label": "masks"}
-    rows = {name: [str(folder / there / f"{index}.png") for index in range(4)] for name, there in columns.items()}
-    table = Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "label": ImageFeature()}))
-    found = open_dataset(table.to_iterable_dataset(), labels=["ground", "thing"], held_out=0)
-    transform = TrainingTransform(default_recipe({"shortest_edge": 32}))
-    samples = TrainingStream(found.train, transform, seed=0)
-
-    def batches(first, workers):
-        loader = training_loader(samples, StepSampler(first, 4, 2), M2FImageProcessor(), workers)
-        return [batch["pixel_values"] for batch in loader]
-
-    whole, later = batches(0, 0), batches(3, 4)
-    assert len(whole) == 4 and not torch.equal(whole[0], whole[2])
-    assert len(later) == 1 and torch.equal(later[0], whole[3])

@@ -49,7 +49,7 @@ def test_a_run_on_moving_shapes_gives_a_video_checkpoint(whole):
     assert all(Image.open(path).width > 200 for path in pictures)
 
 
-def test_an_interrupted_run_on_clips_goes_on_as_if_it_had_not_been(whole, small_model, tmp_path, monkeypatch):
+def test_an_interrupted_run_on_clips_resumes_exactly(whole, small_model, tmp_path, monkeypatch):
     """Stopped after the second of its steps; the clips, the points and the order are those of the whole run."""
     arguments = [*MOVING, "--model", small_model, "--batch_size", 2, "--steps", 3, "--save_every", 2]
     train_step = Trainer.train_step
@@ -104,9 +104,9 @@ def videos(tmp_path_factory) -> Path:
 def test_a_folder_of_videos_is_trained_on_and_evaluated(videos, small_model, tmp_path, capsys):
     arguments = ["--dataset", videos, "--model", small_model, "--task", "video", "--batch_size", 2, "--steps", 2]
     rows = run(tmp_path / "run", *arguments)
-    told = capsys.readouterr().err
-    assert "taken over by name: star (1); 1 are new" in told and "validation videos: 2 of about 6 frames" in told
-    assert f"m2f track clip.mp4 --model {tmp_path / 'run' / 'best'}" in told, "how to go on"
+    words = capsys.readouterr().err
+    assert "taken over by name: star (1); 1 are new" in words and "validation videos: 2 of about 6 frames" in words
+    assert f"m2f track clip.mp4 --model {tmp_path / 'run' / 'best'}" in words, "how to go on"
     assert len(losses(rows)) == 2 and rows[-1]["ap"] >= 0
     assert Mask2FormerForVideoSegmentation.from_pretrained(tmp_path / "run" / "best").config.id2label[0] == "cross"
     model = str(tmp_path / "run" / "best")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import BACKBONES, tiny_model
 from torch import nn
-from transformers import ResNetConfig, SwinConfig
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_hf.known.recipes import RECIPES, get_recipe
@@ -33,36 +33,13 @@ from detectron2_config import config_from_yaml, read_config
 from detectron2_mapping import mapping_for
 
 
-def small_config(backbone, **settings) -> Mask2FormerConfig:
-    return Mask2FormerConfig(
-        backbone_config=backbone,
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        dim_feedforward=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_queries=5,
-        **settings,
-    )
-
-
-SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2], "window_size": 4}
-UNDECAYED = (
-    "norm",
-    "relative_position_bias_table",
-    "position_embeddings",
-    "queries_",
-    "transformer_module.level_embed",
-)
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
+UNDECAYED = ("norm", "relative_position_bias_table", "position_embeddings", "queries_")
+UNDECAYED += ("transformer_module.level_embed",)
 
 
 @pytest.fixture(scope="module")
 def swin_model() -> Mask2FormerForUniversalSegmentation:
-    backbone = SwinConfig(**SWIN, use_absolute_embeddings=True, image_size=32, patch_size=4, out_features=STAGES)
-    return Mask2FormerForUniversalSegmentation(small_config(backbone))
+    return tiny_model("swin", backbone_config=BACKBONES["swin"] | {"use_absolute_embeddings": True, "image_size": 32})
 
 
 def settings_by_name(groups: list[dict]) -> dict[str, tuple[float, float]]:
@@ -191,10 +168,7 @@ def test_unknown_schedule_is_refused():
 
 
 def test_a_resnet_with_trained_norms_keeps_them_undecayed():
-    backbone = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic", out_features=STAGES
-    )
-    found = settings_by_name(get_parameter_groups(Mask2FormerForUniversalSegmentation(small_config(backbone))))
+    found = settings_by_name(get_parameter_groups(tiny_model()))
     norms = {name for name in found if ".normalization." in name}
     assert norms and all(found[name] == pytest.approx((1e-5, 0.0)) for name in norms)
 
@@ -251,9 +225,7 @@ def part(batch: dict, start: int, end: int) -> dict:
 @pytest.fixture(scope="module")
 def plain_model() -> Mask2FormerForUniversalSegmentation:
     """Without anything that looks at other images of a batch, or drops something at random."""
-    torch.manual_seed(0)
-    backbone = SwinConfig(**SWIN, image_size=64, patch_size=4, drop_path_rate=0.0, out_features=STAGES)
-    return Mask2FormerForUniversalSegmentation(small_config(backbone, num_labels=2, train_num_points=64)).train()
+    return tiny_model("swin", num_queries=NUM_QUERIES, num_labels=2, train_num_points=64).train()
 
 
 def run(model: Mask2FormerForUniversalSegmentation, batch: dict, first_image: int) -> dict[str, torch.Tensor]:
