@@ -1,5 +1,6 @@
 """Time, memory, single kernels turned off, and what is known of the processor."""
 
+import functools
 import gc
 import importlib
 import os
@@ -128,8 +129,8 @@ def measure_product_rate(dtype: torch.dtype, repeats: int = 5) -> float:
     rates = []
     for rows, inner, columns in PRODUCT_SHAPES:
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
-        torch.mm(left, right)
-        fastest = min(time_once(lambda left=left, right=right: torch.mm(left, right))[0] for _ in range(repeats))
+        run = functools.partial(torch.mm, left, right)
+        fastest = min(time_once(run)[0] for _ in range(repeats))
         rates.append(2 * rows * inner * columns / fastest)
     return max(rates)
 

@@ -26,13 +26,13 @@ EVALUATE_LIBRARY: dict[str, ModuleType] = {}
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
-    """Root of the source tree the tests lie in."""
+    """Return the root of the source tree."""
     return REPOSITORY
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder with reference data, kept next to the repository rather than in it."""
+    """Return the folder with reference data, which is next to the repository."""
     if not SHARED.is_dir():
         pytest.skip("needs the reference data folder `shared` next to the repository")
     return SHARED
@@ -40,7 +40,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def goldens(shared: Path) -> Path:
-    """Recorded inputs and outputs of the original Mask2Former, one folder for each model."""
+    """Return the recorded inputs and outputs of the original Mask2Former, one folder for each model."""
     folder = shared / "goldens"
     if not folder.is_dir():
         pytest.skip("needs the recorded outputs of the original in `shared/goldens`")
@@ -49,7 +49,7 @@ def goldens(shared: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def transformers_warns():
-    """Scripts quieten transformers for their process; here that would deafen the tests that listen to it."""
+    """Turn transformers' warnings on again: scripts turn them off for their process, and some tests wait for them."""
     from transformers.utils import logging
 
     logging.set_verbosity_warning()

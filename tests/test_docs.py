@@ -63,7 +63,7 @@ def run_page(text: str, page: str) -> int:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """A folder to run pages in, with the files they speak of."""
+    """A folder to run pages in, with the files they mention."""
     scenes = sorted(BUNDLED_SCENES.glob("*.png"))
     Image.open(scenes[0]).save(tmp_path / "photo.jpg")
     (tmp_path / "photos").mkdir()
