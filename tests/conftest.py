@@ -1,9 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
 
 
 # Set before any test module imports huggingface_hub: the suite never reaches for the network.
@@ -19,9 +17,6 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
-# Modules of the library `evaluate` once it was imported: our classes are those of this import, and a second would not
-# know them.
-EVALUATE_LIBRARY: dict[str, ModuleType] = {}
 
 
 @pytest.fixture(scope="session")
@@ -71,27 +66,11 @@ def by_onednn(request, monkeypatch):
 
 @pytest.fixture(scope="module")
 def load_measure(tmp_path_factory):
-    """`evaluate.load`, with its caches in a temporary folder."""
-    # The script of the same name lies in examples/; the library must be found first, and is gone again afterwards.
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "evaluate"}
-    for name in before:
-        del sys.modules[name]
-    sys.modules.update(EVALUATE_LIBRARY)
-    path = list(sys.path)
-    sys.path[:] = [entry for entry in path if Path(entry) != REPOSITORY / "examples"]
-    pytest.importorskip("evaluate")
-    import evaluate
-
+    """Return `evaluate.load`, with its caches in a temporary folder, and check that nothing is stored there."""
+    evaluate = pytest.importorskip("evaluate")
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(cache / "metrics"))
         yield evaluate.load
-    arrows = list(cache.rglob("*.arrow"))
-    sys.path[:] = path
-    for name in [name for name in sys.modules if name.split(".")[0] in ("evaluate", "evaluate_modules")]:
-        module = sys.modules.pop(name)
-        if name.split(".")[0] == "evaluate":
-            EVALUATE_LIBRARY[name] = module
-    sys.modules.update(before)
-    assert arrows == [], "nothing was stored"
+    assert list(cache.rglob("*.arrow")) == []

@@ -19,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import finetune_with_trainer
 
 
+sys.path.pop(0)  # `evaluate.py` there would hide the library of that name
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
