@@ -67,6 +67,10 @@ else:
     )
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def _runs_command() -> bool:
     """Return whether this process was started as `m2f` or `python -m m2f_hf.cli`."""
     if sys.argv[:1] == ["-m"]:  # while the interpreter still looks for the module

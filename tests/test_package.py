@@ -52,6 +52,7 @@ def test_installed_package_has_every_file_of_the_source():
 
 def test_public_names_exist():
     assert [name for name in m2f_hf.__all__ if not hasattr(m2f_hf, name)] == []
+    assert set(m2f_hf.__all__) <= set(dir(m2f_hf))
 
 
 def test_command_is_declared():

@@ -600,7 +600,16 @@ def test_usage_needs_no_model_code(start, arguments, tmp_path):
     assert not {"torch", "transformers", "huggingface_hub", "numpy"} & imported_by([*command, *arguments])
 
 
-@pytest.mark.parametrize("name", ["m2f.py", "my_m2f", "segment"])
+def test_a_process_without_registration_gives_the_same(model, photo, tmp_path):
+    arguments = ["segment", photo, "--model", model, "--output"]
+    modules = imported_by(["-m", "m2f_hf.cli", *arguments, tmp_path / "process"])
+    assert "torch" in modules and "m2f_hf.auto" not in modules
+    main([*map(str, arguments), str(tmp_path / "here")])
+    for name in names(tmp_path / "here"):
+        assert (tmp_path / "process" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["m2f.py", "my_m2f"])
 def test_other_programs_register_on_import(name, tmp_path):
     (tmp_path / name).write_text("import m2f_hf\n")
     assert "m2f_hf.auto" in imported_by([tmp_path / name])
