@@ -44,7 +44,7 @@ class Columns(NamedTuple):
 
     @property
     def task(self) -> str:
-        """What the columns can be used for."""
+        """The task that the columns are for."""
         if self.segments is not None:
             return "panoptic"
         return "semantic" if self.objects is None and self.instances is None else "instance"
@@ -308,10 +308,6 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
     def task(self) -> str:
         """ "panoptic", "instance" or "semantic"."""
         return self.reader.task
-
-    def with_rows(self, rows: Any) -> "StreamingDataset":
-        """Return the stream with other rows."""
-        return StreamingDataset(rows, self.reader)
 
     def with_task(self, task: str) -> "StreamingDataset":
         """Return the same stream for another task, as `SegmentationDataset.with_task`."""

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,9 +211,9 @@ def _is_saved_table(folder: Path) -> bool:
 
 
 def _coco_kind(path: Path) -> str | None:
-    """ "panoptic", "instance" (COCO's) or "video" (YouTube-VIS'), without parsing the file; None for another one."""
+    """Return "panoptic", "instance" (COCO's) or "video" (YouTube-VIS') without parsing the file; None for another."""
     if path.stat().st_size == 0:
-        return None
+        return None  # cannot be mapped into memory
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         has = {key: text.find(f'"{key}"'.encode()) >= 0 for key in ("images", "annotations", "categories")}
         if not has["images"] and has["categories"] and text.find(b'"videos"') >= 0:
@@ -538,7 +539,8 @@ def _split(splits: Mapping[str, Any], held_out: float, seed: int) -> tuple[Any, 
         return whole, whole, ["no validation split: validated on the training images themselves (held_out=0)"]
     if isinstance(whole, hub_datasets.StreamingDataset):
         count = _NUM_STREAMED_FOR_VALIDATION
-        rest, first = whole.with_rows(whole.rows.skip(count)), whole.with_rows(whole.rows.take(count))
+        stream = partial(hub_datasets.StreamingDataset, reader=whole.reader)
+        rest, first = stream(whole.rows.skip(count)), stream(whole.rows.take(count))
         return rest, first, [f"no validation split: the first {count} rows of the stream are held out for validation"]
     if len(whole) == 1:
         return whole, whole, [f"one {'video' if whole.task == 'video' else 'image'} only: validated on it, too"]

@@ -45,7 +45,7 @@ class Problems:
 
 
 def describe(problems: dict[str, list[str]]) -> list[str]:
-    """Lines of text: each kind with its count and the first files it was found in."""
+    """Return lines of text: each kind with its count and the first files it was found in."""
     lines = []
     for kind, places in problems.items():
         lines.append(f"- {kind} ({len(places)})" if len(places) > 1 else f"- {kind}")
@@ -56,6 +56,6 @@ def describe(problems: dict[str, list[str]]) -> list[str]:
 
 
 def named(names: Sequence[object]) -> str:
-    """The first names of a list, and how many more there are."""
+    """List the first names, and how many there are in all."""
     text = ", ".join(str(name) for name in names[:_NUM_NAMED])
     return text if len(names) <= _NUM_NAMED else f"{text}, … ({len(names)} in all)"

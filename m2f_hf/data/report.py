@@ -86,7 +86,7 @@ class DatasetReport:
 
 
 def problem_lines(problems: Problems) -> list[str]:
-    """Errors and warnings, each kind with the first places it was found in."""
+    """Return lines of text on errors and warnings."""
     lines = []
     for title, found in (("errors", problems.errors), ("warnings", problems.warnings)):
         if found:
@@ -122,7 +122,7 @@ def split_lines(split: SplitReport) -> list[str]:
 
 
 def class_lines(categories: Sequence[Mapping[str, Any]], counts: Mapping[str, np.ndarray], what: str) -> list[str]:
-    """A table of the most frequent classes: how many of them (`what`) there are in each split, by its name."""
+    """Return a table of the most frequent classes: how many (`what`) there are in each split, by its name."""
     totals = sum(counts.values(), np.zeros(len(categories), dtype=np.int64))
     present = [index for index in np.argsort(-totals, kind="stable").tolist() if totals[index]]
     shown = present[:_NUM_CLASSES_SHOWN]
@@ -141,7 +141,7 @@ def class_lines(categories: Sequence[Mapping[str, Any]], counts: Mapping[str, np
 
 
 def spread(total: int, most: int | None) -> list[int]:
-    """Positions of `most` of `total` items, spread evenly from the first to the last; of all if None."""
+    """Choose `most` of `total` positions, spread evenly from the first to the last; all if None."""
     return np.linspace(0, total - 1, total if most is None else min(total, most)).round().astype(int).tolist()
 
 

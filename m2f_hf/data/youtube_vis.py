@@ -119,7 +119,7 @@ class YouTubeVISDataset(AnnotationFile, VideoDataset):
         return size
 
     def num_frames(self) -> np.ndarray:
-        """Frames of each video: (videos,) int64."""
+        """Return the number of frames of each video: (videos,) int64."""
         return np.array([len(self._record(index)["file_names"]) for index in range(len(self))], dtype=np.int64)
 
     def _record(self, index: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from m2f_hf.data.augmentation import (
 )
 from m2f_hf.data.inspection import draw_sample, inspect_augmentation
 from m2f_hf.known.recipes import RECIPES, Recipe, SizeSchedule, cropped, default_recipe, get_recipe, half_to_double
+from m2f_hf.processing.rle import encode_rle, run_lengths
 
 
 JITTER = Recipe(crop_size=(96, 96), scale_range=(0.1, 2.0), color_jitter=False, evaluation_size=(96, 96))
@@ -74,10 +75,8 @@ def as_run_lengths(item: dict) -> dict:
     """The same item with COCO's uncompressed run lengths for each segment."""
     segments = []
     for info in item["segments_info"]:
-        flat = (item["segmentation_map"] == info["id"]).T.ravel()
-        edges = np.flatnonzero(np.diff(np.r_[False, flat, not flat[-1]].astype(int)))
-        counts = np.diff(np.r_[0, edges, flat.size] if edges[-1] != flat.size else np.r_[0, edges]).tolist()
-        segments.append({**info, "segmentation": {"size": list(item["segmentation_map"].shape), "counts": counts}})
+        rle = encode_rle(item["segmentation_map"] == info["id"])
+        segments.append({**info, "segmentation": {**rle, "counts": run_lengths(rle["counts"]).tolist()}})
     return {key: value for key, value in item.items() if key != "segmentation_map"} | {"segments_info": segments}
 
 

@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from m2f_hf.data import MovingShapesDataset, tube_masks
 from m2f_hf.metrics import MaskAP, VideoAP, merged, module_path
 from m2f_hf.metrics.video_ap import tubes
-from m2f_hf.processing.rle import encode_rle
+from m2f_hf.processing.rle import encode_rle, run_lengths
 
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
@@ -276,11 +277,10 @@ def test_a_tube_is_matched_as_a_whole():
 
 def test_all_forms_of_a_tube_are_equal(videos):
     """Run lengths of each frame, compressed or not, with None where there is nothing; tensors; lists of masks."""
-    torch = pytest.importorskip("torch")
 
     def uncompressed(mask: np.ndarray) -> dict:
-        ends = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
-        return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0, append=mask.size).tolist()}
+        rle = encode_rle(mask)
+        return {**rle, "counts": run_lengths(rle["counts"]).tolist()}
 
     forms = [
         lambda tube: [encode_rle(mask) if mask.any() else None for mask in tube],
