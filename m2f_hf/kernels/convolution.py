@@ -1,13 +1,12 @@
 """3x3 convolution with fewer products: Winograd's F(2x2, 3x3) (Lavin and Gray, arXiv 1509.09308, section 4.1).
 
-A tile of 2x2 outputs sees 4x4 inputs. In the basis of the transforms below their products with the nine weights are 16
-products of one number each instead of 36, for every pair of an input and an output channel. The transforms are sums and
-differences of a few numbers, and sums over channels are nine times shorter, so that rounding is no worse: in float32
-with 256 channels outputs have half of the error that PyTorch's convolution has.
+A tile of 2x2 outputs depends on 4x4 inputs. After the transforms below, 16 multiplications per pair of an input and an
+output channel replace 36. The transforms are sums and differences of a few numbers, and sums over channels are nine
+times shorter, so rounding is no worse: in float32 with 256 channels outputs have half the error of PyTorch's.
 
-For maps on the CPU with channels last: each of the sixteen is then a matrix product of tiles and weights, and the
-backward pass is made of the same parts. In this layout PyTorch's own gradient of the weights takes five to twelve times
-as long where the processor has AVX2 and no more.
+It works on CPU maps with channels last, where each of the 16 is a matrix product of tiles and weights, and so is the
+backward pass; PyTorch's own gradient of the weights takes five to twelve times as long there on processors with AVX2
+only. There are no second derivatives, forward-mode ones or `torch.func` transforms; infinity makes NaN of its tile.
 """
 
 import math
@@ -24,7 +23,7 @@ from .fast_path import Kernel
 # With fewer channels the transforms cost what the products save. The gradient of the weights gains with fewer, too.
 _LEAST_CHANNELS = 192
 _LEAST_CHANNELS_TO_LEARN = 32
-_TILES_PER_PIECE = 512  # 8 MB of 256 channels in float32, for inputs and outputs each; products with fewer are slower
+_TILES_PER_CHUNK = 512  # 8 MB of 256 channels in float32, for inputs and outputs each; products with fewer are slower
 
 
 class TiledConvolution(torch.autograd.Function):
@@ -58,50 +57,50 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """Of `convolve`: (B, O, H, W) with channels last, (O, C, 3, 3) -> (B, C, H, W)."""
-    # What an output saw to its right sees the output to its left.
+    """Return the gradient of the input of `convolve`: (B, O, H, W) with channels last, (O, C, 3, 3) -> (B, C, H, W)."""
+    # An input to the right of an output has that output to its left.
     return convolve(grad, weight.transpose(0, 1).flip(2, 3))
 
 
 def convolve_tiles(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, C, H, W) with channels last, H and W even; (O, C, 3, 3), (O,) -> (B, O, H, W) with channels last."""
+    """Convolve (B, C, H, W) with channels last, H and W even, by (O, C, 3, 3) and (O,) -> the same, (B, O, H, W)."""
     batch, _, height, width = features.shape
     output = features.new_empty(batch, height, width, len(weight))
     filters = _transform_filters(weight)
-    of_products, of_outputs = _Workspace(features), _Workspace(features)
-    for tiles in _Tiles.of(features):
-        products = of_products.view(4, 4, *tiles.shape, len(weight))
+    product_space, output_space = _Workspace(features), _Workspace(features)
+    for tiles in _Tiles.split(features):
+        products = product_space.view(4, 4, *tiles.shape, len(weight))
         torch.bmm(_matrices(tiles.transformed_inputs()), filters, out=_matrices(products))
         if bias is not None:
             products[1, 1] += bias  # the only one of the sixteen that all four outputs add
-        _transform_outputs(products, tiles.outputs_in(output), of_outputs)
+        _transform_outputs(products, tiles.outputs_in(output), output_space)
     return output.permute(0, 3, 1, 2)
 
 
 def weight_gradient(features: Tensor, grad: Tensor) -> Tensor:
-    """Of a 3x3 convolution: input (B, C, H, W) and gradient of the output (B, O, H, W) -> (O, C, 3, 3).
+    """Return the gradient of a 3x3 convolution's weights, (O, C, 3, 3), from input and gradient of the output.
 
-    Both with channels last, H and W even.
+    (B, C, H, W) and (B, O, H, W), both with channels last, H and W even.
     """
     rows = grad.permute(0, 2, 3, 1)
     filter_grad = features.new_zeros(16, grad.shape[1], features.shape[1])
-    of_products, of_outputs = _Workspace(features), _Workspace(features)
-    for tiles in _Tiles.of(features):
-        product_grad = of_products.view(4, 4, *tiles.shape, grad.shape[1])
-        _transform_output_grad(tiles.outputs_in(rows), product_grad, of_outputs)
+    product_space, output_space = _Workspace(features), _Workspace(features)
+    for tiles in _Tiles.split(features):
+        product_grad = product_space.view(4, 4, *tiles.shape, grad.shape[1])
+        _transform_output_grad(tiles.outputs_in(rows), product_grad, output_space)
         filter_grad.baddbmm_(_matrices(product_grad).mT, _matrices(tiles.transformed_inputs()))
     transform = _filter_transform(features)
     return torch.einsum("ai,bj,aboc->ocij", transform, transform, filter_grad.unflatten(0, (4, 4)))
 
 
 class _Workspace:
-    """Memory that every piece uses again, as fresh memory is not in the cache; the last piece may be smaller."""
+    """Memory that every chunk uses again, as fresh memory is not in the cache; the last chunk may be smaller."""
 
     def __init__(self, like: Tensor) -> None:
         self._numbers = like.new_empty(0)
 
     def view(self, *shape: int) -> Tensor:
-        """Of that shape; what was there before is lost."""
+        """Return memory of that shape; its former contents are lost."""
         count = math.prod(shape)
         if count > len(self._numbers):
             self._numbers = self._numbers.new_empty(count)
@@ -112,8 +111,8 @@ class _Tiles(NamedTuple):
     """Some rows of tiles of an image.
 
     Args:
-        rows: (2 * n + 2, W + 2, C), what n rows of tiles see, with zeros around the image.
-        image: which of the batch it is.
+        rows: (2 * n + 2, W + 2, C), inputs of n rows of tiles, with zeros around the image.
+        image: index in the batch.
         first: number of the first row of tiles.
         workspaces: for `transformed_inputs`.
     """
@@ -124,25 +123,25 @@ class _Tiles(NamedTuple):
     workspaces: tuple[_Workspace, _Workspace]
 
     @classmethod
-    def of(cls, features: Tensor) -> Iterator["_Tiles"]:
-        """(B, C, H, W), a few hundred tiles at a time; each is overwritten by the next."""
+    def split(cls, features: Tensor) -> Iterator["_Tiles"]:
+        """Cut (B, C, H, W) into a few hundred tiles at a time; each overwrites the one before."""
         height, width = features.shape[2:]
-        step = min(max(1, _TILES_PER_PIECE // (width // 2)), height // 2)
+        step = min(max(1, _TILES_PER_CHUNK // (width // 2)), height // 2)
         padded = features.new_zeros(2 * step + 2, width + 2, features.shape[1])
         workspaces = _Workspace(features), _Workspace(features)
         for image, rows in enumerate(features.permute(0, 2, 3, 1)):
             for first in range(0, height // 2, step):
-                seen = padded[: 2 * min(step, height // 2 - first) + 2]
-                above = 2 * first - 1  # the first row that is seen
-                start, stop = max(above, 0), min(above + len(seen), height)
-                seen[: start - above] = 0
-                seen[stop - above :] = 0
-                seen[start - above : stop - above, 1:-1] = rows[start:stop]
-                yield cls(seen, image, first, workspaces)
+                inputs = padded[: 2 * min(step, height // 2 - first) + 2]
+                above = 2 * first - 1  # the first row of inputs
+                start, stop = max(above, 0), min(above + len(inputs), height)
+                inputs[: start - above] = 0
+                inputs[stop - above :] = 0
+                inputs[start - above : stop - above, 1:-1] = rows[start:stop]
+                yield cls(inputs, image, first, workspaces)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tiles along height and width."""
+        """Number of tiles along height and width."""
         return len(self.rows) // 2 - 1, self.rows.shape[1] // 2 - 1
 
     def transformed_inputs(self) -> Tensor:
@@ -156,14 +155,14 @@ class _Tiles(NamedTuple):
         return transformed
 
     def outputs_in(self, output: Tensor) -> Tensor:
-        """Where the outputs are in (B, H, W, O): (2, 2, n, W / 2, O)."""
+        """Return a view of the tiles' outputs in (B, H, W, O): (2, 2, n, W / 2, O)."""
         rows = output[self.image, 2 * self.first : 2 * (self.first + self.shape[0])]
         return rows.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).permute(1, 3, 0, 2, 4)
 
 
-def _matrices(of_tiles: Tensor) -> Tensor:
+def _matrices(tiles: Tensor) -> Tensor:
     """(4, 4, n, W / 2, C) -> (16, n * W / 2, C)."""
-    return of_tiles.flatten(2, 3).flatten(0, 1)
+    return tiles.flatten(2, 3).flatten(0, 1)
 
 
 def _transform_inputs(inputs: list[Tensor], transformed: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention as weighted gathers, for CPUs.
 
-The weighted sum of rows that the attention is takes one `embedding_bag`, in chunks that stay in the cache. Its backward
-pass is made of the same parts.
+The attention is a weighted sum of rows, one `embedding_bag`, here in chunks that stay in the cache; the backward pass
+is made of the same parts.
 """
 
 import warnings
@@ -32,12 +32,11 @@ _LEAST_SIZE_WITH_GRADIENTS = 1 << 13
 class GatherTable:
     """The value maps of some images as rows of one table, each map inside a border of zeros one position wide.
 
-    The border makes a bounds test needless: a corner outside a map is a row of zeros. A position's heads are
+    With the border no bounds test is needed: a corner outside a map is a row of zeros. A position's heads are
     neighbouring rows, as in the maps.
 
     Coordinates are in positions of the bordered map, (x, y): the middle of a map's first position is (1, 1). They are
-    clamped to the border, and once more after rounding, so that a coordinate which is not a number gives an output that
-    is not a number and no stray read.
+    clamped to the border, and again after rounding, so that a NaN gives NaN and no read out of bounds.
 
     Args:
         value: (B, S, M, D), the levels' maps flattened row by row and concatenated, in the dtype to compute in.
@@ -80,8 +79,8 @@ class GatherTable:
         return torch.addcmul(locations.new_tensor(0.5), locations, self.map_sizes)
 
     def locate(self, coordinates: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Coordinates (n, M * L * P * 2), each query's image (n,) int32, None for the only one -> the row of the
-        neighbour at the top left, int32, and the shares of the ones at the right and below: (n, M, L * P) each."""
+        """Return, for each sample, the row of its top left neighbour, int32, and the shares of the right and the lower
+        one: coordinates (n, M * L * P * 2), each query's image (n,) int32 or None -> (n, M, L * P) each."""
         clamped = coordinates.clamp(torch.zeros_like(self.ends), self.ends)
         lower = clamped.to(torch.int32).clamp_(torch.zeros_like(self.limits), self.limits)
         x_share, y_share = clamped.sub_(lower).view(len(coordinates), self.num_heads, -1, 2).unbind(-1)
@@ -92,12 +91,13 @@ class GatherTable:
         return top.view(x_share.shape), x_share, y_share
 
     def corner_rows(self, top: Tensor) -> Tensor:
-        """(n, M, L * P) -> (n * M, 4 * L * P): rows of the corners at the top left and right, bottom left and right."""
+        """Return the rows of a sample's top left, top right, bottom left and bottom right neighbour: (n, M, L * P) ->
+        (n * M, 4 * L * P)."""
         return (top[:, :, None] + self.corners).flatten(2).flatten(0, 1)
 
     @staticmethod
     def corner_weights(weights: Tensor, x_share: Tensor, y_share: Tensor) -> Tensor:
-        """Weight times bilinear share, in the order of `corner_rows`: (n, M, L * P) each -> (n, M, 4, L * P)."""
+        """Multiply weights and bilinear shares, corners as in `corner_rows`: (n, M, L * P) each -> (n, M, 4, L * P)."""
         output = weights.new_empty(*weights.shape[:2], 4, weights.shape[2])
         top_left, top_right, bottom_left, bottom_right = output.unbind(2)
         torch.mul(weights, y_share, out=bottom_left)
@@ -109,7 +109,7 @@ class GatherTable:
         return output
 
     def attend(self, coordinates: Tensor, weights: Tensor, images: Tensor | None = None) -> Tensor:
-        """Weighted sums of bilinear samples: (n, M * L * P * 2), (n, M, L * P), (n,) as in `locate` -> (n, M * D)."""
+        """Sum weighted bilinear samples: (n, M * L * P * 2), (n, M, L * P), (n,) as in `locate` -> (n, M * D)."""
         top, x_share, y_share = self.locate(coordinates, images)
         bags = nn.functional.embedding_bag(
             self.corner_rows(top),
@@ -122,12 +122,17 @@ class GatherTable:
     def sample_gradients(
         self, grad: Tensor, coordinates: Tensor, weights: Tensor, located: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Of `attend`: (n, M, D), its arguments, what `locate` gave -> gradients of coordinates and weights."""
+        """Return the gradients of coordinates and weights in `attend`.
+
+        Args:
+            grad: of its output, (n, M, D).
+            coordinates, weights: its arguments.
+            located: what `locate` returned for them.
+        """
         top, x_share, y_share = located
-        # What a sample would add to the loss at each of its corners, (n, M, 4, L * P).
-        of_corners = sampled_products(grad.reshape(-1, self.head_width), self.rows, self.corner_rows(top))
-        of_corners = of_corners.view(*weights.shape[:2], 4, -1)
-        top_left, top_right, bottom_left, bottom_right = of_corners.unbind(2)  # (n, M, L * P) each
+        # Product of the output's gradient and the row at each corner, (n, M, 4, L * P).
+        products = sampled_products(grad.reshape(-1, self.head_width), self.rows, self.corner_rows(top))
+        top_left, top_right, bottom_left, bottom_right = products.view(*weights.shape[:2], 4, -1).unbind(2)
         top_slope, bottom_slope = top_right - top_left, bottom_right - bottom_left
         upper = torch.addcmul(top_left, x_share, top_slope)
         y_slope = torch.addcmul(bottom_left, x_share, bottom_slope).sub_(upper)
@@ -139,14 +144,14 @@ class GatherTable:
         return slopes.view(coordinates.shape).mul_(moves), weight_grad
 
     def value_gradient(self, grad: Tensor, weights: Tensor, located: Sequence[Tensor]) -> Tensor:
-        """Of `attend`: (n, M, D), weights and what `locate` gave for all queries of all images -> (B, S, M * D).
+        """Return the gradient of the values in `attend`, (B, S, M * D), from arguments as in `sample_gradients` for all
+        queries of all images.
 
         It is the transposed gather: the same pairs of query and row, sorted by row instead of by query, with the
-        output's gradient as the table. That is several times faster than scattering. A sample's four corners lie at
-        fixed distances, so they are sorted once, and what they get is moved to its place afterwards.
+        output's gradient as the table. That is several times faster than scattering. A sample's four corners are at
+        fixed distances, so samples are sorted once, and each corner's sums are shifted afterwards.
         """
         top, x_share, y_share = located
-        # `queries`: and their heads, rows of the gradient.
         order, queries, starts = in_order_of_rows(top.flatten(0, 1), len(self.rows))
         corner_weights = self.corner_weights(weights, x_share, y_share)
         batch = len(self.rows) // self.rows_of_image
@@ -175,10 +180,10 @@ def split_levels(maps: Tensor, spatial_shapes: list[tuple[int, int]]) -> list[Te
 
 
 def sampled_products(vectors: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """Each vector's products with the rows of a table that it names: (N, D), (R, D), (N, K) int32 -> (N, K)."""
+    """Multiply each vector by K rows of a table: (N, D), (R, D), which rows (N, K) int32 -> (N, K)."""
     starts = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=rows.dtype)
     with warnings.catch_warnings():
-        # That sparse layouts are young; of all ways to say this, it is three times the fastest.
+        # The layout is marked as beta; it is three times as fast as any other way.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         wanted = torch.sparse_csr_tensor(
             starts, rows.flatten(), vectors.new_zeros(rows.numel()), (len(vectors), len(table)), check_invariants=False
@@ -187,16 +192,16 @@ def sampled_products(vectors: Tensor, table: Tensor, rows: Tensor) -> Tensor:
 
 
 def in_order_of_rows(top: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples by query, in order, to samples by row: (N, K) int32, the row that each of a query's samples names.
+    """Sort samples by the row that they read: (N, K) int32, the row of each query's samples, in [0, R).
 
     Returns:
-        Where the samples stand in `top`, and which queries they are of, (N * K,) each; and at which of them each row
-        starts, (R + 1,), the last being N * K.
+        Indices of the samples in `top.flatten()` and their queries, (N * K,) each; where each row's samples start,
+        (R + 1,), the last being N * K.
     """
     num_queries, samples = top.shape
     if csr_array is None:
-        named, order = top.flatten().sort()
-        starts = torch.searchsorted(named, torch.arange(num_rows + 1, dtype=torch.int32), out_int32=True)
+        sorted_rows, order = top.flatten().sort()
+        starts = torch.searchsorted(sorted_rows, torch.arange(num_rows + 1, dtype=torch.int32), out_int32=True)
         return order, order.div(samples, rounding_mode="floor").int(), starts
     # Transposing a sparse matrix counts instead of comparing, which takes a third of the time.
     places = np.arange(top.numel(), dtype=np.int32)
@@ -212,7 +217,7 @@ def working_dtype(value: Tensor) -> torch.dtype:
 
 
 class _Images(NamedTuple):
-    """Some images of a batch, whose queries are rows one after another.
+    """Some images of a batch, their queries as rows one after another.
 
     Args:
         part: which images.
@@ -230,7 +235,7 @@ class _Images(NamedTuple):
 
     @classmethod
     def split(cls, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> Iterator["_Images"]:
-        """Cut a batch, the arguments of the operator, into as many images at a time as fit the cache."""
+        """Cut a batch, the arguments of the operator, into groups of images that fit the cache."""
         check_shapes(value, sizes, locations, weights)
         dtype = working_dtype(value)
         shapes = list(zip(sizes[::2], sizes[1::2], strict=True))

@@ -1,8 +1,8 @@
-"""GroupNorm of maps whose channels lie side by side in memory (arXiv 1803.08494).
+"""A convolution and GroupNorm (arXiv 1803.08494) of maps with channels last.
 
-For this layout PyTorch's own takes the variance for the mean square less the squared mean, which loses digits, the more
-the further the mean lies from zero and the larger the map is: at 200x304 positions it had seventy times the error of
-its other form. Here the mean is taken first, and a ReLU that follows is part of the pass.
+In this layout PyTorch computes the variance as mean square less squared mean, which loses digits, the more the further
+the mean is from zero and the larger the map is: at 200x304 positions it had seventy times the error of its other
+layout. Here the mean is taken first, and a ReLU that follows is part of the pass.
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ def rows_of(features: Tensor) -> Tensor:
 
 def _statistics(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """(H * W, C) -> mean and inverse deviation of each group, (groups,) each."""
-    means = rows.mean(0)  # of each channel
+    means = rows.mean(0)  # (C,)
     squares = torch.zeros_like(means)
     for piece in pieces(*rows.shape):
         squares += (rows[piece] - means).square_().sum(0)

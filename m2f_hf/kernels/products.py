@@ -58,7 +58,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 @functools.cache
 def _onednn_linear() -> Any:
-    """PyTorch's operator; None where it has other arguments, or is not known to be faster than MKL."""
+    """Return PyTorch's operator; None where it has other arguments, or is not known to be faster than MKL."""
     operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     if not libraries or operator is None or not _mkl_leaves_instructions_unused():
@@ -71,9 +71,9 @@ def _mkl_leaves_instructions_unused() -> bool:
 
 
 def _is_by_amd() -> bool:
-    """Whether AMD made the processor, as far as the system tells."""
+    """Return whether the system says that AMD made the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return "authenticamd" in platform.processor().lower()  # as Windows says it
+        return "authenticamd" in platform.processor().lower()  # Windows
     return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in lines)

@@ -2,8 +2,8 @@
 
 One program computes one head of a block of queries. Its tiles have the queries as rows and the head's width, which is
 contiguous in memory, as columns, so every corner that is read is one row of `value`, and nothing but the output is
-written. Triton comes with the CUDA builds of torch; where there is none, `IS_AVAILABLE` is false and the operator
-must not be called. Under Triton's interpreter (`TRITON_INTERPRET=1` before Triton is imported) it takes CPU tensors.
+written. Triton comes with the CUDA builds of torch; without it, `IS_AVAILABLE` is false and the operator must not be
+called. Under Triton's interpreter (`TRITON_INTERPRET=1` before Triton is imported) it takes CPU tensors.
 """
 
 import functools
@@ -43,10 +43,10 @@ if IS_AVAILABLE:
 
     @triton.jit
     def _neighbours(location, length):
-        """Pixels beside a location along one axis: index of the lower, share of the upper, whether the map is touched.
+        """Pixels next to a location along one axis: index of the lower, share of the upper, whether one is in the map.
 
-        The lower may be -1 and the upper may be `length`. Outside the map the index is 0 and the share a finite number;
-        of a location that is not a number the share is none, so that what is computed from it isn't one either.
+        The lower may be -1 and the upper may be `length`. Outside the map the index is 0 and the share is finite; for
+        NaN the share is NaN, and so is what is computed from it.
         """
         coordinate = location * length - 0.5
         coordinate = tl.maximum(coordinate, -1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -57,8 +57,8 @@ if IS_AVAILABLE:
 
     @triton.jit
     def _corners(locations, query_is_real, height, width, start, INDEX: tl.constexpr, ACCUMULATOR: tl.constexpr):
-        """Of one sample of each query: row of `value` that is top left of it, shares of the right and the bottom, and
-        which of the four corners (top left, top right, bottom left, bottom right) are in the map."""
+        """For one sample of each query: row of `value` at its top left, shares of the right and the bottom, and which
+        of the four corners (top left, top right, bottom left, bottom right) are in the map."""
         x = tl.load(locations, mask=query_is_real, other=0.0).to(ACCUMULATOR)
         y = tl.load(locations + 1, mask=query_is_real, other=0.0).to(ACCUMULATOR)
         column, right, inside_x = _neighbours(x, width)
@@ -75,7 +75,7 @@ if IS_AVAILABLE:
     def _place(queries, HEADS: tl.constexpr, BLOCK_QUERIES: tl.constexpr):
         """Head of this program, its image, and its queries (BLOCK_QUERIES,).
 
-        Programs that run at the same time share queries and differ in heads, which lie beside each other in memory.
+        Programs that run at the same time share queries and differ in heads, which are neighbours in memory.
         """
         program = tl.program_id(0)
         head = program % HEADS
@@ -218,7 +218,7 @@ def works_on_gpu(index: int) -> bool:
 def _trial_succeeds(index: int) -> bool:
     try:
         _launch_trial(index)
-    except Exception as error:  # there is no one class for what may be wrong, from no C compiler to a GPU too old
+    except Exception as error:  # no single class covers it: a missing C compiler, a GPU too old
         warnings.warn(
             f"Deformable attention on GPU {index} takes PyTorch's `grid_sample`, which needs more time and memory, "
             f"because Triton fails there: {error}",
@@ -236,16 +236,16 @@ def _launch_trial(index: int) -> None:
 def launch_options(
     value: Tensor, sampling_locations: Tensor, warps: int, bytes_of_a_number: int
 ) -> tuple[int, dict[str, Any]]:
-    """Number of programs and the constants that a kernel is compiled for.
+    """Return the number of programs and the constants that a kernel is compiled for.
 
     Args:
-        bytes_of_a_number: of those that a thread reads or adds to, a row at a time.
+        bytes_of_a_number: size of the numbers that a thread reads or adds to, a row at a time.
     """
     batch, positions, heads, width = value.shape
     queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
     block_width = triton.next_power_of_2(width)
-    # One full read for each thread. More would take too many registers; with less, more threads would share a row,
-    # and each of them computes all that is to be known of the row's samples.
+    # One full read for each thread. More would take too many registers; with less, more threads would share a row, and
+    # each of them computes coordinates and weights of the row's samples.
     block_queries = max(1, warps * _WARP_SIZE * (_BYTES_OF_A_READ // bytes_of_a_number) // block_width)
     constants = {
         "HEADS": heads,
@@ -254,7 +254,7 @@ def launch_options(
         "POINTS": points,
         "BLOCK_QUERIES": block_queries,
         "BLOCK_WIDTH": block_width,
-        # Of the numbers in the values of one image. The narrow one is the faster.
+        # Counts the numbers in the values of one image. The narrow one is faster.
         "INDEX": tl.int32 if positions * heads * width < 2**31 else tl.int64,
         "ACCUMULATOR": tl.float64 if value.dtype == torch.float64 else tl.float32,
         "num_warps": warps,
@@ -264,13 +264,13 @@ def launch_options(
 
 
 def _sides(sizes: list[int]) -> tuple[float, ...]:
-    # Triton compiles a kernel anew for integers of 1 and for multiples of 16, so for many a size of the input; numbers
-    # with a point it takes as they come. A tensor would have to be copied to the GPU, and the host to wait for it.
+    # Triton compiles a kernel again for integers of 1 and for multiples of 16, so for many an input size, but not for
+    # floats. A tensor would have to be copied to the GPU, and the host would wait for that.
     return tuple(map(float, sizes))
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current GPU, which need not be the one that has the data."""
+    """Make the GPU of a tensor the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
@@ -335,7 +335,7 @@ def _triton_deformable_attention_backward(
 
 
 def _warn_or_raise_if_order_matters() -> None:
-    """What `grid_sample` does in its backward pass on GPUs, which adds up in no fixed order either."""
+    """As `grid_sample` does in its backward pass on GPUs, which adds up in no fixed order either."""
     if torch.are_deterministic_algorithms_enabled():
         message = (
             "The backward pass of deformable attention on GPUs does not have a deterministic implementation, but you "

@@ -1,7 +1,7 @@
-"""What both decoders share: layers that differ in their first weights alone, position encoding, layouts.
+"""What both decoders share: layers with initial weights of their own, position encoding, layouts.
 
-transformers asks for the first weights of one module after another, and passes over those that own no parameter: what
-is special about a layer's start must be known from the layer itself.
+transformers initialises one module after another and skips those without parameters, so a layer's class has to tell
+its initial weights.
 """
 
 import math
@@ -22,13 +22,10 @@ _Module = TypeVar("_Module", bound="PartlyFrozen")
 
 
 class PartlyFrozen(nn.Module):
-    """A module of which something must never learn; `_freeze` keeps it from that."""
+    """A module some of whose parameters must never learn; `_freeze` freezes them."""
 
     def train(self: _Module, mode: bool = True) -> _Module:
-        """As `nn.Module.train`; what must not learn is kept from it.
-
-        Loading replaces the parameters by trainable ones and then calls this.
-        """
+        """As `nn.Module.train`, then freeze again: loading replaces parameters by trainable ones and calls this."""
         super().train(mode)
         self._freeze()
         return self
@@ -67,10 +64,8 @@ class ZeroLinear(nn.Linear):
 
 
 class SamplingOffsets(nn.Linear):
-    """Offsets that start constant: heads look in different directions, points at growing distance.
-
-    That is the start of deformable attention (arXiv 2010.04159, appendix A.4).
-    """
+    """Offsets that start constant: each head in its own direction, its points at growing distance (arXiv 2010.04159,
+    appendix A.4)."""
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__(embed_dim, num_heads * NUM_FEATURE_LEVELS * NUM_SAMPLING_POINTS * 2)
@@ -119,7 +114,7 @@ class Mask2FormerSinePositionEmbedding(nn.Module):
         x_angles = self._angles(x / (last_x + self.eps) * self.scale, self.num_position_features)
         y_part = y_angles[:, :, None].expand(-1, -1, width, -1)
         x_part = x_angles[:, None].expand(-1, height, -1, -1)
-        # In memory a position's channels lie side by side, as they do in the tokens that the encoding is added to.
+        # Channels are last in memory, as in the tokens that the encoding is added to.
         encoding = torch.cat([y_part, x_part], dim=-1).movedim(-1, 1)
         if features.dim() == 5:
             frame = torch.arange(1, features.shape[1] + 1, device=device, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,22 @@ class Mask2FormerMaskedAttentionDecoderOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
     intermediate_hidden_states: tuple[Tensor, ...] | None = None
     mask_embeddings: tuple[Tensor, ...] | None = None
+
+
+class Level(NamedTuple):
+    """What the queries read at one of the three scales, S positions of an image or of all frames of a clip.
+
+    Args:
+        source: (B, S, C), keys and values.
+        position_embeddings: (1 or B, S, C), join the keys.
+        mask_features: (B, mask_feature_size, S), resized to this scale.
+        padding: (B, S) bool, True = padding; None: there is none.
+    """
+
+    source: Tensor
+    position_embeddings: Tensor
+    mask_features: Tensor
+    padding: Tensor | None
 
 
 def attend(
@@ -118,7 +134,7 @@ def split_heads(states: Tensor, num_heads: int) -> Tensor:
 
 
 def is_eager(config: Mask2FormerConfig, output_attentions: bool) -> bool:
-    """Whether to write the attention weights down: chosen so, or asked for them."""
+    """Return whether the attention weights are computed as a tensor: by configuration, or because they are returned."""
     return output_attentions or config._attn_implementation == "eager"
 
 
@@ -153,26 +169,24 @@ class Mask2FormerMaskedAttentionDecoderLayer(GradientCheckpointingLayer):
         Returns:
             (B, Q, C), and self- and cross-attention weights in eager attention.
         """
+        states = self._before(self.cross_attn_layer_norm, hidden_states)
+        attended, cross_weights = self.cross_attn(
+            states + query_position_embeddings, source + source_position_embeddings, source, blocked, output_attentions
+        )
+        hidden_states = self._after(self.cross_attn_layer_norm, hidden_states, attended)
+        states = self._before(self.self_attn_layer_norm, hidden_states)
+        attended, self_weights = self.self_attn(states, query_position_embeddings, output_attentions)
+        hidden_states = self._after(self.self_attn_layer_norm, hidden_states, attended)
+        states = self._before(self.final_layer_norm, hidden_states)
+        update = self.fc2(self._drop(self.activation_fn(self.fc1(states))))
+        return self._after(self.final_layer_norm, hidden_states, update), self_weights, cross_weights
 
-        def cross_attention(states: Tensor) -> tuple[Tensor, Tensor | None]:
-            query = states + query_position_embeddings
-            return self.cross_attn(query, source + source_position_embeddings, source, blocked, output_attentions)
+    def _before(self, norm: nn.LayerNorm, hidden_states: Tensor) -> Tensor:
+        return norm(hidden_states) if self.pre_norm else hidden_states
 
-        def self_attention(states: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.self_attn(states, query_position_embeddings, output_attentions)
-
-        def feed_forward(states: Tensor) -> tuple[Tensor, None]:
-            return self.fc2(self._drop(self.activation_fn(self.fc1(states)))), None
-
-        hidden_states, cross_weights = self._block(hidden_states, cross_attention, self.cross_attn_layer_norm)
-        hidden_states, self_weights = self._block(hidden_states, self_attention, self.self_attn_layer_norm)
-        hidden_states, _ = self._block(hidden_states, feed_forward, self.final_layer_norm)
-        return hidden_states, self_weights, cross_weights
-
-    def _block(self, hidden_states: Tensor, function: Any, norm: nn.LayerNorm) -> tuple[Tensor, Tensor | None]:
-        update, weights = function(norm(hidden_states) if self.pre_norm else hidden_states)
+    def _after(self, norm: nn.LayerNorm, hidden_states: Tensor, update: Tensor) -> Tensor:
         hidden_states = hidden_states + self._drop(update)
-        return (hidden_states if self.pre_norm else norm(hidden_states)), weights
+        return hidden_states if self.pre_norm else norm(hidden_states)
 
     def _drop(self, hidden_states: Tensor) -> Tensor:
         return nn.functional.dropout(hidden_states, self.dropout, self.training)
@@ -208,7 +222,7 @@ class Mask2FormerMaskPredictor(nn.Module):
     @staticmethod
     @torch.no_grad()
     def blocked_positions(mask_embeddings: Tensor, level_features: Tensor, padding: Tensor | None) -> Tensor:
-        """Where a query must not look: (B, Q, C), (B, C, S), (B, S) True = padding -> (B, 1, Q, S), True = blocked.
+        """Find where a query must not look: (B, Q, C), (B, C, S), (B, S) True = padding -> (B, 1, Q, S) True = blocked.
 
         Blocked is where the mask probability is below one half (equation 3). A query whose mask is empty on this level
         looks everywhere. `level_features` are the mask features resized to the level: resizing is linear in space and
@@ -238,25 +252,21 @@ class Mask2FormerMaskedAttentionDecoder(nn.Module):
         self,
         hidden_states: Tensor,
         query_position_embeddings: Tensor,
-        sources: list[Tensor],
-        source_position_embeddings: list[Tensor],
-        level_features: list[Tensor],
-        paddings: tuple[Tensor | None, ...],
+        levels: list[Level],
         output_attentions: bool = False,
     ) -> Mask2FormerMaskedAttentionDecoderOutput:
-        """Queries (B, Q, C) and (Q, C) read three levels in turn, coarsest first: each a source (B, S, C), its encoding
-        (1 or B, S, C), the mask features at its size (B, mask_feature_size, S) and its padding (B, S)."""
+        """Queries (B, Q, C) and their encoding (Q, C) read three levels in turn, coarsest first."""
         all_states, self_weights, cross_weights = [hidden_states], [], []
         intermediate = [self.layernorm(hidden_states)]
         mask_embeddings = [self.mask_predictor(intermediate[0])]
         for index, layer in enumerate(self.layers):
-            level = index % len(sources)
-            blocked = self.mask_predictor.blocked_positions(mask_embeddings[-1], level_features[level], paddings[level])
+            level = levels[index % len(levels)]
+            blocked = self.mask_predictor.blocked_positions(mask_embeddings[-1], level.mask_features, level.padding)
             hidden_states, layer_self_weights, layer_cross_weights = layer(
                 hidden_states,
                 query_position_embeddings,
-                sources[level],
-                source_position_embeddings[level],
+                level.source,
+                level.position_embeddings,
                 blocked,
                 output_attentions,
             )
@@ -315,23 +325,24 @@ class Mask2FormerTransformerModule(PartlyFrozen):
         Of a clip, whose queries read all frames at once, (B, T, …) each; its frames have one size and padding.
         """
         leading = mask_features.shape[:-3]  # (B,), of clips (B, T)
-        sources, encodings, level_features, paddings = [], [], [], []
+        levels = []
         for index, features in enumerate(multi_scale_features):
             size = (features.shape[-2], features.shape[-1])
             padding = None if image_sizes is None else hidden_padding(image_sizes, PADDING_DIVISOR >> index, size)
-            encodings.append(to_tokens(self.position_embedder(features, padding)))
-            # The level embedding joins the source, so it reaches keys and values.
             projected = self.input_projections[index](features.flatten(0, -4)).unflatten(0, leading)
-            sources.append(to_tokens(projected) + self.level_embed.weight[index])
             resized = nn.functional.interpolate(mask_features.detach().flatten(0, -4), size, mode="bilinear")
-            level_features.append(to_tokens(resized.unflatten(0, leading)).transpose(1, 2))
-            paddings.append(None if padding is None else padding.flatten(1).repeat(1, math.prod(leading[1:])))
+            levels.append(
+                Level(
+                    # The level embedding joins the source, so it reaches keys and values.
+                    source=to_tokens(projected) + self.level_embed.weight[index],
+                    position_embeddings=to_tokens(self.position_embedder(features, padding)),
+                    mask_features=to_tokens(resized.unflatten(0, leading)).transpose(1, 2),
+                    padding=None if padding is None else padding.flatten(1).repeat(1, math.prod(leading[1:])),
+                )
+            )
         return self.decoder(
             self.queries_features.weight.expand(mask_features.shape[0], -1, -1),
             self.queries_embedder.weight,
-            sources,
-            encodings,
-            level_features,
-            tuple(paddings),
-            output_attentions=output_attentions,
+            levels,
+            output_attentions,
         )

@@ -29,7 +29,7 @@ def least_channels(request, monkeypatch):
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (2, 8), (8, 2), (6, 10), (14, 6)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_values_and_gradients_are_those_of_a_convolution(height, width, tiles, with_bias, least_channels, monkeypatch):
-    monkeypatch.setattr(module, "_TILES_PER_PIECE", tiles)
+    monkeypatch.setattr(module, "_TILES_PER_CHUNK", tiles)
     inputs = make_inputs(height=height, width=width)
     results = []
     for dtype in (torch.float64, torch.float32):
