@@ -1,24 +1,27 @@
-"""Attention within windows that learns a few windows at a time.
+"""A Swin layer, a few windows at a time.
 
-Autograd would keep what every step on the way writes down: normalised rows, their windows, scores, weights, heads put
-together. With a backward pass of its own the layer keeps queries, keys and values; the rest is computed again from them
-and from the layer's input, while a few windows fit the cache.
+In inference everything that a piece of the map needs stays in the cache. In training autograd would keep what every
+step on the way writes down: normalised rows, their windows, scores, weights, heads put together. With a backward pass
+of its own the attention keeps queries, keys and values; the rest is computed again from them and the layer's input.
 
 What fills windows up is zero behind the norm, so that its queries, keys and values are the biases: only rows that are
 in the map are normalised and multiplied. Windows that are filled up come last, so that few pieces have to tell.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .pieces import add_product, pieces
+from .fast_path import Kernel
+from .feed_forward import feed_forward
+from .pieces import add_product, learns_in_pieces, pieces, product_dtype, works_in_pieces
 from .products import linear
 
 
+ACROSS_REGIONS = -100.0  # added to the score of a position beyond the edge around which the shifted map wraps
 _NEGLIGIBLE = 1e-30  # an attention weight; of a window's up to 144 together they are below 1e-27
 
 
@@ -36,7 +39,7 @@ class Windows(NamedTuple):
     hidden: Tensor | None
 
     @classmethod
-    def of(cls, windows: Tensor, regions: Tensor | None, shape: tuple[int, int], hidden: Tensor | None) -> "Windows":
+    def of(cls, windows: Tensor, regions: Tensor | None, shape: Sequence[int], hidden: Tensor | None) -> "Windows":
         """Those of some images whose maps have one size.
 
         Args:
@@ -113,143 +116,192 @@ class Standing(NamedTuple):
         return places.index_copy_(0, self.positions, rows)
 
 
+class Attention(NamedTuple):
+    """The parameters of a layer's attention.
+
+    Args:
+        norm_weight, norm_bias: (C,), of the norm in front.
+        in_weight, in_bias: (3 * C, C) and (3 * C,) or None, of queries, keys and values one after the other.
+        position_bias: (heads, N, N), added to the scores.
+        out_weight, out_bias: (C, C) and (C,), of the output.
+        eps: of the norm.
+        dtype: of the projections, autocast's where it is on.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    in_weight: Tensor
+    in_bias: Tensor | None
+    position_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    eps: float
+    dtype: torch.dtype
+
+
+def _serves(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> bool:
+    attention = layer.attention
+    return (
+        attention.config._attn_implementation == "sdpa"
+        and attention.config.hidden_act == "gelu"
+        and not (layer.training and (layer.dropout.p or attention.attention_dropout))
+        and (works_in_pieces(layer, hidden_states) or learns_in_pieces(hidden_states, attention.o_proj.weight))
+    )
+
+
+def _forward(
+    layer: Any, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As the layer's: (B, H * W, C), (H, W) -> (B, H * W, C), and no attention weights."""
+    tokens, regions = layer.index_windows(input_dimensions, always_partition, hidden_states.device)
+    windows = Windows.of(tokens, regions, hidden_states.shape[:2], layer.hidden_tokens(input_dimensions))
+    attention, norm, mlp = layer.attention, layer.layernorm_before, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [projection.bias for projection in projections if projection.bias is not None]
+    parameters = Attention(
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        in_weight=torch.cat([projection.weight for projection in projections]),
+        in_bias=torch.cat(biases) if biases else None,
+        position_bias=attention.relative_position_bias()[0],
+        out_weight=attention.o_proj.weight,
+        out_bias=attention.o_proj.bias,
+        eps=norm.eps,
+        dtype=product_dtype(hidden_states),
+    )
+    if torch.is_grad_enabled():
+        keep = layer.drop_path(hidden_states.new_ones(len(hidden_states), 1, 1)).flatten() if layer.training else None
+        hidden_states = WindowAttention.apply(hidden_states, windows, keep, *parameters)
+        return hidden_states + feed_forward(layer.layernorm_after(hidden_states), mlp.fc1, mlp.fc2, "gelu"), None
+    rows = attend(hidden_states.flatten(0, 1), windows, parameters)
+    for piece in pieces(len(rows), mlp.fc1.out_features):
+        some = rows[piece]
+        some += feed_forward(layer.layernorm_after(some), mlp.fc1, mlp.fc2, "gelu")
+    return rows.view(hidden_states.shape), None
+
+
+swin_layer = Kernel(_serves, _forward)
+
+
+@torch.autocast("cpu", enabled=False)
+def attend(
+    rows: Tensor, windows: Windows, of: Attention, keep: Tensor | None = None, projected: Tensor | None = None
+) -> Tensor:
+    """Return `rows + keep * output(attention(input(norm(rows))))` within windows.
+
+    Args:
+        rows: (rows, C), of the flattened maps.
+        windows: where they are.
+        of: the parameters.
+        keep: (rows, 1), factor of each row's update; None: 1.
+        projected: (3, W, heads, N, C / heads), memory for queries, keys and values that a backward pass reads; None:
+            there is none.
+
+    Returns:
+        (rows, C).
+    """
+    heads, area = of.position_bias.shape[:2]
+    in_bias = None if of.in_bias is None else of.in_bias.to(of.dtype)
+    in_weight, out_weight, out_bias = (one.to(of.dtype) for one in (of.in_weight, of.out_weight, of.out_bias))
+    output = torch.empty_like(rows)
+    for piece in windows.pieces(len(of.in_weight)):
+        standing, outside = windows.standing_in(piece), windows.outside(piece)
+        tokens = standing.tokens
+        read = rows.index_select(0, tokens)
+        normed = windows.clear(F.layer_norm(read, read.shape[1:], of.norm_weight, of.norm_bias, of.eps), tokens)
+        # What fills a window up is zero, of which there is nothing left but the bias.
+        split = standing.spread(linear(normed.to(of.dtype), in_weight, in_bias), in_bias)
+        # (w * N, 3 * C) -> (3, w, heads, N, C / heads)
+        split = split.view(-1, area, 3, heads, rows.shape[1] // heads).permute(2, 0, 3, 1, 4)
+        if projected is None:
+            bias = of.position_bias if outside is None else of.position_bias + ACROSS_REGIONS * outside
+            query, key, value = split
+            attended = F.scaled_dot_product_attention(query, key, value, bias.to(of.dtype))
+        else:
+            query, key, value = projected[:, piece].copy_(split).to(of.position_bias.dtype)
+            attended = _weights(query, key, of.position_bias, outside) @ value
+        # (w, heads, N, C / heads) -> (w * N, C) -> (n, C)
+        attended = standing.gather(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        update = linear(attended.to(of.dtype), out_weight, out_bias)
+        if keep is not None:
+            update *= keep.index_select(0, tokens)
+        output.index_copy_(0, tokens, read.add_(update))
+    return output
+
+
 class WindowAttention(torch.autograd.Function):
-    """`states + keep * output(attention(input(norm(states))))` within windows.
+    """[`attend`] that learns: (B, L, C), its windows, (B,) factors without gradient, parameters -> (B, L, C).
 
     Under autocast projections are in its dtype, scores and what follows from them in float32.
     """
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        in_weight: Tensor,
-        in_bias: Tensor | None,
-        position_bias: Tensor,
-        out_weight: Tensor,
-        out_bias: Tensor,
-        keep: Tensor | None,
-        windows: Windows,
-        penalty: float,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """
-        Args:
-            states: (B, L, C).
-            in_weight, in_bias: (3 * C, C) and (3 * C,), of queries, keys and values one after the other.
-            position_bias: (heads, N, N), added to the scores.
-            keep: (B,), factor of each image's update, without gradient; None: 1.
-            windows: of all images.
-            penalty: added to the score of a key in another region.
-            eps: of the norm.
-            dtype: of the projections.
-
-        Returns:
-            (B, L, C).
-        """
-        rows = states.flatten(0, 1)
-        num_windows, area = windows.tokens.shape
-        heads, width = len(position_bias), rows.shape[1] // len(position_bias)
-        output = torch.empty_like(rows)
-        projected = rows.new_empty(3, num_windows, heads, area, width, dtype=dtype)  # queries, keys and values
-        project_in, bias_in = in_weight.to(dtype), None if in_bias is None else in_bias.to(dtype)
-        project_out, bias_out = out_weight.to(dtype), out_bias.to(dtype)
+    def forward(ctx: Any, states: Tensor, windows: Windows, keep: Tensor | None, *parameters: Any) -> Tensor:
+        of = Attention(*parameters)
+        heads, area = of.position_bias.shape[:2]
+        shape = (3, len(windows.tokens), heads, area, states.shape[2] // heads)
+        projected = states.new_empty(shape, dtype=of.dtype)
         if keep is not None:
             keep = keep.repeat_interleave(states.shape[1])[:, None]
-        ctx.sizes = (penalty, eps, width**-0.5)
-        for piece in windows.pieces(len(in_weight)):
-            standing = windows.standing_in(piece)
-            tokens = standing.tokens
-            read = rows.index_select(0, tokens)
-            normed = windows.clear(F.layer_norm(read, read.shape[1:], norm_weight, norm_bias, eps), tokens)
-            # What fills a window up is zero, of which there is nothing left but the bias.
-            split = standing.spread(linear(normed.to(dtype), project_in, bias_in), bias_in)
-            # (w * N, 3 * C) -> (3, w, heads, N, C / heads)
-            projected[:, piece].copy_(split.view(-1, area, 3, heads, width).permute(2, 0, 3, 1, 4))
-            query, key, value = projected[:, piece].to(position_bias.dtype)
-            attended = _weights(query, key, position_bias, windows.outside(piece), ctx.sizes) @ value
-            attended = standing.gather(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-            update = linear(attended.to(dtype), project_out, bias_out)
-            if keep is not None:
-                update *= keep.index_select(0, tokens)
-            output.index_copy_(0, tokens, read.add_(update))
-        ctx.save_for_backward(
-            states, norm_weight, norm_bias, in_weight, position_bias, out_weight, keep, projected, *windows
-        )
-        ctx.has_bias, ctx.dtype = in_bias is not None, dtype
+        output = attend(states.flatten(0, 1), windows, of, keep, projected)
+        ctx.save_for_backward(states, keep, projected, *windows, *parameters[:-2])
+        ctx.settings = parameters[-2:]
         return output.view(states.shape)
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        states, norm_weight, norm_bias, in_weight, position_bias, out_weight, keep, projected, *tables = (
-            ctx.saved_tensors
-        )
-        windows, (_, eps, scale), dtype = Windows(*tables), ctx.sizes, ctx.dtype
+        states, keep, projected, *others = ctx.saved_tensors
+        windows, parameters = Windows(*others[:3]), others[3:]
+        of = Attention._make([*parameters, *ctx.settings])
         rows, grad_output = states.flatten(0, 1), grad.flatten(0, 1)
         grad_rows = torch.empty_like(rows)
-        grads = [torch.zeros_like(one) for one in (norm_weight, norm_bias, in_weight, position_bias, out_weight)]
-        grad_norm_weight, grad_norm_bias, grad_in_weight, grad_position_bias, grad_out_weight = grads
-        grad_in_bias, grad_out_bias = in_weight.new_zeros(len(in_weight)), out_weight.new_zeros(len(out_weight))
-        project_in, project_out = in_weight.to(dtype), out_weight.to(dtype)
-        for piece in windows.pieces(len(in_weight)):
+        grads: Any = [None if one is None else torch.zeros_like(one) for one in parameters]
+        grad_of = Attention._make([*grads, *ctx.settings])
+        in_weight, out_weight = of.in_weight.to(of.dtype), of.out_weight.to(of.dtype)
+        for piece in windows.pieces(len(of.in_weight)):
             standing = windows.standing_in(piece)
             tokens = standing.tokens
             grad_read = grad_output.index_select(0, tokens)
-            grad_update = (grad_read if keep is None else grad_read * keep.index_select(0, tokens)).to(dtype)
-            query, key, value = projected[:, piece].to(position_bias.dtype)
+            grad_update = (grad_read if keep is None else grad_read * keep.index_select(0, tokens)).to(of.dtype)
+            query, key, value = projected[:, piece].to(of.position_bias.dtype)
             num_windows, heads, area, width = query.shape
-            weights = _weights(query, key, position_bias, windows.outside(piece), ctx.sizes)
+            weights = _weights(query, key, of.position_bias, windows.outside(piece))
             attended = (weights @ value).transpose(1, 2).flatten(2).flatten(0, 1)
-            add_product(grad_out_weight, grad_update.T, standing.gather(attended).to(dtype))
-            grad_out_bias += grad_update.sum(0, dtype=grad_out_bias.dtype)
-            grad_attended = standing.spread(linear(grad_update, project_out.T)).to(position_bias.dtype)
+            add_product(grad_of.out_weight, grad_update.T, standing.gather(attended).to(of.dtype))
+            grad_of.out_bias.add_(grad_update.sum(0, dtype=grad_of.out_bias.dtype))
+            grad_attended = standing.spread(linear(grad_update, out_weight.T)).to(of.position_bias.dtype)
             # (w * N, C) -> (w, heads, N, C / heads)
             grad_attended = grad_attended.view(num_windows, area, heads, width).transpose(1, 2).contiguous()
             grad_scores = torch.ops.aten._softmax_backward_data(grad_attended @ value.mT, weights, -1, weights.dtype)
-            grad_position_bias += grad_scores.sum(0)
+            grad_of.position_bias.add_(grad_scores.sum(0))
             grad_value = weights.mT @ grad_attended
-            grad_scores *= scale
+            grad_scores *= width**-0.5
             # (3, w, heads, N, C / heads) -> (w * N, 3 * C)
             grad_split = torch.stack([grad_scores @ key, grad_scores.mT @ query, grad_value])
             grad_split = grad_split.permute(1, 3, 0, 2, 4).reshape(num_windows * area, -1)
-            grad_in_bias += grad_split.sum(0)
-            grad_split = standing.gather(grad_split).to(dtype)
+            if grad_of.in_bias is not None:
+                grad_of.in_bias.add_(grad_split.sum(0))
+            grad_split = standing.gather(grad_split).to(of.dtype)
             read = rows.index_select(0, tokens)
-            normed, mean, inverse_deviation = torch.native_layer_norm(read, read.shape[1:], norm_weight, norm_bias, eps)
-            add_product(grad_in_weight, grad_split.T, windows.clear(normed, tokens).to(dtype))
-            of_read, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-                windows.clear(linear(grad_split, project_in.T), tokens).to(read.dtype),
-                read,
-                read.shape[1:],
-                mean,
-                inverse_deviation,
-                norm_weight,
-                norm_bias,
-                [True, True, True],
+            norm = (read.shape[1:], of.norm_weight, of.norm_bias)
+            normed, mean, inverse_deviation = torch.native_layer_norm(read, *norm, of.eps)
+            add_product(grad_of.in_weight, grad_split.T, windows.clear(normed, tokens).to(of.dtype))
+            grad_normed = windows.clear(linear(grad_split, in_weight.T), tokens).to(read.dtype)
+            through_norm, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_normed, read, norm[0], mean, inverse_deviation, *norm[1:], [True, True, True]
             )
-            grad_norm_weight += of_weight
-            grad_norm_bias += of_bias
-            grad_rows.index_copy_(0, tokens, of_read.add_(grad_read))
-        return (
-            grad_rows.view(states.shape), grad_norm_weight, grad_norm_bias, grad_in_weight,
-            grad_in_bias if ctx.has_bias else None, grad_position_bias, grad_out_weight, grad_out_bias,
-            None, None, None, None, None,
-        )  # fmt: skip
+            grad_of.norm_weight.add_(grad_norm_weight)
+            grad_of.norm_bias.add_(grad_norm_bias)
+            grad_rows.index_copy_(0, tokens, through_norm.add_(grad_read))
+        return grad_rows.view(states.shape), None, None, *grad_of[:-2], None, None
 
 
-def _weights(
-    query: Tensor, key: Tensor, position_bias: Tensor, outside: Tensor | None, sizes: tuple[float, float, float]
-) -> Tensor:
+def _weights(query: Tensor, key: Tensor, position_bias: Tensor, outside: Tensor | None) -> Tensor:
     """(w, heads, N, C / heads) twice -> attention weights (w, heads, N, N)."""
-    penalty, _, scale = sizes
-    scores = (query @ key.mT).mul_(scale).add_(position_bias)
+    scores = (query @ key.mT).mul_(query.shape[-1] ** -0.5).add_(position_bias)
     if outside is not None:
-        scores.add_(outside, alpha=penalty)
+        scores.add_(outside, alpha=ACROSS_REGIONS)
     weights = scores.softmax(-1)
     if outside is not None:
         # exp(-100) is a denormal number: products with such are twenty times slower, for nothing.

@@ -4,17 +4,18 @@ Paper: Masked-attention Mask Transformer for Universal Image Segmentation, arXiv
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..kernels.pieces import with_channels_last
-from ..kernels.swin import feature_maps, use_windowed_layers
 from ..loss.criterion import Mask2FormerLoss
 from .backbone import load_backbone_weights, read_backbone_config
 from .configuration import Mask2FormerConfig
@@ -26,8 +27,17 @@ from .layers import (
     ZeroLinear,
     to_tokens,
 )
-from .padding import BackbonePaddingHider, hidden_padding, image_sizes_from_mask, may_hide_padding
+from .padding import (
+    PaddedBatch,
+    call_on_batch,
+    hidden_padding,
+    hide_padding_in,
+    image_sizes_from_mask,
+    keep_batch,
+    may_hide_padding,
+)
 from .pixel_decoder import PIXEL_DECODER_CLASSES, Mask2FormerPixelDecoder
+from .swin import use_windowed_layers
 from .transformer_decoder import Mask2FormerMaskedAttention, Mask2FormerTransformerModule
 
 
@@ -171,7 +181,7 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
             backbone_config._attn_implementation = None
         self.encoder = AutoBackbone.from_config(backbone_config)
         use_windowed_layers(self.encoder)
-        self.padding_hider = BackbonePaddingHider(self.encoder)
+        hide_padding_in(self.encoder)
         self.decoder = PIXEL_DECODER_CLASSES[config.pixel_decoder](config, feature_channels=self.encoder.channels)
         self._freeze()
 
@@ -203,12 +213,12 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
 
         Only with `output_hidden_states` are the backbone's maps returned, of which the decoder needs none.
         """
-        self.padding_hider.image_sizes = image_sizes
-        self.padding_hider.input_size = (pixel_values.shape[2], pixel_values.shape[3])
         if pixel_values.dtype != torch.float32:
             # A convolutional backbone keeps the layout. In float32 it is as fast in either.
             pixel_values = with_channels_last(pixel_values)
-        features = feature_maps(self.encoder, pixel_values)
+        size = (pixel_values.shape[2], pixel_values.shape[3])
+        batch = None if image_sizes is None else PaddedBatch(image_sizes, size)
+        features = call_on_batch(batch, self.encoder, pixel_values).feature_maps
         if not torch.compiler.is_exporting():  # there a size may be a symbol, which a comparison would pin down
             self._check_strides(pixel_values, features)
         paddings: tuple[Tensor | None, ...] = (None,) * len(features)
@@ -242,6 +252,11 @@ class Mask2FormerPreTrainedModel(PreTrainedModel):
     # Computed from the window size; checkpoints written by transformers 4.2x have it.
     _keys_to_ignore_on_load_unexpected = [r"\.relative_position_index$"]  # noqa: RUF012
     _no_split_modules = ["Mask2FormerPixelDecoderEncoderLayer", "Mask2FormerMaskedAttentionDecoderLayer"]  # noqa: RUF012
+
+    def _set_gradient_checkpointing(  # type: ignore[override] # releases differ in the other arguments
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, keep_batch(gradient_checkpointing_func), **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

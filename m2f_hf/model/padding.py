@@ -1,6 +1,10 @@
-"""Keeps what a batch adds around an image out of the model's sight, so that the image gives what it gives alone."""
+"""Hides what a batch adds around an image from the model, so that the image gives what it gives alone."""
 
 import math
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +14,13 @@ PADDING_DIVISOR = 32  # an image's own padding; what a batch adds beyond it is h
 
 
 def image_sizes_from_mask(pixel_mask: Tensor) -> Tensor:
-    """Height and width of each image: (B, H, W), nonzero = image, at the top left -> (B, 2) int64."""
+    """Return height and width of each image: (B, H, W), nonzero = image, at the top left -> (B, 2) int64."""
     image = pixel_mask.bool()
     return torch.stack([image.any(dim=2).sum(dim=1), image.any(dim=1).sum(dim=1)], dim=1)
 
 
 def may_hide_padding(pixel_values: Tensor, pixel_mask: Tensor | None, image_sizes: Tensor) -> bool:
-    """Whether there is padding to hide, as far as the host knows without waiting for a device.
+    """Return whether there may be padding to hide; only on the CPU, where nothing waits, are the sizes looked at.
 
     A processor gives a mask with every image, and most often each fills its own multiple of 32.
     """
@@ -28,12 +32,12 @@ def may_hide_padding(pixel_values: Tensor, pixel_mask: Tensor | None, image_size
 
 
 def padded_sizes(image_sizes: Tensor) -> Tensor:
-    """Height and width to which each image alone would be padded: (B, 2) -> (B, 2)."""
+    """Return height and width to which each image alone would be padded: (B, 2) -> (B, 2)."""
     return (image_sizes.clamp(min=1) + PADDING_DIVISOR - 1) // PADDING_DIVISOR * PADDING_DIVISOR
 
 
 def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
-    """Where a map lies beyond an image's own multiple of 32: (B, 2) -> (B, height, width) bool, True = padding.
+    """Return where a map is beyond an image's own multiple of 32: (B, 2) -> (B, height, width) bool, True = padding.
 
     An image alone is padded to a multiple of 32 and the original attends there; what a batch adds beyond that must not
     move the result.
@@ -43,59 +47,108 @@ def hidden_padding(image_sizes: Tensor, stride: int, size: tuple[int, int]) -> T
     return (rows[:, None] >= valid[:, :1, None]) | (columns >= valid[:, 1:, None])
 
 
-class BackbonePaddingHider:
-    """Zeroes padding wherever a backbone would let it reach into an image; does nothing while `image_sizes` is None.
+# --- In the backbone -------------------------------------------------------------------------------------------------
+#
+# Alone, an image ends in the zeros with which convolutions and attention windows fill up their surroundings. Hence in a
+# batch the same zeros: before each convolution or pooling that looks at neighbours, and after the norm in front of each
+# window attention. So a convolutional backbone gives an image exactly what it gives it alone. A Swin nearly: its
+# shifted windows wrap around at the edge of the batch, not of the image.
 
-    Alone, an image ends in the zeros with which convolutions and attention windows fill up their surroundings. Hence in
-    a batch the same zeros: before each convolution or pooling that looks at neighbours, and after the norm in front of
-    each window attention. So a convolutional backbone gives an image exactly what it gives it alone. A Swin nearly: its
-    shifted windows wrap around at the edge of the batch, not of the image.
 
-    Attributes:
-        image_sizes: (B, 2), set before each forward pass and kept for checkpointed layers to compute again.
-        input_size: height and width of the batch.
+class PaddedBatch(NamedTuple):
+    """A batch whose padding is hidden.
+
+    Args:
+        image_sizes: (B, 2) int64, height and width of each image before padding.
+        size: height and width of the batch.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
-        self.image_sizes: Tensor | None = None
-        self.input_size = (0, 0)
-        for name, module in backbone.named_modules():
-            if isinstance(module, nn.Conv2d | nn.MaxPool2d):
-                if max(module.kernel_size if isinstance(module.kernel_size, tuple) else (module.kernel_size,)) > 1:
-                    module.register_forward_pre_hook(self.zero_in_map)
-            elif hasattr(module, "padding_hider"):
-                module.padding_hider = self
-            elif name.endswith("layernorm_before") and not hasattr(backbone.get_submodule(name[:-17]), "padding_hider"):
-                module.register_forward_hook(self.zero_in_tokens)
+    image_sizes: Tensor
+    size: tuple[int, int]
 
-    def zero_in_map(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Hook before a module that reads (B, C, h, w)."""
-        if self.image_sizes is None:
-            return None
-        features, *others = args
-        padding = self._padding((features.shape[2], features.shape[3]))
-        return (features.masked_fill(padding[:, None], 0.0), *others)
+    def padding(self, map_size: tuple[int, int]) -> Tensor:
+        """Return where a map of this batch holds hidden padding: (B, height, width) bool, True = padding."""
+        return hidden_padding(self.image_sizes, self.size[0] // map_size[0], map_size)
 
-    def zero_in_tokens(self, module: nn.Module, args: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
-        """Hook after a module that gives (B, h * w, C)."""
-        if self.image_sizes is None:
-            return None
-        height, width = self.input_size
-        shrinkage = math.isqrt(height * width // tokens.shape[1])
-        padding = self._padding((height // shrinkage, width // shrinkage))
-        return tokens.masked_fill(padding.flatten(1)[..., None], 0.0)
 
-    def hidden_tokens(self, size: tuple[int, int]) -> Tensor | None:
-        """For a layer that asks: (B, height * width) bool, True = to be zeroed; None where nothing is hidden."""
-        return None if self.image_sizes is None else self._padding(size).flatten(1)
+class _CurrentCall(threading.local):
+    """The batch that the backbone reads in this thread: hooks are given tensors alone, so that it cannot be their
+    argument. Of all carriers, compilers, exports and traces take this one (no `ContextVar`)."""
 
-    def _padding(self, size: tuple[int, int]) -> Tensor:
-        assert self.image_sizes is not None
-        return hidden_padding(self.image_sizes, self.input_size[0] // size[0], size)
+    batch: PaddedBatch | None = None
+
+
+_CURRENT = _CurrentCall()
+
+
+def call_on_batch(batch: PaddedBatch | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return `function(*args, **kwargs)`; a backbone in it hides the padding of `batch`, None: hides nothing."""
+    before, _CURRENT.batch = _CURRENT.batch, batch
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _CURRENT.batch = before
+
+
+def keep_batch(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a gradient checkpointing function that computes layers again with the batch that they were called on.
+
+    The backward pass runs after the call, perhaps after others, and on a GPU in a thread of its own.
+    """
+
+    def checkpoint_on_batch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the graph has the batch, and computes again by itself
+            return checkpoint(function, *args, **kwargs)
+        return checkpoint(partial(call_on_batch, _CURRENT.batch, function), *args, **kwargs)
+
+    return checkpoint_on_batch
+
+
+def hide_padding_in(backbone: nn.Module) -> None:
+    """Hang hooks on a backbone that zero the padding of the batch it is called on, see [`call_on_batch`].
+
+    A Swin's layers zero theirs by [`hidden_tokens`].
+    """
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            if max(module.kernel_size if isinstance(module.kernel_size, tuple) else (module.kernel_size,)) > 1:
+                module.register_forward_pre_hook(_zero_in_map)
+        elif name.endswith("layernorm_before") and not hasattr(
+            backbone.get_submodule(name.removesuffix(".layernorm_before")), "hides_padding"
+        ):
+            module.register_forward_hook(_zero_in_tokens)
+
+
+def hidden_tokens(map_size: tuple[int, int]) -> Tensor | None:
+    """Return which tokens of a map are hidden padding: (B, height * width) bool, True = padding; None: none is."""
+    return None if _CURRENT.batch is None else _CURRENT.batch.padding(map_size).flatten(1)
+
+
+def _zero_in_map(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Hook before a module that reads (B, C, h, w)."""
+    if _CURRENT.batch is None:
+        return None
+    features, *others = args
+    padding = _CURRENT.batch.padding((features.shape[2], features.shape[3]))
+    return (features.masked_fill(padding[:, None], 0.0), *others)
+
+
+def _zero_in_tokens(module: nn.Module, args: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
+    """Hook after a module that gives (B, h * w, C)."""
+    batch = _CURRENT.batch
+    if batch is None:
+        return None
+    height, width = batch.size
+    shrinkage = math.isqrt(height * width // tokens.shape[1])
+    padding = batch.padding((height // shrinkage, width // shrinkage))
+    return tokens.masked_fill(padding.flatten(1)[..., None], 0.0)
+
+
+# --- In the decoders -------------------------------------------------------------------------------------------------
 
 
 def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | None) -> Tensor:
-    """GroupNorm whose statistics leave padding out, and zeros there: (B, C, H, W), (B, H, W) -> (B, C, H, W)."""
+    """Return GroupNorm of each image without its padding, zeros there: (B, C, H, W), (B, H, W) -> (B, C, H, W)."""
     if padding is None:
         return norm(features)
     image = ~padding.flatten(1)[:, None]  # (B, 1, N)
