@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -72,5 +73,8 @@ def load_measure(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(cache / "metrics"))
+        patch.setattr(sys, "path", list(sys.path))
         yield evaluate.load
+    for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
+        del sys.modules[name]  # imported from this cache
     assert list(cache.rglob("*.arrow")) == []
