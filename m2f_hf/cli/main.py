@@ -63,7 +63,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="m2f", description="Segment pictures and follow objects through clips.")
+    parser = _Parser(
+        prog="m2f", description="Segment pictures, follow objects through clips, train, measure and publish models."
+    )
     parser.add_argument("--version", action="version", version=f"m2f_hf {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
