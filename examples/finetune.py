@@ -9,19 +9,18 @@ checkpoint, and printed with the reason. In the output folder: `best/`, a checkp
 card; `training_log.jsonl`; `predictions/`, pictures of predictions next to targets; and the last `checkpoint-…`, from
 which an interrupted run goes on with `--resume`, exactly as if it had not been interrupted.
 
-`m2f train` runs the same. Copy this file to train on data or a model of your own: `data` holds items to train and to
-validate on, as docs/data.md describes them, and `start` a model with its processor.
+`m2f train` runs the same. Copy this file to train on data or a model of your own:
+
+    data = Data(train, validation, categories, task)  # items as docs/data.md describes them
+    start = Start(model, processor, "where they come from")  # or load_start(args, data)
 """
 
-from m2f_hf.metrics.options import parse_options
-from m2f_hf.training import FinetuningArguments, finetune
+from m2f_hf.training import FinetuningArguments, finetune, parse_options
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_options(FinetuningArguments, arguments, __doc__)
-    # data = Data(train, validation, categories, task)
-    # start = load_start(args, data), or Start(model, processor, "where they come from")
-    finetune(args, data=None, start=None)
+    finetune(args)  # or finetune(args, data, start)
 
 
 if __name__ == "__main__":

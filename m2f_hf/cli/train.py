@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .common import CommandError
+
 
 DESCRIPTION = """Fine-tune a model on labelled images or videos: `m2f train my-data` alone is a sensible run.
 
@@ -24,8 +26,9 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train as the options say."""
-    from ..metrics.options import parse_options
-    from ..training import FinetuningArguments, finetune
-
+    try:
+        from ..training import FinetuningArguments, finetune, parse_options
+    except ImportError as error:
+        raise CommandError(str(error)) from error
     finetune(parse_options(FinetuningArguments, options.arguments, DESCRIPTION, prog="m2f train"))
     return 0

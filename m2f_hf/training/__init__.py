@@ -7,6 +7,7 @@ from .._lazy import lazy_names
 
 __all__ = [
     "FinetuningArguments",
+    "parse_options",
     "finetune",
     "Data",
     "open_data",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from ..metrics.options import parse_options
     from .arguments import FinetuningArguments
     from .checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
     from .classes import set_classes
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
     from .start import Start, load_start
     from .trainer import Trainer
 else:
-    __getattr__ = lazy_names(  # the last three need Accelerate, the others do not
+    __getattr__ = lazy_names(  # what needs Accelerate is imported only where it is used
         __name__,
         {
+            "..metrics.options": ["parse_options"],
             ".arguments": ["FinetuningArguments"],
             ".checkpoints": ["find_checkpoint", "load_checkpoint", "save_checkpoint"],
             ".classes": ["set_classes"],

@@ -7,6 +7,12 @@ from typing import Any
 
 from transformers.utils import logging
 
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+except ImportError as error:
+    raise ImportError("Training needs Accelerate: pip install 'm2f_hf[train]'") from error
 from .arguments import FinetuningArguments
 from .checkpoints import find_checkpoint, save_model, step_of, tidy
 from .interruptions import advise_on_oom, exit_with_message
@@ -15,13 +21,6 @@ from .report import BEST, claim_repository, draw_samples, publish, say, write_ca
 from .start import Start, load_start, prepare_for_training
 from .trainer import Trainer
 from .validation import choose_thresholds, evaluate, is_sharded
-
-
-try:
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType
-except ImportError as error:
-    raise ImportError("Training needs Accelerate: pip install 'm2f_hf[train]'") from error
 
 
 def finetune(args: FinetuningArguments, data: Data | None = None, start: Start | None = None) -> None:
@@ -53,8 +52,8 @@ def finetune(args: FinetuningArguments, data: Data | None = None, start: Start |
         with exit_with_message():
             plan = make_plan(args, data, processor, accelerator.num_processes)
         lines = [f"start: {note}", why, *plan.lines, *prepare_for_training(model, args, data)]
+        args.output.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            args.output.mkdir(parents=True, exist_ok=True)
             tidy(args.output)
             say("\n".join(lines))
             if args.resume:

@@ -1,6 +1,7 @@
 """Options from a command line, a file or Python; what is refused; `m2f train` without any."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ def test_a_folder_that_cannot_be_the_output_is_refused_before_anything_is_loaded
     (tmp_path / "run" / "best").mkdir(parents=True)
     with pytest.raises(SystemExit, match="would be written over: give another --output"):
         train(*SHAPES, "--model", "nowhere", "--choose_thresholds", "--output", tmp_path / "run")
+
+
+def test_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "m2f_hf.training.run")
+    assert m2f(["train", "my-data"]) == 2
+    assert "pip install 'm2f_hf[train]'" in capsys.readouterr().err
 
 
 def test_the_command_needs_a_data_set_alone(tmp_path, monkeypatch, capsys):
