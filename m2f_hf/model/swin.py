@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.swin import modeling_swin
 
-from ..kernels import window_attention
 from ..kernels.fast_path import fast_path
+from ..kernels.window_attention import ACROSS_REGIONS, swin_layer
 from .padding import hidden_tokens
 
 
@@ -28,7 +28,7 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
 
     hides_padding = True
 
-    @fast_path(window_attention.swin_layer)
+    @fast_path(swin_layer)
     def forward(  # type: ignore[override] # transformers states a single tensor and returns the two
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -43,7 +43,7 @@ class WindowedSwinLayer(modeling_swin.SwinLayer):
         rows = RearrangeRows.apply(normed, order, slots, True).flatten(0, 1).unflatten(0, (-1, windows.shape[1]))
         across = None
         if regions is not None:
-            across = (regions[:, None, :] != regions[:, :, None]).to(rows.dtype) * window_attention.ACROSS_REGIONS
+            across = (regions[:, None, :] != regions[:, :, None]).to(rows.dtype) * ACROSS_REGIONS
         attended, weights = self.attention(rows, across, **kwargs)
         # (B * windows, N, C) -> (B, windows * N, C) -> (B, H * W, C)
         update = RearrangeRows.apply(attended.flatten(0, 1).unflatten(0, (normed.shape[0], -1)), slots, order, False)
