@@ -297,6 +297,9 @@ def test_a_folder_is_measured_as_evaluation_does_and_put_on_the_card(model, tmp_
     write_coco_panoptic(ShapesDataset(3, 96, seed=3), tmp_path / "scenes", CATEGORIES)
     shutil.copytree(model, tmp_path / "model")
     words = (tmp_path / "model" / "README.md").read_text().split("---")[2].strip()
+    (tmp_path / "out" / "worst").mkdir(parents=True)
+    for name in ("notes.txt", "07_earlier.jpg"):
+        (tmp_path / "out" / "worst" / name).touch()
     arguments = ["--model", tmp_path / "model", "--dataset", tmp_path / "scenes", "--card"]
     result = run(tmp_path / "out", *arguments, "--batch_size", 2)
     assert result["num_images"] == 3 and "pq_all" in capsys.readouterr().out
@@ -319,6 +322,8 @@ def test_a_folder_is_measured_as_evaluation_does_and_put_on_the_card(model, tmp_
     worst = result["worst"][0]
     assert worst["pq_all"] < result["figures"]["pq_all"] and worst["file_name"].endswith(".png")
     assert Image.open(tmp_path / "out" / worst["picture"]).width > 3 * 480
+    found = {path.name for path in (tmp_path / "out" / "worst").iterdir()}
+    assert found == {"notes.txt", Path(worst["picture"]).name}, "an earlier evaluation's pictures go, other files stay"
     path = tmp_path / "model" / "README.md"
     assert f"value: {round(100 * result['figures']['pq_all'], 2)}" in path.read_text()
     figures = headline("panoptic", {"pq_all": 0.1234, "ap": None}, "scenes", "all images")
