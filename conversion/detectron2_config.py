@@ -198,7 +198,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             raise UnsupportedOptionError(
                 f"{name} in {path} is an expression to execute. Write its value instead; nothing in a config is run."
             )
-        if not _is_of_kind(value, DEFAULTS[name]):
+        if not _has_kind(value, DEFAULTS[name]):
             raise ValueError(f"{name} in {path} is {_REPR.repr(value)}; a value like {DEFAULTS[name]!r} is expected.")
     _check_supported(options)
     return options
@@ -513,7 +513,7 @@ def _decoded(value: Any, default: Any) -> Any:
 _LONGEST_LITERAL = 1000
 
 
-def _is_of_kind(value: Any, default: Any) -> bool:
+def _has_kind(value: Any, default: Any) -> bool:
     if default is None:
         return value is None or _is_scalar(value)
     if isinstance(default, list | tuple):

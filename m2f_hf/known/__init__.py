@@ -1,1 +1,1 @@
-"""Facts about data sets and checkpoints: label sets, training recipes, stock checkpoints, lookup of files."""
+"""Facts about data sets and checkpoints: label sets, training recipes, stock checkpoints, bundled files, lookup."""
