@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import m2f_hf
+from m2f_hf.hub.code import code_files
+from m2f_hf.hub.families import IMAGES, VIDEOS
 
 
 if sys.version_info >= (3, 11):
@@ -110,6 +112,12 @@ def test_rooms_import_downwards():
                 if source[1] in ROOMS and ROOMS.index(source[1]) < ROOMS.index(parts[1]):
                     upwards.append(f"{'/'.join(parts)}:{node.lineno} imports from {source[1]}")
     assert upwards == []
+
+
+@pytest.mark.parametrize("family", [IMAGES, VIDEOS], ids=["images", "videos"])
+def test_published_modules_import_from_modules(family):
+    """`code_files` raises where one imports from a package, which `transformers` would not follow."""
+    assert len(code_files(family)) > 10
 
 
 def test_every_room_says_in_one_sentence_what_is_in_it():
