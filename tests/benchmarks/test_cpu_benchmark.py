@@ -202,14 +202,11 @@ def test_one_wrong_value_is_enough(difference):
 
 
 def test_gradient_difference_is_relative_and_sees_missing_ones():
-    def model(*gradient):
-        linear = torch.nn.Linear(2, 1, bias=False)
-        linear.weight.grad = torch.tensor([gradient]) if gradient else None
-        return linear
-
-    assert equality.gradient_difference(model(3.0, 4.0), model(3.0, 4.0)) == 0
-    assert equality.gradient_difference(model(3.0, 4.5), model(3.0, 4.0)) == pytest.approx(0.1)
-    assert equality.gradient_difference(model(), model(3.0, 4.0)) == float("inf")
+    ours, theirs = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    for gradient, expected in (([3.0, 4.0], 0), ([3.0, 4.5], 0.1), (None, float("inf"))):
+        ours.weight.grad = None if gradient is None else torch.tensor([gradient])
+        theirs.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert equality.gradient_difference(ours, theirs) == pytest.approx(expected)
 
 
 def test_a_difference_fails_the_run(in_this_process, monkeypatch, capsys):
@@ -220,21 +217,14 @@ def test_a_difference_fails_the_run(in_this_process, monkeypatch, capsys):
     assert "**DIFFERS**" in captured.out and "forward: logits" in captured.err
 
 
-# --- inputs ---
-
-
-def test_attention_masks_of_the_random_model_are_neither_empty_nor_full(setup):
+def test_inputs_are_like_those_of_a_trained_model(setup):
+    """Attention masks neither empty nor full, and a few segments in made-up outputs and in the photo."""
     with torch.no_grad(), equality.recorded_decisions(setup.model(THEIRS).eval()) as decisions:
         setup.model(THEIRS)(setup.pixel_values())
     assert len(decisions) == setup.config().decoder_layers
     for decision in decisions:
-        assert decision.logits.isfinite().all()
         blocked = decision.blocked.float().mean(-1)  # (B, Q)
-        assert 0.2 < blocked.mean() < 0.8
         assert ((blocked > 0.05) & (blocked < 0.95)).float().mean() > 0.5  # of six positions on the coarsest level
-
-
-def test_segments_are_found_in_made_up_outputs_and_in_the_photo(setup):
     for implementation in (THEIRS, OURS):
         small = setup._replace(result_height=96)
         for task in ("panoptic", "instance"):
@@ -242,7 +232,6 @@ def test_segments_are_found_in_made_up_outputs_and_in_the_photo(setup):
             assert result["segmentation"].shape[-2:] == (96, 128) and len(result["segments_info"]) >= 2
         (result,) = cases.prepare_end_to_end(implementation, setup)()
         assert result["segmentation"].shape == (48, 64) and 1 <= len(result["segments_info"]) <= 10
-        assert cases.load_processor(implementation, setup)(cases.random_photo(48, setup.generator()))  # takes a photo
 
 
 # --- time and memory ---
@@ -268,32 +257,18 @@ def test_processes_have_a_limit_and_report_it(setup):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no signals to be killed by")
 @pytest.mark.parametrize(
-    ("script", "is_memory"),
-    [
-        ("kill -9 $$", True),
-        ("echo std::bad_alloc >&2; kill -6 $$", True),
-        ("kill -11 $$", False),
-        ("echo no such thing >&2; exit 3", False),
-    ],
+    "script", ["kill -9 $$", "echo std::bad_alloc >&2; kill -6 $$", "echo no such thing >&2; exit 3"]
 )
-def test_a_killed_process_had_too_little_memory(script, is_memory, setup, monkeypatch, tmp_path):
+def test_a_killed_process_had_too_little_memory(script, setup, monkeypatch, tmp_path):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     monkeypatch.setattr(cpu.sys, "executable", str(python))
     with Worker("m2f_hf, forward", request("forward", setup)) as worker:
-        message = "out of memory" if is_memory else r"m2f_hf, forward failed with status (-11|3):\n(no such thing)?"
+        message = "out of memory" if "kill" in script else "m2f_hf, forward failed with status 3:\nno such thing"
         with pytest.raises(WorkerError, match=message) as failed:
             worker.ask("memory")
-        assert failed.value.is_memory == is_memory
-
-
-def test_other_errors_are_no_lack_of_memory():
-    for run, is_memory in ((lambda: torch.empty(2**60), True), (lambda: torch.eye(2) @ torch.eye(3), False)):
-        with pytest.raises(RuntimeError) as failed:
-            run()
-        assert measuring.is_out_of_memory(failed.value) == is_memory
-    assert not measuring.is_out_of_memory(ValueError("cannot allocate a seat"))
+        assert failed.value.is_memory == ("kill" in script)
 
 
 def test_the_one_that_fits_is_still_measured(in_this_process, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,49 +147,35 @@ def test_what_fails_at_first_or_later_is_left_out():
 # --- a GPU's clock and memory, with a stand-in ---
 
 
-class StandIn:
-    """What is used of `torch.cuda`: a queue whose clock counts milliseconds, an allocator, and its warnings."""
+@pytest.mark.filterwarnings("ignore")
+def test_time_memory_and_waits_are_those_of_one_run(monkeypatch):
+    """With a queue whose clock counts milliseconds, and an allocator."""
+    clock, allocated, peak, modes = [0.0], 100, [900], []
 
-    def __init__(self):
-        self.clock, self.allocated, self.peak, self.modes = 0.0, 100, 900, []
-        self.memory_allocated, self.max_memory_allocated = lambda: self.allocated, lambda: self.peak
-        self.empty_cache, self.set_sync_debug_mode = lambda: None, self.modes.append
-        stand_in = self
+    class Event(SimpleNamespace):
+        record = lambda self: setattr(self, "time", clock[0])
+        synchronize = lambda self: None
+        elapsed_time = lambda self, end: end.time - self.time
 
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                self.time = stand_in.clock
-
-            def synchronize(self):
-                pass
-
-            def elapsed_time(self, end):
-                return end.time - self.time
-
-        self.Event = Event
-
-    def reset_peak_memory_stats(self):
-        self.peak = self.allocated
-
-    def run(self):
-        self.clock += 250
-        self.peak = max(self.peak, self.allocated + 40)
+    def run():
+        clock[0] += 250
+        peak[0] = max(peak[0], allocated + 40)
         for message in ("called a synchronizing CUDA operation", "something else") * 2:
             warnings.warn(message, stacklevel=1)
 
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("loop", [1, 4])
-def test_time_and_memory_are_those_of_one_run(loop, monkeypatch):
-    stand_in = StandIn()
+    stand_in = SimpleNamespace(
+        Event=Event,
+        empty_cache=lambda: None,
+        memory_allocated=lambda: allocated,
+        max_memory_allocated=lambda: peak[0],
+        reset_peak_memory_stats=lambda: peak.__setitem__(0, allocated),
+        set_sync_debug_mode=modes.append,
+    )
     monkeypatch.setattr(torch, "cuda", stand_in)
-    line = parts.contest("x", {"m2f_hf": lambda: stand_in.run}, "cuda", Pace(0.0, least=2), loop=loop)
+    line = parts.contest("x", {"m2f_hf": lambda: run}, "cuda", Pace(0.0, least=2), loop=4)
     assert line.seconds == {"m2f_hf": [0.25, 0.25]} and line.memory == {"m2f_hf": Memory(100, 140)}
-    assert stand_in.clock == 250 * (3 + 3 * loop)
-    assert parts.count_waits(stand_in.run) == 2 and stand_in.modes == ["warn", "default"]
+    assert clock[0] == 250 * (3 + 3 * 4)
+    assert parts.count_waits(run) == 2 and modes == ["warn", "default"]
 
 
 # --- inputs ---
