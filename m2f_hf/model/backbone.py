@@ -1,4 +1,4 @@
-"""Pretrained backbones: the body of an image classifier as the start of training."""
+"""Loads pretrained backbones: the body of an image classifier, to start training from."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -20,7 +20,7 @@ _WHAT_WORKS = "use a backbone with a pyramid: Swin, SwinV2, ResNet, ConvNeXt, Co
 def read_backbone_config(
     name: str, settings: Mapping[str, Any] | None = None, download: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """Configuration of a pretrained backbone that gives four maps, at strides 4, 8, 16 and 32.
+    """Return the configuration of a pretrained backbone that gives four maps, at strides 4, 8, 16 and 32.
 
     Args:
         name: folder, or id on the Hub, of a model whose body `AutoBackbone` knows, with a classifier or without.
@@ -50,7 +50,7 @@ def read_backbone_config(
 
 
 def stages_at_strides(config: PreTrainedConfig) -> list[str]:
-    """The last of a backbone's stages at each of the strides 4, 8, 16 and 32, found by asking it for all.
+    """Return the last of a backbone's stages at each of the strides 4, 8, 16 and 32, found by running all.
 
     Raises:
         ValueError: there is a stride without a stage, or the backbone cannot run on images of any shape.
@@ -85,7 +85,7 @@ def stages_at_strides(config: PreTrainedConfig) -> list[str]:
 
 
 def load_backbone_weights(name: str, config: PreTrainedConfig, download: Mapping[str, Any] | None = None) -> nn.Module:
-    """The backbone with a checkpoint's weights, float32.
+    """Return the backbone with a checkpoint's weights, in float32.
 
     Raises:
         ValueError: the checkpoint leaves a parameter out, other than the norms of the outputs, which classifiers lack.

@@ -140,10 +140,10 @@ class Mask2FormerConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in `transformers`; a `mask2former` configuration is read as one of ours with fewer fields.
+        """Read settings as in `transformers`; those of a `mask2former` are read as ours with fewer fields.
 
-        Where name or labels are those of a known data set, its colours are added, and its names for placeholders. A
-        video model's is read with a warning, as that of an image model with the same weights.
+        Where name or labels are those of a known data set, its colours are added, and its names replace placeholders.
+        Those of a video model are read with a warning, as those of an image model with the same weights.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type")
@@ -162,7 +162,7 @@ class Mask2FormerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in `transformers`; labels given here, or a new number of them, leave nothing of the old ones behind.
+        """Build as in `transformers`; labels given here, or another number of them, replace all that the dict has.
 
         Raises:
             ValueError: `id2label` is no dict of whole numbers to names, or `num_labels` says another number.
@@ -312,14 +312,14 @@ class Mask2FormerVideoConfig(Mask2FormerConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As the image model's, whose configurations are read as ones with fewer fields."""
+        """Read settings; those of an image model are read as ours with fewer fields."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == Mask2FormerConfig.model_type:
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 
     def validate_architecture(self) -> None:
-        """As the image model's, and the fields for clips.
+        """Refuse impossible combinations, also of the fields for clips.
 
         Raises:
             ValueError: naming the field at fault and a value that works.
@@ -332,7 +332,7 @@ class Mask2FormerVideoConfig(Mask2FormerConfig):
 
 
 def _to_id2label(labels: Any) -> dict[int, str]:
-    """Labels by whole number; a JSON file has these as text."""
+    """Return labels by whole number; a JSON file has these as text."""
     try:
         return {int(index): label for index, label in labels.items()}
     except (AttributeError, TypeError, ValueError):

@@ -1,61 +1,32 @@
-"""The image model, in the order of the paper's figure 2: backbone, `pixel_decoder`, `masked_attention_decoder`, heads.
+"""The image model, in the order of the paper's figure 2: backbone, `pixel_decoder`, `transformer_decoder`, heads.
 
 Paper: Masked-attention Mask Transformer for Universal Image Segmentation, arXiv 2112.01527.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoBackbone, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ..kernels.pieces import with_channels_last
 from ..loss.criterion import Mask2FormerLoss
-from .backbone import load_backbone_weights, read_backbone_config
 from .configuration import Mask2FormerConfig
-from .layers import (
-    PartlyFrozen,
-    SamplingOffsets,
-    XavierConv2d,
-    XavierLinear,
-    ZeroLinear,
-    to_tokens,
-)
+from .layers import PartlyFrozen, to_tokens
 from .padding import (
     PaddedBatch,
     call_on_batch,
     hidden_padding,
     hide_padding_in,
     image_sizes_from_mask,
-    keep_batch,
     may_hide_padding,
 )
-from .pixel_decoder import PIXEL_DECODER_CLASSES, Mask2FormerPixelDecoder
+from .pixel_decoder import PIXEL_DECODER_CLASSES
+from .pretrained import Mask2FormerPreTrainedModel
 from .swin import use_windowed_layers
-from .transformer_decoder import Mask2FormerMaskedAttention, Mask2FormerTransformerModule
-
-
-# What of a checkpoint cannot be kept under another value of a field.
-_DEPENDS_ON_FIELD = {
-    "num_labels": ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight"),
-    "num_queries": ("transformer_module.queries_features.weight", "transformer_module.queries_embedder.weight"),
-    "no_object_weight": ("criterion.empty_weight",),
-}
-_DOWNLOAD_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
+from .transformer_decoder import Mask2FormerTransformerModule
 
 
 # --- Outputs ---------------------------------------------------------------------------------------------------------
@@ -78,10 +49,10 @@ class Mask2FormerPixelLevelModuleOutput(ModelOutput):
 
 
 class EncodedImages(NamedTuple):
-    """What backbone and pixel decoder made of a batch: all that the masked-attention decoder needs to know of it.
+    """Output of `encode`, input of `decode`.
 
     Args:
-        pixel_level: their maps.
+        pixel_level: the maps of backbone and pixel decoder.
         image_sizes: (B, 2) int64, height and width of each image before padding.
         hidden_sizes: the same where padding is to be hidden, None where there is none to hide.
     """
@@ -165,6 +136,20 @@ class Mask2FormerForUniversalSegmentationOutput(ModelOutput):
     image_sizes: Tensor | None = None
 
 
+# Fields of the base model's output that the full model's has too.
+_PASSED_ON = (
+    "encoder_last_hidden_state",
+    "pixel_decoder_last_hidden_state",
+    "transformer_decoder_last_hidden_state",
+    "encoder_hidden_states",
+    "pixel_decoder_hidden_states",
+    "transformer_decoder_hidden_states",
+    "attentions",
+    "cross_attentions",
+    "image_sizes",
+)
+
+
 # --- Backbone and pixel decoder ---------------------------------------------------------------------------------------
 
 
@@ -177,7 +162,7 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
         backbone_config = config.backbone_config
         assert isinstance(backbone_config, PreTrainedConfig)
         if backbone_config._attn_implementation == "sdpa":
-            # Asked for the whole model. Left open, a backbone takes it too, and one that has no such attention none.
+            # It was asked for the whole model. Unset, a backbone uses it where it has it, and its own elsewhere.
             backbone_config._attn_implementation = None
         self.encoder = AutoBackbone.from_config(backbone_config)
         use_windowed_layers(self.encoder)
@@ -187,7 +172,7 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
 
     def _freeze(self) -> None:
         if self.encoder.config.model_type == "swin":
-            # Swin's last norm belongs to classification; DDP would wait for its gradient for ever.
+            # Swin's last norm belongs to classification; DDP would wait for its gradient forever.
             for name, parameter in self.encoder.named_parameters():
                 if name.removeprefix("swin.").startswith("layernorm."):
                     parameter.requires_grad_(False)
@@ -209,9 +194,9 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
     def forward(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, output_hidden_states: bool = False
     ) -> Mask2FormerPixelLevelModuleOutput:
-        """(B, 3, H, W); with (B, 2) image sizes, padding beyond each image's own multiple of 32 is hidden.
+        """Read images (B, 3, H, W); with image sizes (B, 2), padding beyond each image's multiple of 32 is hidden.
 
-        Only with `output_hidden_states` are the backbone's maps returned, of which the decoder needs none.
+        The backbone's maps, which the decoder does not need, are returned only with `output_hidden_states`.
         """
         if pixel_values.dtype != torch.float32:
             # A convolutional backbone keeps the layout. In float32 it is as fast in either.
@@ -239,161 +224,6 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-class Mask2FormerPreTrainedModel(PreTrainedModel):
-    config: Mask2FormerConfig
-    config_class = Mask2FormerConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    # Swin's last norm belongs to classification: no original checkpoint has it.
-    _keys_to_ignore_on_load_missing = [r"encoder\.(swin\.)?layernorm\."]  # noqa: RUF012
-    # Computed from the window size; checkpoints written by transformers 4.2x have it.
-    _keys_to_ignore_on_load_unexpected = [r"\.relative_position_index$"]  # noqa: RUF012
-    _no_split_modules = ["Mask2FormerPixelDecoderEncoderLayer", "Mask2FormerMaskedAttentionDecoderLayer"]  # noqa: RUF012
-
-    def _set_gradient_checkpointing(  # type: ignore[override] # releases differ in the other arguments
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
-    ) -> None:
-        super()._set_gradient_checkpointing(enable, keep_batch(gradient_checkpointing_func), **kwargs)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks for its attention interface in this file; ours reads the setting at each call just as well.
-        return True
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`; but heads that the caller gives another size start anew without a flag.
-
-        With `num_labels`, `id2label`, `num_queries` or a `config` that differ from the checkpoint's in the number of
-        labels or queries, the class head (and the weights of its loss) or the queries get this model's first weights.
-        `transformers` reports them by name, and `output_loading_info` has them as "mismatched_keys". Everything else
-        is the checkpoint's. Other names for as many labels replace nothing, and another `no_object_weight` reaches the
-        loss.
-
-        Raises:
-            RuntimeError: anything else has another shape than the checkpoint's.
-        """
-        replaced = cls._replaced_parameters(pretrained_model_name_or_path, kwargs)
-        replaces_more = bool(kwargs.pop("ignore_mismatched_sizes", False))
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            ignore_mismatched_sizes=replaces_more or bool(replaced),
-            output_loading_info=True,
-            **kwargs,
-        )
-        model, info = loaded
-        others = sorted(entry[0] for entry in info["mismatched_keys"] if not entry[0].endswith(replaced))
-        if others and not replaces_more:
-            raise RuntimeError(
-                f"{len(others)} parameters have other shapes in {pretrained_model_name_or_path}, beside those that "
-                f"another number of labels or queries replaces: {others[:5]}. Give them the checkpoint's sizes, or "
-                "replace them too with `ignore_mismatched_sizes=True`."
-            )
-        if "criterion.empty_weight" in replaced and hasattr(model, "criterion"):
-            model.criterion.empty_weight[-1] = model.config.no_object_weight
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def _replaced_parameters(cls, name: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
-        """Ends of the names of what cannot stay as it is in the checkpoint, by the fields that the caller changes."""
-        config = kwargs.get("config")
-        if isinstance(config, PreTrainedConfig):
-            wanted = {field: getattr(config, field) for field in _DEPENDS_ON_FIELD}
-        else:
-            wanted = {field: kwargs[field] for field in _DEPENDS_ON_FIELD if kwargs.get(field) is not None}
-            if kwargs.get("id2label") is not None:
-                wanted["num_labels"] = len(kwargs["id2label"])
-        if name is None or not wanted:
-            return ()
-        own = cls.config_class.from_pretrained(name, **_download_arguments(kwargs))
-        return tuple(
-            parameter
-            for field, value in wanted.items()
-            if value != getattr(own, field)
-            for parameter in _DEPENDS_ON_FIELD[field]
-        )
-
-    @classmethod
-    def from_backbone(
-        cls, backbone_name_or_path: Any, *, backbone_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
-        """A new model around a pretrained backbone, in evaluation mode: the start of training on a data set.
-
-        Args:
-            backbone_name_or_path: id on the Hub or folder of a model whose body `AutoBackbone` knows: a classifier
-                such as "microsoft/swin-tiny-patch4-window7-224", or one without its head.
-            backbone_kwargs: fields of the backbone's configuration, such as `drop_path_rate`.
-            kwargs: fields of [`Mask2FormerConfig`], `num_labels` and `id2label` among them, and the `revision`,
-                `token`, `cache_dir`, `subfolder`, `force_download` and `local_files_only` of a download.
-
-        Raises:
-            TypeError: an argument that is no field of the configuration.
-            ValueError: the backbone has no maps at strides 4, 8, 16 and 32 (a plain ViT has one), or lacks weights.
-            OSError: there is no such checkpoint.
-        """
-        download = _download_arguments(kwargs)
-        settings = {name: value for name, value in kwargs.items() if name not in download}
-        known = {field.name for field in fields(cls.config_class)} | {"num_labels"}
-        for name in settings:
-            if name not in known - {"backbone_config"}:
-                raise TypeError(f"`{name}` is no field of {cls.config_class.__name__}.")
-        backbone_config = read_backbone_config(backbone_name_or_path, backbone_kwargs, download)
-        weights = load_backbone_weights(backbone_name_or_path, backbone_config, download).state_dict()
-        model: Any = cls(cls.config_class(backbone_config=backbone_config, **settings))
-        model.base_model.pixel_level_module.encoder.load_state_dict(weights)
-        return model.eval()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """The original's initial weights; what it leaves at PyTorch's defaults is left there."""
-        if isinstance(module, SamplingOffsets):
-            init.zeros_(module.weight)
-            init.copy_(module.bias, module.first_bias())
-        elif isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, XavierLinear):
-            init.xavier_uniform_(module.weight, gain=self.config.init_xavier_std)
-            init.zeros_(module.bias) if module.zero_bias else self._init_bias(module)
-        elif isinstance(module, nn.Linear):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            self._init_bias(module)
-        elif isinstance(module, Mask2FormerMaskedAttention):
-            init.xavier_uniform_(module.in_proj_weight, gain=self.config.init_xavier_std)
-            init.zeros_(module.in_proj_bias)
-        elif isinstance(module, nn.Conv2d):
-            if isinstance(module, XavierConv2d):
-                init.xavier_uniform_(module.weight)
-            else:
-                init.kaiming_uniform_(module.weight, a=1)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, Mask2FormerPixelDecoder):
-            init.normal_(module.level_embed)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
-        elif isinstance(module, Mask2FormerLoss):
-            weights = torch.ones_like(module.empty_weight)
-            weights[-1] = self.config.no_object_weight
-            init.copy_(module.empty_weight, weights)
-        else:
-            super()._init_weights(module)
-
-    @staticmethod
-    def _init_bias(module: nn.Linear) -> None:
-        bound = module.in_features**-0.5
-        init.uniform_(module.bias, -bound, bound)
-
-
-def _download_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
-
-
 class Mask2FormerModel(Mask2FormerPreTrainedModel):
     """Backbone, pixel decoder and masked-attention decoder; the class head is the next class's."""
 
@@ -416,7 +246,8 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
         output_auxiliary_logits: bool | None = None,
         return_dict: bool | None = None,
     ) -> Mask2FormerModelOutput | tuple[Any, ...]:
-        """
+        """Predict masks and mask embeddings for every query.
+
         Args:
             pixel_values: (B, 3, H, W), normalised, padded at the bottom and right (to a multiple of 32, as the
                 processor does).
@@ -431,22 +262,20 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
         Raises:
             ValueError: `pixel_values` or `pixel_mask` has another shape.
         """
-        config = self.config
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if output_auxiliary_logits is None:
-            output_auxiliary_logits = config.output_auxiliary_logits
-        return_dict = config.return_dict if return_dict is None else return_dict
-        encoded = self.encode(pixel_values, pixel_mask, bool(output_hidden_states))
+        output_hidden_states = self.option("output_hidden_states", output_hidden_states)
+        encoded = self.encode(pixel_values, pixel_mask, output_hidden_states)
         output = self.decode(
-            encoded, bool(output_hidden_states), bool(output_attentions), bool(output_auxiliary_logits)
+            encoded,
+            output_hidden_states,
+            self.option("output_attentions", output_attentions),
+            self.option("output_auxiliary_logits", output_auxiliary_logits),
         )
-        return output if return_dict else output.to_tuple()
+        return output if self.option("return_dict", return_dict) else output.to_tuple()
 
     def encode(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, output_hidden_states: bool = False
     ) -> EncodedImages:
-        """The first half of `forward`: backbone and pixel decoder."""
+        """Run the first half of `forward`: backbone and pixel decoder."""
         image_sizes = self._image_sizes(pixel_values, pixel_mask)
         # Processors give float32; a model in half precision takes it.
         pixel_values = pixel_values.to(self.dtype)
@@ -461,7 +290,7 @@ class Mask2FormerModel(Mask2FormerPreTrainedModel):
         output_attentions: bool = False,
         output_auxiliary_logits: bool = False,
     ) -> Mask2FormerModelOutput:
-        """The second half of `forward`: the masked-attention decoder."""
+        """Run the second half of `forward`: the masked-attention decoder."""
         pixel_level, image_sizes, hidden_sizes = encoded
         mask_features = pixel_level.decoder_last_hidden_state
         assert mask_features is not None
@@ -527,7 +356,7 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
         self.post_init()
 
     def get_loss(self, loss_dict: dict[str, Tensor]) -> Tensor:
-        """Weighted sum of the terms; `loss_mask_3` has the weight of `loss_mask`."""
+        """Return the weighted sum of the terms; `loss_mask_3` has the weight of `loss_mask`."""
         weighted = [
             weight * loss
             for name, weight in self.weight_dict.items()
@@ -547,7 +376,8 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> Mask2FormerForUniversalSegmentationOutput | tuple[Any, ...]:
-        """
+        """Predict a class and a mask for every query; with labels, the losses too.
+
         Args:
             pixel_values: (B, 3, H, W), normalised, padded at the bottom and right.
             mask_labels: for each image a (N, H, W) tensor of N target masks, bool, uint8 or float.
@@ -564,11 +394,7 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
         if (mask_labels is None) != (class_labels is None):
             missing = "mask_labels" if mask_labels is None else "class_labels"
             raise ValueError(f"`{missing}` is missing: the loss needs `mask_labels` and `class_labels`, or neither.")
-        config = self.config
-        return_dict = config.return_dict if return_dict is None else return_dict
-        if output_auxiliary_logits is None:
-            output_auxiliary_logits = config.output_auxiliary_logits
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_auxiliary_logits = self.option("output_auxiliary_logits", output_auxiliary_logits)
         outputs = self.model(
             pixel_values,
             pixel_mask=pixel_mask,
@@ -577,8 +403,8 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
             output_auxiliary_logits=output_auxiliary_logits,
             return_dict=True,
         )
-        output = self.predict(outputs, mask_labels, class_labels, bool(output_auxiliary_logits))
-        return output if return_dict else output.to_tuple()
+        output = self.predict(outputs, mask_labels, class_labels, output_auxiliary_logits)
+        return output if self.option("return_dict", return_dict) else output.to_tuple()
 
     def predict(
         self,
@@ -587,7 +413,7 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
         class_labels: list[Tensor] | None = None,
         output_auxiliary_logits: bool = False,
     ) -> Mask2FormerForUniversalSegmentationOutput:
-        """What `forward` makes of the base model's outputs: classes and, with labels, losses."""
+        """Return the base model's outputs with classes and, with labels, losses."""
         loss = loss_dict = None
         supervised = mask_labels is not None and self.config.use_auxiliary_loss
         wanted = slice(None) if supervised or output_auxiliary_logits else slice(-1, None)
@@ -615,16 +441,8 @@ class Mask2FormerForUniversalSegmentation(Mask2FormerPreTrainedModel):
             class_queries_logits=class_logits[-1],
             masks_queries_logits=outputs.masks_queries_logits[-1],
             auxiliary_logits=auxiliary_logits,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            pixel_decoder_last_hidden_state=outputs.pixel_decoder_last_hidden_state,
-            transformer_decoder_last_hidden_state=outputs.transformer_decoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            pixel_decoder_hidden_states=outputs.pixel_decoder_hidden_states,
-            transformer_decoder_hidden_states=outputs.transformer_decoder_hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
             loss_dict=loss_dict,
-            image_sizes=outputs.image_sizes,
+            **{name: getattr(outputs, name) for name in _PASSED_ON},
         )
 
 

@@ -1,4 +1,4 @@
-"""The video model: a clip's frames go through the image model's modules as a batch, and queries read all of them.
+"""The video model: the image model's modules read a clip's frames as a batch, and queries read all frames at once.
 
 Paper: Mask2Former for Video Instance Segmentation, arXiv 2112.10764.
 """
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.fast_path import is_recorded
 from .configuration import Mask2FormerConfig, Mask2FormerVideoConfig
 from .modeling import (
     EncodedImages,
@@ -20,41 +21,43 @@ from .modeling import (
 )
 
 
-# Frames that are read together where no gradients are wanted. On a CPU one at a time is the fastest, too; on an
-# accelerator launches are what costs.
+# Frames that are read together without gradients. On a CPU one at a time is the fastest and needs the least memory;
+# on an accelerator launches cost time.
 FRAMES_PER_BATCH = {"cpu": 1}
 FRAMES_PER_BATCH_ACCELERATOR = 8
 
 
 def frames_at_once(config: Mask2FormerVideoConfig, device: torch.device) -> int:
-    """How many frames backbone and pixel decoder read together where no gradients are wanted."""
+    """Return how many frames backbone and pixel decoder read together without gradients."""
     return config.frames_per_batch or FRAMES_PER_BATCH.get(device.type, FRAMES_PER_BATCH_ACCELERATOR)
 
 
 class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
-    """Backbone and pixel decoder, which know of no time: a few frames after the other."""
+    """Backbone and pixel decoder, which read every frame as an image."""
 
     config: Mask2FormerVideoConfig
 
     def forward(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, output_hidden_states: bool = False
     ) -> Mask2FormerPixelLevelModuleOutput:
-        """As for images, but (B, T, 3, H, W), with sizes (B, 2) that all frames of a clip share -> maps (B, T, …)."""
+        """Read clips (B, T, 3, H, W), with sizes (B, 2) that all frames of a clip share -> maps (B, T, …)."""
         clips = pixel_values.shape[:2]  # (B, T)
         frames = pixel_values.flatten(0, 1)  # (B, T, 3, H, W) -> (B * T, 3, H, W)
         sizes = None if image_sizes is None else image_sizes.repeat_interleave(clips[1], dim=0)
-        if self._reads_in_parts():
+        # With gradients everything is kept anyway, and in training a norm may need the whole batch. A graph must not
+        # know how many chunks there are.
+        if not (self.training or torch.is_grad_enabled() or is_recorded()):
             maps: list[Tensor] = []
             step = frames_at_once(self.config, frames.device)
             for start in range(0, len(frames), step):
-                part = slice(start, start + step)
-                of_part = self._maps(
-                    super().forward(frames[part], None if sizes is None else sizes[part], output_hidden_states)
+                chunk = slice(start, start + step)
+                chunk_maps = self._maps(
+                    super().forward(frames[chunk], None if sizes is None else sizes[chunk], output_hidden_states)
                 )
-                # Written into place: the decoder reads all frames at once, and joining the parts would hold them twice.
-                maps = maps or [level.new_empty(len(frames), *level.shape[1:]) for level in of_part]
-                for level, values in zip(maps, of_part, strict=True):
-                    level[part] = values
+                # Written in place: the decoder reads all frames at once, and joining chunks would hold them twice.
+                maps = maps or [level.new_empty(len(frames), *level.shape[1:]) for level in chunk_maps]
+                for level, values in zip(maps, chunk_maps, strict=True):
+                    level[chunk] = values
         else:
             maps = self._maps(super().forward(frames, sizes, output_hidden_states))
         # (B * T, C, h, w) -> (B, T, C, h, w)
@@ -68,24 +71,13 @@ class Mask2FormerVideoPixelLevelModule(Mask2FormerPixelLevelModule):
 
     @staticmethod
     def _maps(output: Any) -> list[Tensor]:
-        """Mask features, the backbone's coarsest map, the decoder's three scales, and the backbone's where wanted."""
+        """Return mask features, the backbone's coarsest map, the decoder's three and, if wanted, all the backbone's."""
         return [
             output.decoder_last_hidden_state,
             output.encoder_last_hidden_state,
             *(output.decoder_hidden_states or ()),
             *(output.encoder_hidden_states or ()),
         ]
-
-    def _reads_in_parts(self) -> bool:
-        # Where gradients are wanted everything is kept anyway, and in training a norm may count on the whole batch. A
-        # graph must not know how many parts there are.
-        return not (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.compiler.is_exporting()
-            or torch.jit.is_tracing()
-        )
 
 
 class Mask2FormerVideoModel(Mask2FormerModel):
@@ -108,8 +100,7 @@ class Mask2FormerVideoModel(Mask2FormerModel):
     def forward(  # type: ignore[override]
         self, pixel_values_videos: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any
     ) -> Mask2FormerModelOutput | tuple[Any, ...]:
-        """
-        As [`Mask2FormerModel.forward`]; every map of the output has a T after the B.
+        """Predict as [`Mask2FormerModel.forward`] does; every map of the output has a T after the B.
 
         Args:
             pixel_values_videos: (B, T, 3, H, W), normalised, padded at the bottom and right.
@@ -154,7 +145,8 @@ class Mask2FormerForVideoSegmentation(Mask2FormerForUniversalSegmentation):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> Mask2FormerForUniversalSegmentationOutput | tuple[Any, ...]:
-        """
+        """Predict a class for every query and a mask in every frame; with labels, the losses too.
+
         Args:
             pixel_values_videos: (B, T, 3, H, W), normalised, padded at the bottom and right.
             mask_labels: for each clip a (N, T, H, W) tensor of N target masks, bool, uint8 or float; False where an
@@ -187,7 +179,7 @@ class Mask2FormerForVideoSegmentation(Mask2FormerForUniversalSegmentation):
         )
 
     def encode_frames(self, pixel_values_videos: Tensor, pixel_mask: Tensor | None = None) -> EncodedImages:
-        """The first half of `forward`, which knows of no time: backbone and pixel decoder, frame by frame.
+        """Run the first half of `forward`, backbone and pixel decoder, on every frame as an image.
 
         Args:
             pixel_values_videos, pixel_mask: as `forward`'s.
@@ -198,11 +190,10 @@ class Mask2FormerForVideoSegmentation(Mask2FormerForUniversalSegmentation):
         return self.model.encode(pixel_values_videos, pixel_mask)
 
     def decode_frames(self, encoded: EncodedImages) -> Mask2FormerForUniversalSegmentationOutput:
-        """
-        The second half of `forward`, over the frames of `encode_frames`: queries read all of them at once.
+        """Run the second half of `forward`: queries read all frames that `encode_frames` gave at once.
 
         Raises:
-            ValueError: what is not of `encode_frames`.
+            ValueError: `encoded` is not an output of `encode_frames`.
         """
         maps: Any = encoded.pixel_level.decoder_last_hidden_state if isinstance(encoded, EncodedImages) else None
         if maps is None or maps.dim() != 5:

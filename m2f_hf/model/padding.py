@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.fast_path import is_recorded
+
 
 PADDING_DIVISOR = 32  # an image's own padding; what a batch adds beyond it is hidden
 
@@ -26,7 +28,7 @@ def may_hide_padding(pixel_values: Tensor, pixel_mask: Tensor | None, image_size
     """
     if pixel_mask is None:
         return False
-    if image_sizes.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if image_sizes.device.type != "cpu" or is_recorded():
         return True
     return bool((padded_sizes(image_sizes) < torch.tensor(pixel_values.shape[-2:])).any())
 
@@ -156,7 +158,7 @@ def masked_group_norm(features: Tensor, norm: nn.GroupNorm, padding: Tensor | No
 
     def group_mean(channels: Tensor) -> Tensor:
         # (B, C, N) -> (B, C, 1), the same for all channels of a group. No matrix product: autocast would run it in half
-        # precision, where a mean that is large beside the deviation spoils both.
+        # precision, where a mean that is large compared to the deviation spoils both.
         groups = (channels * share).sum(2, keepdim=True).unflatten(1, (norm.num_groups, -1))
         return groups.mean(2, keepdim=True).expand_as(groups).flatten(1, 2)
 
