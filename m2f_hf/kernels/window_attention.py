@@ -26,7 +26,7 @@ _NEGLIGIBLE = 1e-30  # an attention weight; of a window's up to 144 together the
 
 
 class Windows(NamedTuple):
-    """Where the rows of a batch's flattened maps stand in windows of N.
+    """Where the rows of a batch's flattened maps are in windows of N.
 
     Args:
         tokens: (W, N) int64, -1 for what only fills a window up. Windows that are full come first.
@@ -39,11 +39,13 @@ class Windows(NamedTuple):
     hidden: Tensor | None
 
     @classmethod
-    def of(cls, windows: Tensor, regions: Tensor | None, shape: Sequence[int], hidden: Tensor | None) -> "Windows":
-        """Those of some images whose maps have one size.
+    def from_index(
+        cls, windows: Tensor, regions: Tensor | None, shape: Sequence[int], hidden: Tensor | None
+    ) -> "Windows":
+        """Return the windows of some images whose maps have one size.
 
         Args:
-            windows: (windows of one image, N) int64, as `index_windows` says it, its regions beside it.
+            windows: (windows of one image, N) int64, from `index_windows`.
             regions: of the same shape.
             shape: images, and positions in each.
             hidden: bool, of that shape.
@@ -60,36 +62,36 @@ class Windows(NamedTuple):
         )
 
     def pieces(self, width: int) -> Iterator[slice]:
-        """Some windows at a time, full ones or others, where the widest tensor has `width` numbers for each row."""
+        """Yield a few windows at a time, all full or none, where the widest tensor has `width` numbers for each row."""
         num_windows, area = self.tokens.shape
         num_full = int((self.tokens >= 0).all(1).sum())
         for start, stop in ((0, num_full), (num_full, num_windows)):
             for piece in pieces(stop - start, width * area):
                 yield slice(start + piece.start, start + piece.stop)
 
-    def standing_in(self, piece: slice) -> "Standing":
-        """The rows in some windows."""
+    def rows_in(self, piece: slice) -> "WindowRows":
+        """Return the rows in some windows."""
         tokens = self.tokens[piece].flatten()
         is_row = tokens >= 0
         if is_row.all():
-            return Standing(tokens, None, len(tokens))
+            return WindowRows(tokens, None, len(tokens))
         positions = is_row.nonzero().flatten()
-        return Standing(tokens.index_select(0, positions), positions, len(tokens))
+        return WindowRows(tokens.index_select(0, positions), positions, len(tokens))
 
     def clear(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """Zeros, in place, where a row is hidden: (n, C), (n,)."""
+        """Write zeros, in place, where a row is hidden: (n, C), (n,) -> (n, C)."""
         return rows if self.hidden is None else rows.masked_fill_(self.hidden.index_select(0, tokens)[:, None], 0.0)
 
     def outside(self, piece: slice) -> Tensor | None:
-        """(w, 1, N, N) bool, where query and key lie in different regions."""
+        """Return where query and key are in different regions: (w, 1, N, N) bool; None: nowhere."""
         if self.regions is None:
             return None
         regions = self.regions[piece]
         return (regions[:, None, :] != regions[:, :, None])[:, None]
 
 
-class Standing(NamedTuple):
-    """Rows that stand in some windows.
+class WindowRows(NamedTuple):
+    """Rows that are in some windows.
 
     Args:
         tokens: (n,) int64, which rows.
@@ -105,7 +107,7 @@ class Standing(NamedTuple):
         """(num_positions, C) -> (n, C)."""
         return places if self.positions is None else places.index_select(0, self.positions)
 
-    def spread(self, rows: Tensor, others: Tensor | None = None) -> Tensor:
+    def scatter(self, rows: Tensor, others: Tensor | None = None) -> Tensor:
         """(n, C), and (C,) for what is none of them, None for zeros -> (num_positions, C)."""
         if self.positions is None:
             return rows
@@ -154,7 +156,7 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """As the layer's: (B, H * W, C), (H, W) -> (B, H * W, C), and no attention weights."""
     tokens, regions = layer.index_windows(input_dimensions, always_partition, hidden_states.device)
-    windows = Windows.of(tokens, regions, hidden_states.shape[:2], layer.hidden_tokens(input_dimensions))
+    windows = Windows.from_index(tokens, regions, hidden_states.shape[:2], layer.hidden_tokens(input_dimensions))
     attention, norm, mlp = layer.attention, layer.layernorm_before, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     biases = [projection.bias for projection in projections if projection.bias is not None]
@@ -185,14 +187,14 @@ swin_layer = Kernel(_serves, _forward)
 
 @torch.autocast("cpu", enabled=False)
 def attend(
-    rows: Tensor, windows: Windows, of: Attention, keep: Tensor | None = None, projected: Tensor | None = None
+    rows: Tensor, windows: Windows, attention: Attention, keep: Tensor | None = None, projected: Tensor | None = None
 ) -> Tensor:
     """Return `rows + keep * output(attention(input(norm(rows))))` within windows.
 
     Args:
         rows: (rows, C), of the flattened maps.
         windows: where they are.
-        of: the parameters.
+        attention: its parameters.
         keep: (rows, 1), factor of each row's update; None: 1.
         projected: (3, W, heads, N, C / heads), memory for queries, keys and values that a backward pass reads; None:
             there is none.
@@ -200,29 +202,33 @@ def attend(
     Returns:
         (rows, C).
     """
-    heads, area = of.position_bias.shape[:2]
-    in_bias = None if of.in_bias is None else of.in_bias.to(of.dtype)
-    in_weight, out_weight, out_bias = (one.to(of.dtype) for one in (of.in_weight, of.out_weight, of.out_bias))
+    heads, area = attention.position_bias.shape[:2]
+    in_bias = None if attention.in_bias is None else attention.in_bias.to(attention.dtype)
+    in_weight, out_weight, out_bias = (
+        one.to(attention.dtype) for one in (attention.in_weight, attention.out_weight, attention.out_bias)
+    )
     output = torch.empty_like(rows)
-    for piece in windows.pieces(len(of.in_weight)):
-        standing, outside = windows.standing_in(piece), windows.outside(piece)
-        tokens = standing.tokens
+    for piece in windows.pieces(len(attention.in_weight)):
+        located, outside = windows.rows_in(piece), windows.outside(piece)
+        tokens = located.tokens
         read = rows.index_select(0, tokens)
-        normed = windows.clear(F.layer_norm(read, read.shape[1:], of.norm_weight, of.norm_bias, of.eps), tokens)
+        normed = windows.clear(
+            F.layer_norm(read, read.shape[1:], attention.norm_weight, attention.norm_bias, attention.eps), tokens
+        )
         # What fills a window up is zero, of which there is nothing left but the bias.
-        split = standing.spread(linear(normed.to(of.dtype), in_weight, in_bias), in_bias)
+        split = located.scatter(linear(normed.to(attention.dtype), in_weight, in_bias), in_bias)
         # (w * N, 3 * C) -> (3, w, heads, N, C / heads)
         split = split.view(-1, area, 3, heads, rows.shape[1] // heads).permute(2, 0, 3, 1, 4)
         if projected is None:
-            bias = of.position_bias if outside is None else of.position_bias + ACROSS_REGIONS * outside
+            bias = attention.position_bias if outside is None else attention.position_bias + ACROSS_REGIONS * outside
             query, key, value = split
-            attended = F.scaled_dot_product_attention(query, key, value, bias.to(of.dtype))
+            attended = F.scaled_dot_product_attention(query, key, value, bias.to(attention.dtype))
         else:
-            query, key, value = projected[:, piece].copy_(split).to(of.position_bias.dtype)
-            attended = _weights(query, key, of.position_bias, outside) @ value
+            query, key, value = projected[:, piece].copy_(split).to(attention.position_bias.dtype)
+            attended = _weights(query, key, attention.position_bias, outside) @ value
         # (w, heads, N, C / heads) -> (w * N, C) -> (n, C)
-        attended = standing.gather(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-        update = linear(attended.to(of.dtype), out_weight, out_bias)
+        attended = located.gather(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        update = linear(attended.to(attention.dtype), out_weight, out_bias)
         if keep is not None:
             update *= keep.index_select(0, tokens)
         output.index_copy_(0, tokens, read.add_(update))
@@ -237,13 +243,13 @@ class WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, windows: Windows, keep: Tensor | None, *parameters: Any) -> Tensor:
-        of = Attention(*parameters)
-        heads, area = of.position_bias.shape[:2]
+        attention = Attention(*parameters)
+        heads, area = attention.position_bias.shape[:2]
         shape = (3, len(windows.tokens), heads, area, states.shape[2] // heads)
-        projected = states.new_empty(shape, dtype=of.dtype)
+        projected = states.new_empty(shape, dtype=attention.dtype)
         if keep is not None:
             keep = keep.repeat_interleave(states.shape[1])[:, None]
-        output = attend(states.flatten(0, 1), windows, of, keep, projected)
+        output = attend(states.flatten(0, 1), windows, attention, keep, projected)
         ctx.save_for_backward(states, keep, projected, *windows, *parameters[:-2])
         ctx.settings = parameters[-2:]
         return output.view(states.shape)
@@ -253,48 +259,48 @@ class WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, keep, projected, *others = ctx.saved_tensors
         windows, parameters = Windows(*others[:3]), others[3:]
-        of = Attention._make([*parameters, *ctx.settings])
+        attention = Attention._make([*parameters, *ctx.settings])
         rows, grad_output = states.flatten(0, 1), grad.flatten(0, 1)
         grad_rows = torch.empty_like(rows)
         grads: Any = [None if one is None else torch.zeros_like(one) for one in parameters]
-        grad_of = Attention._make([*grads, *ctx.settings])
-        in_weight, out_weight = of.in_weight.to(of.dtype), of.out_weight.to(of.dtype)
-        for piece in windows.pieces(len(of.in_weight)):
-            standing = windows.standing_in(piece)
-            tokens = standing.tokens
+        gradient = Attention._make([*grads, *ctx.settings])
+        in_weight, out_weight = attention.in_weight.to(attention.dtype), attention.out_weight.to(attention.dtype)
+        for piece in windows.pieces(len(attention.in_weight)):
+            located = windows.rows_in(piece)
+            tokens = located.tokens
             grad_read = grad_output.index_select(0, tokens)
-            grad_update = (grad_read if keep is None else grad_read * keep.index_select(0, tokens)).to(of.dtype)
-            query, key, value = projected[:, piece].to(of.position_bias.dtype)
+            grad_update = (grad_read if keep is None else grad_read * keep.index_select(0, tokens)).to(attention.dtype)
+            query, key, value = projected[:, piece].to(attention.position_bias.dtype)
             num_windows, heads, area, width = query.shape
-            weights = _weights(query, key, of.position_bias, windows.outside(piece))
+            weights = _weights(query, key, attention.position_bias, windows.outside(piece))
             attended = (weights @ value).transpose(1, 2).flatten(2).flatten(0, 1)
-            add_product(grad_of.out_weight, grad_update.T, standing.gather(attended).to(of.dtype))
-            grad_of.out_bias.add_(grad_update.sum(0, dtype=grad_of.out_bias.dtype))
-            grad_attended = standing.spread(linear(grad_update, out_weight.T)).to(of.position_bias.dtype)
+            add_product(gradient.out_weight, grad_update.T, located.gather(attended).to(attention.dtype))
+            gradient.out_bias.add_(grad_update.sum(0, dtype=gradient.out_bias.dtype))
+            grad_attended = located.scatter(linear(grad_update, out_weight.T)).to(attention.position_bias.dtype)
             # (w * N, C) -> (w, heads, N, C / heads)
             grad_attended = grad_attended.view(num_windows, area, heads, width).transpose(1, 2).contiguous()
             grad_scores = torch.ops.aten._softmax_backward_data(grad_attended @ value.mT, weights, -1, weights.dtype)
-            grad_of.position_bias.add_(grad_scores.sum(0))
+            gradient.position_bias.add_(grad_scores.sum(0))
             grad_value = weights.mT @ grad_attended
             grad_scores *= width**-0.5
             # (3, w, heads, N, C / heads) -> (w * N, 3 * C)
             grad_split = torch.stack([grad_scores @ key, grad_scores.mT @ query, grad_value])
             grad_split = grad_split.permute(1, 3, 0, 2, 4).reshape(num_windows * area, -1)
-            if grad_of.in_bias is not None:
-                grad_of.in_bias.add_(grad_split.sum(0))
-            grad_split = standing.gather(grad_split).to(of.dtype)
+            if gradient.in_bias is not None:
+                gradient.in_bias.add_(grad_split.sum(0))
+            grad_split = located.gather(grad_split).to(attention.dtype)
             read = rows.index_select(0, tokens)
-            norm = (read.shape[1:], of.norm_weight, of.norm_bias)
-            normed, mean, inverse_deviation = torch.native_layer_norm(read, *norm, of.eps)
-            add_product(grad_of.in_weight, grad_split.T, windows.clear(normed, tokens).to(of.dtype))
+            norm = (read.shape[1:], attention.norm_weight, attention.norm_bias)
+            normed, mean, inverse_deviation = torch.native_layer_norm(read, *norm, attention.eps)
+            add_product(gradient.in_weight, grad_split.T, windows.clear(normed, tokens).to(attention.dtype))
             grad_normed = windows.clear(linear(grad_split, in_weight.T), tokens).to(read.dtype)
             through_norm, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 grad_normed, read, norm[0], mean, inverse_deviation, *norm[1:], [True, True, True]
             )
-            grad_of.norm_weight.add_(grad_norm_weight)
-            grad_of.norm_bias.add_(grad_norm_bias)
+            gradient.norm_weight.add_(grad_norm_weight)
+            gradient.norm_bias.add_(grad_norm_bias)
             grad_rows.index_copy_(0, tokens, through_norm.add_(grad_read))
-        return grad_rows.view(states.shape), None, None, *grad_of[:-2], None, None
+        return grad_rows.view(states.shape), None, None, *gradient[:-2], None, None
 
 
 def _weights(query: Tensor, key: Tensor, position_bias: Tensor, outside: Tensor | None) -> Tensor:

@@ -268,13 +268,13 @@ def test_fake_tensors_have_no_pieces():
 def test_full_windows_come_first_and_few_at_a_time(size, shift, small_pieces):
     length = size[0] * size[1]
     tokens, regions = index_windows(*size, 4, shift, torch.device("cpu"))
-    windows = Windows.of(tokens, regions, (2, length), None)
+    windows = Windows.from_index(tokens, regions, (2, length), None)
     pieces = list(windows.pieces(5))
     assert [piece.stop for piece in pieces][:-1] == [piece.start for piece in pieces][1:]
     assert all(piece.stop - piece.start <= 2 for piece in pieces) and pieces[-1].stop == 2 * len(tokens)
-    standing = [windows.standing_in(piece) for piece in pieces]
-    assert torch.cat([one.tokens for one in standing]).sort().values.tolist() == list(range(2 * length))
-    filled_up = [one.positions is not None for one in standing]
+    located = [windows.rows_in(piece) for piece in pieces]
+    assert torch.cat([one.tokens for one in located]).sort().values.tolist() == list(range(2 * length))
+    filled_up = [one.positions is not None for one in located]
     assert filled_up == sorted(filled_up)
     num_full = int((tokens < length).all(1).sum())
     assert filled_up.count(False) == num_full  # of two images, two in a piece

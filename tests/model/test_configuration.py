@@ -2,43 +2,26 @@
 
 import dataclasses
 import json
-import logging
 import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from listening import WarningsOfTransformers
+from tiny import BACKBONES, STAGES
 from transformers import Mask2FormerConfig as StockConfig
 from transformers import ResNetConfig, SwinConfig
 
 from m2f_hf import Mask2FormerConfig
 
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
 OURS_ALONE = {"label_colors": None, "pixel_decoder": "msdeform", "freeze_backbone_norm": False}
-TINY_SWIN = {
-    "model_type": "swin",
-    "embed_dim": 8,
-    "depths": [1, 1, 1, 1],
-    "num_heads": [1, 1, 2, 2],
-    "window_size": 3,
-    "out_features": STAGES,
-}
+TINY_SWIN = BACKBONES["swin"]
 
 
 @pytest.fixture
 def warnings_of_transformers():
-    """Records of level warning and above; the library's logger keeps them from pytest's own collector."""
-    records = []
-
-    class Collector(logging.Handler):
-        def emit(self, record):
-            records.append(record.getMessage())
-
-    collector = Collector(logging.WARNING)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(collector)
-    yield records
-    logger.removeHandler(collector)
+    with WarningsOfTransformers() as messages:
+        yield messages
 
 
 def field_defaults(config_class):

@@ -14,6 +14,7 @@ import torch
 from listening import WarningsOfTransformers
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import FIELDS, STAGES, images, shake
 from torch import nn
 from transformers import AutoConfig
 from transformers import Mask2FormerConfig as StockConfig
@@ -28,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "conversion"))
 import export_to_transformers as exporter
 
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SWIN = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "out_features": STAGES}
 CONVOLUTIONAL = {"hidden_sizes": [8, 12, 16, 20], "depths": [2, 1, 1, 1], "out_features": STAGES}
 BACKBONES = {
@@ -49,32 +49,17 @@ BACKBONES = {
         "out_features": STAGES,
     },
 }
-TINY = {
-    "feature_size": 32,
-    "mask_feature_size": 20,
-    "hidden_dim": 32,
-    "num_attention_heads": 2,
-    "encoder_layers": 2,
-    "encoder_feedforward_dim": 24,
-    "decoder_layers": 4,
-    "dim_feedforward": 40,
-    "num_queries": 6,
-    "id2label": {0: "cat", 1: "sky", 2: "grass"},
+TINY = {name: value for name, value in FIELDS.items() if name not in ("num_labels", "train_num_points")} | {
+    "id2label": {0: "cat", 1: "sky", 2: "grass"}
 }
 GOLDENS = ("coco_panoptic_r50", "coco_panoptic_swin", "coco_instance_swin", "ade20k_semantic_swinl")
 
 
 def write_ours(folder, backbone="resnet, basic", processor=None, dtype=torch.float32, **fields):
-    """A model of ours with every tensor off its initial value, and its processor."""
+    """Write a model of ours with every tensor off its initial value, and its processor, and return the folder."""
     torch.manual_seed(0)
     config = Mask2FormerConfig(backbone_config=dict(BACKBONES[backbone]), **(TINY | fields))
-    model = Mask2FormerForUniversalSegmentation(config)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not name.endswith("empty_weight"):
-                noise = torch.randn(tensor.shape) * 0.1
-                tensor.add_(noise.abs() if name.endswith("running_var") else noise)
-    model.to(dtype).save_pretrained(folder)
+    shake(Mask2FormerForUniversalSegmentation(config)).to(dtype).save_pretrained(folder)
     M2FImageProcessor(**(processor or {})).save_pretrained(folder)
     return folder
 
@@ -85,16 +70,12 @@ def stock_keeps_input_projections(fields):
     return isinstance(stock.model.transformer_module.input_projections, nn.ModuleList)
 
 
-def images(seed=1, size=(64, 96)):
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
 def assert_equal_outputs(ours, theirs, flip=False):
     """In double precision: how much of 1e-5 a float32 loses in a backbone of transformers depends on the processor.
 
     What is left is the position encoding, which both compute in float32.
     """
-    pixel_values = images().double()
+    pixel_values = images(seed=1).double()
     with torch.no_grad():
         mine, other = (
             copy.deepcopy(model).double().eval()(values)
@@ -320,7 +301,7 @@ def test_losses_are_reported(tmp_path, capsys):
     settings = {"task": "panoptic", "label_ids_to_fuse": [1, 2], "threshold": 0.7, "instance_threshold": 0.4}
     source = write_ours(tmp_path / "ours", processor=settings, freeze_backbone_norm=True)
     assert exporter.main([str(source), "--output", str(tmp_path / "stock")]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in (
         "task (panoptic)",
         "threshold=0.7",
@@ -328,8 +309,8 @@ def test_losses_are_reported(tmp_path, capsys):
         "post_process_instance_segmentation(threshold=0.4)",
         "freeze_backbone_norm",
     ):
-        assert part in told
-    assert "takes RGB" not in told and "input_projections" not in told
+        assert part in printed
+    assert "takes RGB" not in printed and "input_projections" not in printed
 
 
 # Refusals
@@ -338,9 +319,9 @@ def test_losses_are_reported(tmp_path, capsys):
 def assert_refused(source, tmp_path, capsys, *parts):
     before = sorted(path.name for path in tmp_path.iterdir())
     assert exporter.main([str(source), "--output", str(tmp_path / "stock")]) == 1
-    told = capsys.readouterr().err.partition("error: ")[2]  # behind the progress bars
+    printed = capsys.readouterr().err.partition("error: ")[2]  # behind the progress bars
     for part in parts:
-        assert part in told
+        assert part in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -371,7 +352,7 @@ def test_a_folder_with_a_file_missing_is_refused(missing, tmp_path, capsys):
     ("source", "part"),
     [("nope", "there is no folder nope, and the Hub cannot be reached"), ("./nope", "is named owner/name")],
 )
-def test_a_name_without_a_model_is_told_at_once(source, part, tmp_path, capsys, monkeypatch):
+def test_a_name_without_a_model_is_refused_at_once(source, part, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits to try again"))
     assert_refused(source, tmp_path, capsys, part)
 

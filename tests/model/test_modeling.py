@@ -1,4 +1,4 @@
-"""The model: against `transformers`' on the same weights, part by part, and its manners in training and inference."""
+"""The model: against `transformers`' on the same weights, part by part, in training and in inference."""
 
 import json
 import shutil
@@ -220,7 +220,7 @@ def test_image_sizes_are_read_off_the_mask():
         assert sizes.tolist() == [[5, 7], [2, 3], [1, 1]]
 
 
-def test_what_lies_beyond_an_image_s_own_multiple_of_32_is_hidden():
+def test_padding_beyond_an_images_own_multiple_of_32_is_hidden():
     padding = hidden_padding(torch.tensor([[33, 32], [64, 1]]), 8, (8, 12))
     expected = torch.ones(2, 8, 12, dtype=torch.bool)
     expected[0, :8, :4] = expected[1, :8, :4] = False  # 64 x 32 pixels each
@@ -717,7 +717,7 @@ def test_batch_norms_learn_unless_frozen():
 
 @pytest.fixture
 def uninitialised_memory_is_nan():
-    """Memory that nobody wrote holds no number."""
+    """Memory that was not written holds no number."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -975,7 +975,7 @@ def test_one_exported_graph_serves_all_batches_and_sizes(backbone, decoder, exam
                 torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_group_norm_beside_padding_is_exact_under_autocast():
+def test_masked_group_norm_is_exact_under_autocast():
     norm = torch.nn.GroupNorm(32, 64)
     features = torch.randn(2, 64, 12, 8) + 30  # a mean far from zero: rounded to half precision it would show
     padding = torch.zeros(2, 12, 8, dtype=torch.bool)

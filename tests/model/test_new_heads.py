@@ -8,6 +8,7 @@ import torch
 import transformers
 from listening import WarningsOfTransformers
 from safetensors.torch import load_file, save_file
+from tiny import BACKBONES, FIELDS, STAGES, shake
 from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
     AutoModelForImageClassification,
@@ -18,51 +19,29 @@ from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2
 from m2f_hf.model.modeling import Mask2FormerPreTrainedModel
 
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
-BACKBONE = {
-    "model_type": "resnet",
-    "embedding_size": 8,
-    "hidden_sizes": [8, 12, 16, 20],
-    "depths": [1, 1, 1, 1],
-    "layer_type": "basic",
-    "out_features": STAGES,
-}
-TINY = {
-    "feature_size": 32,
-    "mask_feature_size": 20,
-    "hidden_dim": 32,
-    "num_attention_heads": 2,
-    "encoder_layers": 1,
-    "encoder_feedforward_dim": 24,
-    "decoder_layers": 3,
-    "dim_feedforward": 40,
-    "train_num_points": 20,
-}
+TINY = {name: value for name, value in FIELDS.items() if name not in ("num_labels", "num_queries")}
 NAMES = {0: "cat", 1: "dog", 2: "sky"}
 CLASS_HEAD = {"class_predictor.weight", "class_predictor.bias", "criterion.empty_weight"}
 QUERIES = {f"model.transformer_module.{name}.weight" for name in ("queries_features", "queries_embedder")}
-
-
-def shaken(model):
-    """Every parameter off its initial value, so that a fresh one differs from a loaded one."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 @pytest.fixture(scope="module", params=["ours", "stock", "stock, sharded", "stock, as .bin"])
 def folder(request, tmp_path_factory):
     """A checkpoint with 3 classes and 6 queries."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    fields = {"backbone_config": dict(BACKBONE), "num_queries": 6, "id2label": NAMES, "no_object_weight": 0.2, **TINY}
+    fields = {
+        "backbone_config": dict(BACKBONES["resnet"]),
+        "num_queries": 6,
+        "id2label": NAMES,
+        "no_object_weight": 0.2,
+        **TINY,
+    }
     torch.manual_seed(0)
     if request.param == "ours":
         model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(label_colors=[[9, 9, 9]] * 3, **fields))
     else:
         model = transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(**fields))
-    shaken(model).save_pretrained(folder, **({"max_shard_size": "50KB"} if "sharded" in request.param else {}))
+    shake(model).save_pretrained(folder, **({"max_shard_size": "50KB"} if "sharded" in request.param else {}))
     if "sharded" in request.param:
         assert len(list(folder.glob("*.safetensors"))) > 2
     if ".bin" in request.param:
@@ -131,7 +110,7 @@ def test_another_number_of_classes_replaces_the_class_head_alone(folder, origina
 
 def test_a_replaced_head_starts_as_a_new_model_s(folder):
     loaded = load(folder, num_labels=400)[0].class_predictor
-    config = Mask2FormerConfig(backbone_config=dict(BACKBONE), num_labels=400, **TINY)
+    config = Mask2FormerConfig(backbone_config=dict(BACKBONES["resnet"]), num_labels=400, **TINY)
     new = Mask2FormerForUniversalSegmentation(config).class_predictor
     for mine, reference in ((loaded.weight, new.weight), (loaded.bias, new.bias)):
         assert mine.std().item() == pytest.approx(reference.std().item(), rel=0.1)
@@ -199,8 +178,8 @@ def test_a_configuration_of_one_s_own_does_the_same(folder, original):
 
 
 def test_through_the_auto_class(tmp_path):
-    config = Mask2FormerConfig(backbone_config=dict(BACKBONE), num_queries=6, id2label=NAMES, **TINY)
-    saved = shaken(Mask2FormerForUniversalSegmentation(config))
+    config = Mask2FormerConfig(backbone_config=dict(BACKBONES["resnet"]), num_queries=6, id2label=NAMES, **TINY)
+    saved = shake(Mask2FormerForUniversalSegmentation(config))
     saved.save_pretrained(tmp_path)
     model = AutoModelForUniversalSegmentation.from_pretrained(tmp_path, num_labels=7)
     assert isinstance(model, Mask2FormerForUniversalSegmentation) and model.config.num_labels == 7
@@ -234,7 +213,7 @@ def test_any_other_mismatch_still_raises(folder):
 
 
 def test_a_damaged_checkpoint_is_not_taken_for_a_new_head(tmp_path):
-    config = Mask2FormerConfig(backbone_config=dict(BACKBONE), num_queries=6, id2label=NAMES, **TINY)
+    config = Mask2FormerConfig(backbone_config=dict(BACKBONES["resnet"]), num_queries=6, id2label=NAMES, **TINY)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["class_predictor.bias"] = torch.zeros(9)
@@ -264,7 +243,7 @@ CLASSIFIERS = {
 def save_classifier(config, folder):
     torch.manual_seed(0)
     config.num_labels = 10
-    model = shaken(AutoModelForImageClassification.from_config(config))
+    model = shake(AutoModelForImageClassification.from_config(config))
     model.save_pretrained(folder)
     return model
 
@@ -302,7 +281,7 @@ def test_timm_s_backbones_give_what_they_give_in_transformers(name, stages, tmp_
     backbone = transformers.TimmBackboneConfig(
         backbone=name, out_indices=stages, features_only=True, use_pretrained_backbone=False
     )
-    model = shaken(Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, **TINY))).eval()
+    model = shake(Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, **TINY))).eval()
     model.save_pretrained(tmp_path)
     pixel_values = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -351,7 +330,7 @@ def test_half_precision_checkpoints_become_float32(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         (
             transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16),
@@ -373,9 +352,9 @@ def test_half_precision_checkpoints_become_float32(tmp_path):
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_a_model_without_four_scales_is_refused_with_the_reason(config, told, tmp_path):
+def test_a_model_without_four_scales_is_refused_with_the_reason(config, message, tmp_path):
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         Mask2FormerForUniversalSegmentation.from_backbone(tmp_path, num_labels=3, **TINY)
 
 
@@ -389,16 +368,16 @@ def test_weights_that_leave_a_parameter_out_are_refused(tmp_path):
         Mask2FormerForUniversalSegmentation.from_backbone(tmp_path, num_labels=3, **TINY)
 
 
-def test_a_misspelt_field_and_a_missing_checkpoint_are_told(tmp_path, monkeypatch):
+def test_a_misspelt_field_and_a_missing_checkpoint_are_refused(tmp_path, monkeypatch):
     save_classifier(CLASSIFIERS["resnet"], tmp_path)
     with pytest.raises(TypeError, match="`num_querys` is no field of Mask2FormerConfig"):
         Mask2FormerForUniversalSegmentation.from_backbone(tmp_path, num_querys=3)
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits to try again"))
-    for name, told in (
+    for name, message in (
         ("no/thing", "there is no folder no/thing, and the Hub cannot be reached"),
         (tmp_path / "nothing", "there is no folder .*nothing, and a model on the Hub is named owner/name"),
     ):
-        with pytest.raises(OSError, match=told):
+        with pytest.raises(OSError, match=message):
             Mask2FormerForUniversalSegmentation.from_backbone(name, num_labels=3)
 
 

@@ -566,12 +566,12 @@ def test_a_single_image_is_no_clip(clip):
 
 
 @pytest.mark.parametrize("clip", [None, 3, {"a": 1}, np.zeros((1, 1, 1, 4, 4, 3), dtype=np.uint8)])
-def test_what_is_no_clip_is_told(clip):
+def test_what_is_no_clip_is_refused(clip):
     with pytest.raises(ValueError, match=r"is no clip: give a list of images, an array \(T, H, W, 3\), a folder"):
         Mask2FormerVideoProcessor()(clip)
 
 
-def test_labels_that_are_not_the_clips_are_told():
+def test_labels_of_another_clip_are_refused():
     processor, frames, masks = Mask2FormerVideoProcessor(), pictures(), np.zeros((2, 3, 40, 60), dtype=bool)
     for labels in (
         {"mask_labels": [masks] * 2, "class_labels": [[1, 2]] * 2},
@@ -586,7 +586,7 @@ def test_labels_that_are_not_the_clips_are_told():
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
-def test_outputs_of_the_other_kind_of_model_are_told(task):
+def test_outputs_of_the_other_kind_of_model_are_refused(task):
     with torch.no_grad():
         of_clips = tiny_video_model()(clips())
         of_images = Mask2FormerForUniversalSegmentation(tiny_config(**VIDEO_FIELDS))(clips()[0])
@@ -621,7 +621,7 @@ def test_outputs_of_the_other_kind_of_model_are_told(task):
         ({"target_sizes": [(48, 64)] * 2}, "2 target sizes for 1 images"),
     ],
 )
-def test_settings_that_cannot_be_are_told(settings, message):
+def test_impossible_settings_are_refused(settings, message):
     outputs, (name,) = run(tiny_video_model(), clips()), settings
     for task, other in (("instance", "overlap_mask_area_threshold"), ("panoptic", "max_detections")):
         if name != other:
