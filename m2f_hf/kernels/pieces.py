@@ -1,12 +1,11 @@
-"""Work on a few thousand positions at a time, where that is faster.
+"""Split a layer's work into chunks of a few thousand positions, where that is faster.
 
-On the CPU a layer over a large map spends much of its time on memory: what it writes down between two steps does not
-fit the cache, and each new tensor of tens of megabytes is fetched from the operating system page by page. A piece of a
-map stays in the cache, in memory that is used again for the next piece. Outputs are the same to rounding, as every
-position is treated as before.
+On the CPU a layer over a large map spends much of its time on memory: intermediate results do not fit the cache, and
+each new tensor of tens of megabytes comes from the operating system page by page. A chunk stays in the cache, in memory
+that the next chunk uses again. Outputs are the same to rounding, as positions do not depend on each other.
 
-Compilers make their own pieces, and an exported graph must not know how many there are: there a map is one piece. Where
-gradients are wanted autograd keeps everything anyway, except for functions that have a backward pass of their own.
+Compilers chunk by themselves, and an exported graph must not depend on the number of chunks: there a map is one. Where
+gradients are recorded autograd keeps everything anyway, except for functions with a backward pass of their own.
 """
 
 from collections.abc import Iterator
@@ -19,14 +18,14 @@ from .fast_path import is_recorded
 
 _NUMBERS_PER_PIECE = 1 << 20  # 4 MB in float32: of the widest tensor of a layer, in a core's share of the cache
 
-# Several threads wait for each other after every operation on a piece. On a machine with nothing else to do that costs
-# nothing, but where another program has one of the cores they wait until it lets go: larger pieces, fewer times.
+# Several threads wait for each other after every operation on a chunk. On an idle machine that costs nothing, but where
+# another program has one of the cores they wait until it lets go: larger chunks, fewer times.
 _TIMES_LARGER_FOR_SEVERAL_THREADS = 8
 
 
 def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether a layer should treat `hidden_states` piece by piece; not where they are a subclass, fake ones among them,
-    which has no numbers or an arithmetic of its own."""
+    """Return whether a layer should go through `hidden_states` in chunks at inference; not where they are a subclass,
+    such as fake tensors, which has no numbers or an arithmetic of its own."""
     return (
         type(hidden_states) is Tensor
         and hidden_states.device.type == "cpu"
@@ -37,10 +36,10 @@ def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
 
 
 def learns_in_pieces(hidden_states: Tensor, weight: Tensor) -> bool:
-    """Whether a function of `hidden_states` and `weight` should use a backward pass that goes piece by piece.
+    """Return whether a function of `hidden_states` and `weight` should use a backward pass in chunks.
 
-    It adds up the weight's gradient over the pieces, for which half precision is too coarse: the weight is float32, and
-    so are the states unless autocast chooses the dtype of products.
+    The weight's gradient is added up over the chunks, for which half precision is too coarse: the weight is float32,
+    and so are the states unless autocast chooses the dtype of products.
     """
     return (
         hidden_states.device.type == "cpu"
@@ -65,7 +64,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def pieces(length: int, width: int) -> Iterator[slice]:
-    """Slices that cut `length` positions into pieces, in order.
+    """Yield slices that cut `length` positions into chunks, in order.
 
     Args:
         length: number of positions.
@@ -77,15 +76,15 @@ def pieces(length: int, width: int) -> Iterator[slice]:
 
 
 def length_of_pieces(width: int) -> int:
-    """How many positions [`pieces`] puts into each, but for the last."""
+    """Return the number of positions in each chunk but the last."""
     numbers = _NUMBERS_PER_PIECE * (_TIMES_LARGER_FOR_SEVERAL_THREADS if torch.get_num_threads() > 1 else 1)
     return max(1, numbers // max(1, width))
 
 
 def with_channels_last(features: Tensor) -> Tensor:
-    """(B, C, H, W) as it lies in memory best: on the CPU a position's channels side by side.
+    """Return (B, C, H, W) in the fastest memory format: on the CPU channels last.
 
-    Convolutions, resizing and what treats positions one by one are up to twenty times as fast in half precision so.
+    Convolutions, resizing and pointwise layers are up to twenty times as fast in half precision with it.
     """
     if features.device.type != "cpu" or is_recorded():
         return features
