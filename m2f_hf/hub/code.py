@@ -19,8 +19,8 @@ def code_files(family: Family = IMAGES) -> dict[str, str]:
 
     `transformers` copies the file of a class and what it reaches by `from .x import y` within one folder. So the
     modules of the Auto classes and all that they import from this package are written into the folder `code/`, each
-    under its path joined by `_`: `kernels/pieces.py` becomes `code/kernels_pieces.py`, and `from ..kernels.pieces
-    import` becomes `from .kernels_pieces import`.
+    under its path joined by `_`: `kernels/chunks.py` becomes `code/kernels_chunks.py`, and `from ..kernels.chunks
+    import` becomes `from .kernels_chunks import`.
 
     Raises:
         ImportError: a module imports a package instead of names of a module, which could not be followed.
@@ -48,7 +48,7 @@ def add_auto_map(file: Path, family: Family = IMAGES) -> str:
 
 
 def _flat_name(module: str) -> str:
-    """`m2f_hf.kernels.pieces` -> `kernels_pieces`."""
+    """`m2f_hf.kernels.chunks` -> `kernels_chunks`."""
     return "_".join(module.split(".")[1:])
 
 

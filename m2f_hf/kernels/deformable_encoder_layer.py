@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .chunks import chunks, infers_in_chunks
 from .fast_path import Kernel
+from .feed_forward import feed_forward
 from .gather_deformable_attention import GatherTable, working_dtype
-from .pieces import pieces, works_in_pieces
 from .products import linear
 
 
 def _serves(layer: Any, hidden_states: Tensor, position_embeddings: Tensor, places: Any) -> bool:
-    return works_in_pieces(layer, hidden_states)
+    return infers_in_chunks(layer, hidden_states)
 
 
 def _forward(layer: Any, hidden_states: Tensor, position_embeddings: Tensor, places: Any) -> Tensor:
@@ -29,11 +30,11 @@ def _forward(layer: Any, hidden_states: Tensor, position_embeddings: Tensor, pla
     outputs = hidden_states.new_empty(hidden_states.shape)
     for states, positions, value, output in zip(hidden_states, position_embeddings, values, outputs, strict=True):
         table = GatherTable(value[None], places.spatial_shapes, num_points)
-        for chunk in pieces(len(states), layer.fc1.out_features):
+        for chunk in chunks(len(states), layer.fc1.out_features):
             rows = states[chunk]
             attended = _attend(attention, rows + positions[chunk], places, chunk, table)
             rows = layer.self_attn_layer_norm(rows + attended.to(rows.dtype))
-            output[chunk] = layer.final_layer_norm(rows + _apply(layer.fc2, _apply(layer.fc1, rows).relu_()))
+            output[chunk] = layer.final_layer_norm(rows + feed_forward(rows, layer.fc1, layer.fc2, "relu"))
     return outputs
 
 

@@ -3,7 +3,7 @@
 What is between the layers is several times as wide as what goes in and comes out: in training it is most of what
 autograd keeps of a feed-forward network, twice where the activation's input and output differ. Here the activation is
 computed again in the backward pass, and for large maps its input, too: writing that to fresh memory and reading it back
-takes as long (see `pieces`).
+takes as long (see `chunks`).
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fast_path import Kernel, is_plain
-from .pieces import add_product, learns_in_pieces, pieces, product_dtype
+from .chunks import add_product, chunks, learns_in_chunks, product_dtype
+from .fast_path import Kernel
 from .products import linear
 
 
@@ -21,27 +21,16 @@ _NUMBERS_KEPT = 1 << 23  # 32 MB in float32: what is larger comes from the opera
 
 
 def feed_forward(states: Tensor, fc1: nn.Linear, fc2: nn.Linear, activation: str) -> Tensor:
-    """Return `fc2(activation(fc1(states)))` for "relu" or "gelu" (exact, with erf): (..., C) -> (..., C)."""
-    if is_plain(fc1) and is_plain(fc2) and learns_in_pieces(states, fc1.weight):
-        return learn_feed_forward(states, fc1, fc2, activation)
-    if activation == "gelu":
-        return apply_linear(fc2, F.gelu(apply_linear(fc1, states)))
-    return apply_linear(fc2, F.relu(apply_linear(fc1, states), inplace=not torch.is_grad_enabled()))
+    """Return `fc2(activation(fc1(states)))` for "relu" or "gelu" (exact, with erf): (..., C) -> (..., C).
 
-
-def apply_linear(layer: nn.Linear, states: Tensor) -> Tensor:
-    """`layer(states)`, (..., in) -> (..., out); where no gradients are recorded by the faster library."""
-    if torch.is_grad_enabled() or not is_plain(layer):
-        output: Tensor = layer(states)
+    For kernels, which know that the layers are plain; with gradients, where `learns_in_chunks` holds.
+    """
+    if torch.is_grad_enabled():
+        parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        output: Tensor = FeedForward.apply(states.to(product_dtype(states)), activation == "gelu", *parameters)
         return output
-    return linear(states, layer.weight, layer.bias)
-
-
-def learn_feed_forward(states: Tensor, fc1: nn.Linear, fc2: nn.Linear, activation: str) -> Tensor:
-    """`feed_forward`, with the backward pass of [`FeedForward`]."""
-    parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    output: Tensor = FeedForward.apply(states.to(product_dtype(states)), activation == "gelu", *parameters)
-    return output
+    wide = linear(states, fc1.weight, fc1.bias)
+    return linear(F.gelu(wide) if activation == "gelu" else wide.relu_(), fc2.weight, fc2.bias)
 
 
 class FeedForward(torch.autograd.Function):
@@ -60,7 +49,7 @@ class FeedForward(torch.autograd.Function):
         output = torch.empty_like(rows)
         width = len(weight1)
         expanded = rows.new_empty(len(rows), width) if len(rows) * width <= _NUMBERS_KEPT else None
-        for chunk in pieces(len(rows), width):
+        for chunk in chunks(len(rows), width):
             wide = torch.addmm(bias1, rows[chunk], weight1.T, out=None if expanded is None else expanded[chunk])
             torch.addmm(bias2, F.gelu(wide) if gelu else wide.relu_(), weight2.T, out=output[chunk])
         ctx.save_for_backward(states, expanded, *parameters[:3])
@@ -75,7 +64,7 @@ class FeedForward(torch.autograd.Function):
         rows, grad_output = states.flatten(0, -2), grad.flatten(0, -2)
         grad_rows = torch.empty_like(rows)
         grad_weight1, grad_bias1, grad_weight2 = map(torch.zeros_like, parameters)
-        for chunk in pieces(len(rows), len(weight1)):
+        for chunk in chunks(len(rows), len(weight1)):
             wide = torch.addmm(bias1, rows[chunk], weight1.T) if expanded is None else expanded[chunk]
             activated = F.gelu(wide) if ctx.gelu else wide.relu_()
             add_product(grad_weight2, grad_output[chunk].T, activated)
@@ -93,11 +82,11 @@ class FeedForward(torch.autograd.Function):
 
 
 def _serves(layer: Any, states: Tensor) -> bool:
-    return learns_in_pieces(states, layer.fc1.weight) and not (layer.training and layer.dropout)
+    return learns_in_chunks(states, layer.fc1.weight) and not (layer.training and layer.dropout)
 
 
 def _forward(layer: Any, states: Tensor) -> Tensor:
-    return learn_feed_forward(states, layer.fc1, layer.fc2, "relu")
+    return feed_forward(states, layer.fc1, layer.fc2, "relu")
 
 
 relu_feed_forward = Kernel(_serves, _forward)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .chunks import chunks
 from .fast_path import Kernel
 from .operator_registration import check_shapes, empty_gradients, free_name, register_deformable_attention
-from .pieces import pieces
 
 
 try:
@@ -240,7 +240,7 @@ class _Images(NamedTuple):
         dtype = working_dtype(value)
         shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
         batch, queries, heads, _, points = weights.shape
-        for part in pieces(batch, max(value.shape[1:].numel(), 4 * weights.shape[1:].numel())):
+        for part in chunks(batch, max(value.shape[1:].numel(), 4 * weights.shape[1:].numel())):
             images = part.stop - part.start
             yield cls(
                 part,
@@ -252,7 +252,7 @@ class _Images(NamedTuple):
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """Yield some rows at a time: which, their coordinates in the table's maps, weights, and images."""
-        for chunk in pieces(len(self.weights), 4 * self.weights.shape[1:].numel()):
+        for chunk in chunks(len(self.weights), 4 * self.weights.shape[1:].numel()):
             coordinates = self.table.coordinates(self.locations[chunk].to(self.weights.dtype))
             images = None if self.image_of_query is None else self.image_of_query[chunk]
             yield chunk, coordinates, self.weights[chunk], images

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chunks import chunks
 from .fast_path import Kernel
-from .pieces import pieces
 
 
 class ChannelsLastGroupNorm(torch.autograd.Function):
@@ -55,7 +55,7 @@ def normalise_groups(
         mean, inverse_deviation = _statistics(image, groups, eps)
         scale = (weight.view(groups, -1) * inverse_deviation[:, None]).flatten()
         shift = torch.addcmul(bias, mean.repeat_interleave(len(bias) // groups), scale, value=-1)
-        for chunk in pieces(*image.shape):
+        for chunk in chunks(*image.shape):
             torch.addcmul(shift, image[chunk], scale, out=normalised[chunk])
             if relu:
                 normalised[chunk].relu_()
@@ -73,7 +73,7 @@ def _statistics(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """(H * W, C) -> mean and inverse deviation of each group, (groups,) each."""
     means = rows.mean(0)  # (C,)
     squares = torch.zeros_like(means)
-    for piece in pieces(*rows.shape):
+    for piece in chunks(*rows.shape):
         squares += (rows[piece] - means).square_().sum(0)
     means, variances = means.view(groups, -1), (squares / len(rows)).view(groups, -1)
     mean = means.mean(1)

@@ -1,11 +1,11 @@
 """A Swin layer, a few windows at a time.
 
-In inference everything that a piece of the map needs stays in the cache. In training autograd would keep what every
+In inference everything that a chunk of the map needs stays in the cache. In training autograd would keep what every
 step on the way writes down: normalised rows, their windows, scores, weights, heads put together. With a backward pass
 of its own the attention keeps queries, keys and values; the rest is computed again from them and the layer's input.
 
 What fills windows up is zero behind the norm, so that its queries, keys and values are the biases: only rows that are
-in the map are normalised and multiplied. Windows that are filled up come last, so that few pieces have to tell.
+in the map are normalised and multiplied. Windows that are filled up come last, so that few chunks have to tell.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .chunks import add_product, chunks, infers_in_chunks, learns_in_chunks, product_dtype
 from .fast_path import Kernel
 from .feed_forward import feed_forward
-from .pieces import add_product, learns_in_pieces, pieces, product_dtype, works_in_pieces
 from .products import linear
 
 
@@ -61,17 +61,17 @@ class Windows(NamedTuple):
             None if hidden is None else hidden.flatten(),
         )
 
-    def pieces(self, width: int) -> Iterator[slice]:
+    def chunks(self, width: int) -> Iterator[slice]:
         """Yield a few windows at a time, all full or none, where the widest tensor has `width` numbers for each row."""
         num_windows, area = self.tokens.shape
         num_full = int((self.tokens >= 0).all(1).sum())
         for start, stop in ((0, num_full), (num_full, num_windows)):
-            for piece in pieces(stop - start, width * area):
-                yield slice(start + piece.start, start + piece.stop)
+            for chunk in chunks(stop - start, width * area):
+                yield slice(start + chunk.start, start + chunk.stop)
 
-    def rows_in(self, piece: slice) -> "WindowRows":
+    def rows_in(self, chunk: slice) -> "WindowRows":
         """Return the rows in some windows."""
-        tokens = self.tokens[piece].flatten()
+        tokens = self.tokens[chunk].flatten()
         is_row = tokens >= 0
         if is_row.all():
             return WindowRows(tokens, None, len(tokens))
@@ -82,11 +82,11 @@ class Windows(NamedTuple):
         """Write zeros, in place, where a row is hidden: (n, C), (n,) -> (n, C)."""
         return rows if self.hidden is None else rows.masked_fill_(self.hidden.index_select(0, tokens)[:, None], 0.0)
 
-    def outside(self, piece: slice) -> Tensor | None:
+    def outside(self, chunk: slice) -> Tensor | None:
         """Return where query and key are in different regions: (w, 1, N, N) bool; None: nowhere."""
         if self.regions is None:
             return None
-        regions = self.regions[piece]
+        regions = self.regions[chunk]
         return (regions[:, None, :] != regions[:, :, None])[:, None]
 
 
@@ -147,7 +147,7 @@ def _serves(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> boo
         attention.config._attn_implementation == "sdpa"
         and attention.config.hidden_act == "gelu"
         and not (layer.training and (layer.dropout.p or attention.attention_dropout))
-        and (works_in_pieces(layer, hidden_states) or learns_in_pieces(hidden_states, attention.o_proj.weight))
+        and (infers_in_chunks(layer, hidden_states) or learns_in_chunks(hidden_states, attention.o_proj.weight))
     )
 
 
@@ -176,8 +176,8 @@ def _forward(
         hidden_states = WindowAttention.apply(hidden_states, windows, keep, *parameters)
         return hidden_states + feed_forward(layer.layernorm_after(hidden_states), mlp.fc1, mlp.fc2, "gelu"), None
     rows = attend(hidden_states.flatten(0, 1), windows, parameters)
-    for piece in pieces(len(rows), mlp.fc1.out_features):
-        some = rows[piece]
+    for chunk in chunks(len(rows), mlp.fc1.out_features):
+        some = rows[chunk]
         some += feed_forward(layer.layernorm_after(some), mlp.fc1, mlp.fc2, "gelu")
     return rows.view(hidden_states.shape), None
 
@@ -208,15 +208,16 @@ def attend(
         one.to(attention.dtype) for one in (attention.in_weight, attention.out_weight, attention.out_bias)
     )
     output = torch.empty_like(rows)
-    for piece in windows.pieces(len(attention.in_weight)):
-        located, outside = windows.rows_in(piece), windows.outside(piece)
+    multiply = linear if projected is None else F.linear
+    for chunk in windows.chunks(len(attention.in_weight)):
+        located, outside = windows.rows_in(chunk), windows.outside(chunk)
         tokens = located.tokens
         read = rows.index_select(0, tokens)
         normed = windows.clear(
             F.layer_norm(read, read.shape[1:], attention.norm_weight, attention.norm_bias, attention.eps), tokens
         )
         # What fills a window up is zero, of which there is nothing left but the bias.
-        split = located.scatter(linear(normed.to(attention.dtype), in_weight, in_bias), in_bias)
+        split = located.scatter(multiply(normed.to(attention.dtype), in_weight, in_bias), in_bias)
         # (w * N, 3 * C) -> (3, w, heads, N, C / heads)
         split = split.view(-1, area, 3, heads, rows.shape[1] // heads).permute(2, 0, 3, 1, 4)
         if projected is None:
@@ -224,11 +225,11 @@ def attend(
             query, key, value = split
             attended = F.scaled_dot_product_attention(query, key, value, bias.to(attention.dtype))
         else:
-            query, key, value = projected[:, piece].copy_(split).to(attention.position_bias.dtype)
+            query, key, value = projected[:, chunk].copy_(split).to(attention.position_bias.dtype)
             attended = _weights(query, key, attention.position_bias, outside) @ value
         # (w, heads, N, C / heads) -> (w * N, C) -> (n, C)
         attended = located.gather(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-        update = linear(attended.to(attention.dtype), out_weight, out_bias)
+        update = multiply(attended.to(attention.dtype), out_weight, out_bias)
         if keep is not None:
             update *= keep.index_select(0, tokens)
         output.index_copy_(0, tokens, read.add_(update))
@@ -265,18 +266,18 @@ class WindowAttention(torch.autograd.Function):
         grads: Any = [None if one is None else torch.zeros_like(one) for one in parameters]
         gradient = Attention._make([*grads, *ctx.settings])
         in_weight, out_weight = attention.in_weight.to(attention.dtype), attention.out_weight.to(attention.dtype)
-        for piece in windows.pieces(len(attention.in_weight)):
-            located = windows.rows_in(piece)
+        for chunk in windows.chunks(len(attention.in_weight)):
+            located = windows.rows_in(chunk)
             tokens = located.tokens
             grad_read = grad_output.index_select(0, tokens)
             grad_update = (grad_read if keep is None else grad_read * keep.index_select(0, tokens)).to(attention.dtype)
-            query, key, value = projected[:, piece].to(attention.position_bias.dtype)
+            query, key, value = projected[:, chunk].to(attention.position_bias.dtype)
             num_windows, heads, area, width = query.shape
-            weights = _weights(query, key, attention.position_bias, windows.outside(piece))
+            weights = _weights(query, key, attention.position_bias, windows.outside(chunk))
             attended = (weights @ value).transpose(1, 2).flatten(2).flatten(0, 1)
             add_product(gradient.out_weight, grad_update.T, located.gather(attended).to(attention.dtype))
             gradient.out_bias.add_(grad_update.sum(0, dtype=gradient.out_bias.dtype))
-            grad_attended = located.scatter(linear(grad_update, out_weight.T)).to(attention.position_bias.dtype)
+            grad_attended = located.scatter(F.linear(grad_update, out_weight.T)).to(attention.position_bias.dtype)
             # (w * N, C) -> (w, heads, N, C / heads)
             grad_attended = grad_attended.view(num_windows, area, heads, width).transpose(1, 2).contiguous()
             grad_scores = torch.ops.aten._softmax_backward_data(grad_attended @ value.mT, weights, -1, weights.dtype)
@@ -293,7 +294,7 @@ class WindowAttention(torch.autograd.Function):
             norm = (read.shape[1:], attention.norm_weight, attention.norm_bias)
             normed, mean, inverse_deviation = torch.native_layer_norm(read, *norm, attention.eps)
             add_product(gradient.in_weight, grad_split.T, windows.clear(normed, tokens).to(attention.dtype))
-            grad_normed = windows.clear(linear(grad_split, in_weight.T), tokens).to(read.dtype)
+            grad_normed = windows.clear(F.linear(grad_split, in_weight.T), tokens).to(read.dtype)
             through_norm, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 grad_normed, read, norm[0], mean, inverse_deviation, *norm[1:], [True, True, True]
             )

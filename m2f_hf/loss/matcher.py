@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..kernels.pieces import with_channels_last
+from ..kernels.chunks import channels_last
 from .points import DrawPoints, draw_checked, draw_uniform_points, float_chunks, sample_points
 
 
@@ -189,7 +189,7 @@ class Mask2FormerHungarianMatcher(nn.Module):
         image's own targets mean nothing."""
         num_layers, batch_size, _, num_classes = class_queries_logits.shape
         num_frames = len(mask_features) // batch_size
-        features = with_channels_last(mask_features.float())
+        features = channels_last(mask_features.float())
         points = torch.stack(
             [
                 draw_checked(draw_points, "matching", layer, range(batch_size), self.num_points, mask_features.device)

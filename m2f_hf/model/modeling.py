@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, PreTrainedConfig
 from transformers.utils import ModelOutput
 
-from ..kernels.pieces import with_channels_last
+from ..kernels.chunks import channels_last
 from ..loss.criterion import Mask2FormerLoss
 from .configuration import Mask2FormerConfig
 from .layers import PartlyFrozen, to_tokens
@@ -200,7 +200,7 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
         """
         if pixel_values.dtype != torch.float32:
             # A convolutional backbone keeps the layout. In float32 it is as fast in either.
-            pixel_values = with_channels_last(pixel_values)
+            pixel_values = channels_last(pixel_values)
         size = (pixel_values.shape[2], pixel_values.shape[3])
         batch = None if image_sizes is None else PaddedBatch(image_sizes, size)
         features = call_on_batch(batch, self.encoder, pixel_values).feature_maps

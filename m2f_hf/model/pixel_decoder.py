@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from ..kernels.chunks import channels_last
 from ..kernels.deformable_attention import multi_scale_deformable_attention
 from ..kernels.deformable_encoder_layer import deformable_encoder_layer
 from ..kernels.fast_path import fast_path
 from ..kernels.feed_forward import relu_feed_forward
 from ..kernels.group_norm import channels_last_group_norm
-from ..kernels.pieces import with_channels_last
 from .configuration import NUM_NORM_GROUPS, Mask2FormerConfig
 from .layers import (
     NUM_FEATURE_LEVELS,
@@ -210,7 +210,7 @@ class Mask2FormerPixelDecoder(nn.Module):
     def encode(self, coarse: list[Tensor], paddings: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         """Three maps of the backbone and their paddings -> as many (B, feature_size, H, W); coarsest first."""
         levels = [
-            projection(with_channels_last(level), padding)
+            projection(channels_last(level), padding)
             for projection, level, padding in zip(self.input_projections, coarse, paddings, strict=True)
         ]
         encodings = [
@@ -228,7 +228,7 @@ class Mask2FormerPixelDecoder(nn.Module):
     def fuse(self, finest: Tensor, encoded: Tensor, padding: Tensor | None) -> Tensor:
         """Map at stride 4, the encoded one at stride 8, padding of the first -> (B, mask_feature_size, H, W)."""
         # One name, so that each map of this size is freed once the next exists: most memory is needed here.
-        fused = self.adapter_1(with_channels_last(finest), padding)
+        fused = self.adapter_1(channels_last(finest), padding)
         fused = fused + nn.functional.interpolate(encoded, fused.shape[-2:], mode="bilinear", align_corners=False)
         if padding is not None:
             fused = fused.masked_fill(padding[:, None], 0.0)
@@ -257,7 +257,7 @@ class Mask2FormerFPNPixelDecoder(nn.Module):
         self, features: tuple[Tensor, ...], paddings: tuple[Tensor | None, ...]
     ) -> Mask2FormerPixelDecoderOutput:
         """Backbone maps and their paddings, finest first -> mask features and three maps, coarsest first."""
-        features = tuple(map(with_channels_last, features))
+        features = tuple(map(channels_last, features))
         coarsest, padding = features[-1], paddings[-1]
         if padding is not None:
             coarsest = coarsest.masked_fill(padding[:, None], 0.0)

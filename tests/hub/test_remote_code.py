@@ -208,11 +208,11 @@ def test_the_code_is_whole_and_no_more(family, tmp_path):
 
 
 def test_paths_are_joined_into_names():
-    text = "from ..kernels.pieces import pieces\nfrom .layers import (\n    A,\n)\n    from ...elsewhere import b\n"
+    text = "from ..kernels.chunks import chunks\nfrom .layers import (\n    A,\n)\n    from ...elsewhere import b\n"
     flattened, imported = _flatten_imports(text, "m2f_hf.model.parts.decoder")
-    assert imported == ["m2f_hf.model.kernels.pieces", "m2f_hf.model.parts.layers", "m2f_hf.elsewhere"]
+    assert imported == ["m2f_hf.model.kernels.chunks", "m2f_hf.model.parts.layers", "m2f_hf.elsewhere"]
     assert flattened == (
-        "from .model_kernels_pieces import pieces\nfrom .model_parts_layers import (\n    A,\n)\n"
+        "from .model_kernels_chunks import chunks\nfrom .model_parts_layers import (\n    A,\n)\n"
         "    from .elsewhere import b\n"
     )
 

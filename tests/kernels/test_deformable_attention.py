@@ -10,7 +10,7 @@ from operations import Operations
 from transformers.models.mask2former import modeling_mask2former as stock
 
 import m2f_hf.kernels.gather_deformable_attention as gathering
-from m2f_hf.kernels import pieces as chunking
+from m2f_hf.kernels import chunks as chunking
 from m2f_hf.kernels.deformable_attention import grid_sample_deformable_attention, multi_scale_deformable_attention
 
 
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_finite_differences():
 def test_pieces_change_nothing(numbers, monkeypatch):
     inputs = make_inputs(32)
     expected = with_gradients(multi_scale_deformable_attention, inputs)
-    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", numbers)
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     for ours, reference in zip(with_gradients(multi_scale_deformable_attention, inputs), expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-6)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from operations import Operations
+from tiny import tiny_config
 from torch import nn
 
+from m2f_hf.kernels import chunks as chunking
 from m2f_hf.kernels import feed_forward
-from m2f_hf.kernels import pieces as chunking
+from m2f_hf.model.pixel_decoder import Mask2FormerPixelDecoderEncoderLayer
 
 
 WIDTHS = (6, 20)
@@ -27,7 +29,7 @@ def run(layers, states, function):
 @pytest.mark.parametrize("numbers", [1, 7 * WIDTHS[1], 1 << 20])  # one row a piece, seven, all
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_gradients_are_those_of_the_layers(activation, numbers, kept, by_onednn, monkeypatch):
-    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", numbers)
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     monkeypatch.setattr(feed_forward, "_NUMBERS_KEPT", kept)
     layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0])
@@ -44,11 +46,11 @@ def test_kept_states_are_used_however_the_backward_pass_would_cut(activation, mo
     layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0])
     expected = run(layers, states, lambda rows, fc1, fc2: fc2(getattr(nn.functional, activation)(fc1(rows))))
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
-    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 7 * WIDTHS[1])
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", 7 * WIDTHS[1])
 
     states = states.requires_grad_()
     output = feed_forward.feed_forward(states, *layers, activation)
-    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 5 * WIDTHS[1])
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", 5 * WIDTHS[1])
     with Operations() as operations:
         gradients = torch.autograd.grad(output.square().sum(), [states, *nn.ModuleList(layers).parameters()])
     for one, other in zip(expected, (output, *gradients), strict=True):
@@ -85,22 +87,11 @@ def test_what_outlives_the_forward_pass(activation, kept, widest, monkeypatch):
     assert max(shape[-1] for shape in kept_shapes) == widest
 
 
-@pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("changed", [0, 1])
-def test_a_layer_with_a_hook_is_called(changed, learns):
-    """Other changes to a layer: `test_fast_path.py`."""
-    layers, states = make_layers(), torch.randn(40, WIDTHS[0])
-    layers[changed].register_forward_hook(lambda _, inputs, output: 2 * output)
-    with torch.set_grad_enabled(learns):
-        output = feed_forward.feed_forward(states, *layers, "relu")
-    torch.testing.assert_close(output, layers[1](layers[0](states).relu()))
-
-
 @pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_outputs_and_gradients_are_as_exact_as_those_of_the_layers(dtype, activation, kept, monkeypatch):
-    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", 7 * WIDTHS[1])
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", 7 * WIDTHS[1])
     monkeypatch.setattr(feed_forward, "_NUMBERS_KEPT", kept)
     layers, states = make_layers(), torch.randn(2, 90, WIDTHS[0]).to(dtype)
     plain = lambda rows, fc1, fc2: fc2(getattr(nn.functional, activation)(fc1(rows)))
@@ -115,9 +106,8 @@ def test_under_autocast_outputs_and_gradients_are_as_exact_as_those_of_the_layer
 
 
 def test_half_precision_takes_the_layers_themselves():
-    layers, states = make_layers(), torch.randn(3, WIDTHS[0], requires_grad=True)
-    layers = nn.ModuleList(layers).to(torch.bfloat16)
-    output = feed_forward.feed_forward(states.bfloat16(), *layers, "gelu")
+    layer = Mask2FormerPixelDecoderEncoderLayer(tiny_config()).to(torch.bfloat16)
+    output = layer.feed_forward(torch.randn(1, 3, 32, dtype=torch.bfloat16))
     assert output.dtype == torch.bfloat16 and not output.grad_fn.name().startswith("FeedForward")
 
 
@@ -126,9 +116,9 @@ def test_several_threads_have_larger_pieces():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        of_one = len(list(chunking.pieces(1 << 16, width=1 << 10)))
+        of_one = len(list(chunking.chunks(1 << 16, width=1 << 10)))
         torch.set_num_threads(2)
-        of_two = len(list(chunking.pieces(1 << 16, width=1 << 10)))
+        of_two = len(list(chunking.chunks(1 << 16, width=1 << 10)))
     finally:
         torch.set_num_threads(threads)
     assert of_one == 64

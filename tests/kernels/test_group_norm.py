@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from m2f_hf.kernels import pieces as chunking
+from m2f_hf.kernels import chunks as chunking
 from m2f_hf.kernels.group_norm import ChannelsLastGroupNorm, normalise_groups
 from m2f_hf.model.pixel_decoder import ConvNorm
 
@@ -27,7 +27,7 @@ def make_norm(dtype=torch.float32):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("numbers", [1, 64 * 50, 1 << 20], ids=["a position at a time", "fifty", "all"])
 def test_values_and_gradients_are_those_of_group_norm(numbers, relu, monkeypatch):
-    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", numbers)
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     features, norm = make_features(), make_norm()
     weights = torch.randn(features.shape)

@@ -13,7 +13,7 @@ from transformers import SwinConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import m2f_hf.kernels
-from m2f_hf.kernels import fast_path, pieces, products
+from m2f_hf.kernels import chunks, fast_path, products
 from m2f_hf.kernels.deformable_attention import multi_scale_deformable_attention
 from m2f_hf.kernels.fast_path import Kernel
 from m2f_hf.kernels.products import linear
@@ -130,8 +130,8 @@ def test_every_kernel_has_a_case():
 def test_a_kernel_gives_what_the_plain_layer_gives(name, with_gradients, numbers, monkeypatch):
     case = make_case(name)
     assert KERNELS[name] in case.function.kernels
-    monkeypatch.setattr(pieces, "_NUMBERS_PER_PIECE", numbers)
-    monkeypatch.setattr(pieces, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
+    monkeypatch.setattr(chunks, "_NUMBERS_PER_CHUNK", numbers)
+    monkeypatch.setattr(chunks, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
     args = [
         one.requires_grad_(with_gradients) if torch.is_tensor(one) and one.is_floating_point() else one
         for one in case.args

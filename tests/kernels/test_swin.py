@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoBackbone, SwinConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
-from m2f_hf.kernels import fast_path, feed_forward, window_attention
-from m2f_hf.kernels import pieces as chunking
+from m2f_hf.kernels import chunks as chunking
+from m2f_hf.kernels import fast_path, window_attention
 from m2f_hf.kernels.window_attention import Windows, _weights
 from m2f_hf.model.padding import PaddedBatch, call_on_batch, hide_padding_in
 from m2f_hf.model.swin import WindowedSwinLayer, index_windows, token_slots, use_windowed_layers
@@ -52,7 +52,7 @@ def assert_all_close(actual, expected):
 @pytest.fixture
 def small_pieces(monkeypatch, request):
     """Pieces of a few numbers each."""
-    monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", request.param)
+    monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", request.param)
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
 
 
@@ -219,17 +219,20 @@ def test_what_fills_windows_up_is_not_multiplied(shift, monkeypatch):
     """(9, 7) takes 3 x 2 windows of 4 x 4: 33 positions more than it has."""
     _, layer = make_layer(shift)
     states, counted = torch.randn(2, 63, 12, requires_grad=True), []
-    original = window_attention.linear
 
-    def counting(rows, weight, *arguments, **kwargs):
-        counted.append((tuple(weight.shape), rows.numel() // rows.shape[-1]))
-        return original(rows, weight, *arguments, **kwargs)
+    def count_rows(original):
+        def counting(rows, weight, *arguments):
+            counted.append((tuple(weight.shape), rows.numel() // rows.shape[-1]))
+            return original(rows, weight, *arguments)
 
-    monkeypatch.setattr(window_attention, "linear", counting)
-    monkeypatch.setattr(feed_forward, "linear", counting)
-    run(layer, states, (9, 7)).sum().backward()
+        return counting
+
+    with monkeypatch.context() as patch:
+        patch.setattr(window_attention.F, "linear", count_rows(window_attention.F.linear))
+        run(layer, states, (9, 7)).sum().backward()
     for shape, times in (((36, 12), 1), ((12, 36), 1), ((12, 12), 2)):  # in, back through it; out, and back
         assert sum(count for of, count in counted if of == shape) == times * states.shape[:2].numel()
+    monkeypatch.setattr(window_attention, "linear", count_rows(window_attention.linear))
     counted.clear()
     with torch.no_grad():
         run(layer.eval(), states, (9, 7))
@@ -269,7 +272,7 @@ def test_full_windows_come_first_and_few_at_a_time(size, shift, small_pieces):
     length = size[0] * size[1]
     tokens, regions = index_windows(*size, 4, shift, torch.device("cpu"))
     windows = Windows.from_index(tokens, regions, (2, length), None)
-    pieces = list(windows.pieces(5))
+    pieces = list(windows.chunks(5))
     assert [piece.stop for piece in pieces][:-1] == [piece.start for piece in pieces][1:]
     assert all(piece.stop - piece.start <= 2 for piece in pieces) and pieces[-1].stop == 2 * len(tokens)
     located = [windows.rows_in(piece) for piece in pieces]
@@ -282,12 +285,12 @@ def test_full_windows_come_first_and_few_at_a_time(size, shift, small_pieces):
 
 def test_pieces_are_for_inference_in_eager_mode_on_the_cpu():
     layer, states = torch.nn.Identity().eval(), torch.zeros(2)
-    assert not chunking.works_in_pieces(layer, states)
+    assert not chunking.infers_in_chunks(layer, states)
     with torch.no_grad():
-        assert chunking.works_in_pieces(layer, states)
-        assert not chunking.works_in_pieces(layer, states.to("meta"))
-        assert torch.compile(chunking.works_in_pieces, backend="eager")(layer, states) is False
-        assert not chunking.works_in_pieces(layer.train(), states)
+        assert chunking.infers_in_chunks(layer, states)
+        assert not chunking.infers_in_chunks(layer, states.to("meta"))
+        assert torch.compile(chunking.infers_in_chunks, backend="eager")(layer, states) is False
+        assert not chunking.infers_in_chunks(layer.train(), states)
 
 
 def test_weights_across_regions_are_zero_instead_of_denormal():

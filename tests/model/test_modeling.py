@@ -18,7 +18,7 @@ from transformers import Mask2FormerConfig as StockConfig
 from transformers import Mask2FormerForUniversalSegmentation as StockModel
 
 from m2f_hf import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerModel
-from m2f_hf.kernels import pieces as chunking
+from m2f_hf.kernels import chunks as chunking
 from m2f_hf.loss.points import SeededPoints
 from m2f_hf.model import modeling as modeling
 from m2f_hf.model import transformer_decoder as decoding
@@ -923,7 +923,7 @@ def test_pieces_of_maps_give_what_whole_maps_give(backbone, monkeypatch):
     for pixel_mask in (None, mask):
         whole = model(images(), pixel_mask=pixel_mask)
         for numbers in (1, 1000):
-            monkeypatch.setattr(chunking, "_NUMBERS_PER_PIECE", numbers)
+            monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", numbers)
             monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
             with torch.no_grad():
                 outputs = model(images(), pixel_mask=pixel_mask)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from .fast_path import is_recorded
 
 
-_NUMBERS_PER_PIECE = 1 << 20  # 4 MB in float32: of the widest tensor of a layer, in a core's share of the cache
+_NUMBERS_PER_CHUNK = 1 << 20  # 4 MB in float32: of the widest tensor of a layer, in a core's share of the cache
 
 # Several threads wait for each other after every operation on a chunk. On an idle machine that costs nothing, but where
 # another program has one of the cores they wait until it lets go: larger chunks, fewer times.
 _TIMES_LARGER_FOR_SEVERAL_THREADS = 8
 
 
-def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
+def infers_in_chunks(layer: nn.Module, hidden_states: Tensor) -> bool:
     """Return whether a layer should go through `hidden_states` in chunks at inference; not where they are a subclass,
     such as fake tensors, which has no numbers or an arithmetic of its own."""
     return (
@@ -35,7 +35,7 @@ def works_in_pieces(layer: nn.Module, hidden_states: Tensor) -> bool:
     )
 
 
-def learns_in_pieces(hidden_states: Tensor, weight: Tensor) -> bool:
+def learns_in_chunks(hidden_states: Tensor, weight: Tensor) -> bool:
     """Return whether a function of `hidden_states` and `weight` should use a backward pass in chunks.
 
     The weight's gradient is added up over the chunks, for which half precision is too coarse: the weight is float32,
@@ -63,25 +63,25 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def pieces(length: int, width: int) -> Iterator[slice]:
+def chunks(length: int, width: int) -> Iterator[slice]:
     """Yield slices that cut `length` positions into chunks, in order.
 
     Args:
         length: number of positions.
         width: numbers that the layer's widest tensor has for each of them.
     """
-    step = length_of_pieces(width)
+    step = chunk_length(width)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
 
-def length_of_pieces(width: int) -> int:
+def chunk_length(width: int) -> int:
     """Return the number of positions in each chunk but the last."""
-    numbers = _NUMBERS_PER_PIECE * (_TIMES_LARGER_FOR_SEVERAL_THREADS if torch.get_num_threads() > 1 else 1)
+    numbers = _NUMBERS_PER_CHUNK * (_TIMES_LARGER_FOR_SEVERAL_THREADS if torch.get_num_threads() > 1 else 1)
     return max(1, numbers // max(1, width))
 
 
-def with_channels_last(features: Tensor) -> Tensor:
+def channels_last(features: Tensor) -> Tensor:
     """Return (B, C, H, W) in the fastest memory format: on the CPU channels last.
 
     Convolutions, resizing and pointwise layers are up to twenty times as fast in half precision with it.
