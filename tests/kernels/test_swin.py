@@ -50,7 +50,7 @@ def assert_all_close(actual, expected):
 
 
 @pytest.fixture
-def small_pieces(monkeypatch, request):
+def small_chunks(monkeypatch, request):
     """Pieces of a few numbers each."""
     monkeypatch.setattr(chunking, "_NUMBERS_PER_CHUNK", request.param)
     monkeypatch.setattr(chunking, "_TIMES_LARGER_FOR_SEVERAL_THREADS", 1)
@@ -127,10 +127,10 @@ def graph_of(tensor):
     return names
 
 
-@pytest.mark.parametrize("small_pieces", [1, 3 * 12 * 16 * 5, 1 << 20], ids=["one", "five", "all"], indirect=True)
+@pytest.mark.parametrize("small_chunks", [1, 3 * 12 * 16 * 5, 1 << 20], ids=["one", "five", "all"], indirect=True)
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("case", ["plain", "hidden padding", "stochastic depth", "no bias"])
-def test_kernel_equals_the_plain_layer(case, shift, small_pieces, monkeypatch):
+def test_kernel_equals_the_plain_layer(case, shift, small_chunks, monkeypatch):
     _, layer = make_layer(shift, drop_path_rate=0.5 if case == "stochastic depth" else 0.0)
     batch = None
     if case == "hidden padding":
@@ -258,29 +258,29 @@ def test_an_adapter_on_a_projection_is_called(name):
     assert not torch.allclose(with_adapter, plain)
 
 
-def test_fake_tensors_have_no_pieces():
+def test_fake_tensors_have_no_chunks():
     _, layer = make_layer(2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         output = run(layer.eval(), torch.empty(2, 63, 12), (9, 7))
     assert isinstance(output, FakeTensor) and output.shape == (2, 63, 12)
 
 
-@pytest.mark.parametrize("small_pieces", [2 * 16 * 5], ids=["two windows"], indirect=True)
+@pytest.mark.parametrize("small_chunks", [2 * 16 * 5], ids=["two windows"], indirect=True)
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_full_windows_come_first_and_few_at_a_time(size, shift, small_pieces):
+def test_full_windows_come_first_and_few_at_a_time(size, shift, small_chunks):
     length = size[0] * size[1]
     tokens, regions = index_windows(*size, 4, shift, torch.device("cpu"))
     windows = Windows.from_index(tokens, regions, (2, length), None)
-    pieces = list(windows.chunks(5))
-    assert [piece.stop for piece in pieces][:-1] == [piece.start for piece in pieces][1:]
-    assert all(piece.stop - piece.start <= 2 for piece in pieces) and pieces[-1].stop == 2 * len(tokens)
-    located = [windows.rows_in(piece) for piece in pieces]
+    chunks = list(windows.chunks(5))
+    assert [chunk.stop for chunk in chunks][:-1] == [chunk.start for chunk in chunks][1:]
+    assert all(chunk.stop - chunk.start <= 2 for chunk in chunks) and chunks[-1].stop == 2 * len(tokens)
+    located = [windows.rows_in(chunk) for chunk in chunks]
     assert torch.cat([one.tokens for one in located]).sort().values.tolist() == list(range(2 * length))
     filled_up = [one.positions is not None for one in located]
     assert filled_up == sorted(filled_up)
     num_full = int((tokens < length).all(1).sum())
-    assert filled_up.count(False) == num_full  # of two images, two in a piece
+    assert filled_up.count(False) == num_full  # of two images, two in a chunk
 
 
 def test_pieces_are_for_inference_in_eager_mode_on_the_cpu():
