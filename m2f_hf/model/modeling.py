@@ -181,7 +181,7 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval().requires_grad_(False)
 
-    def _check_strides(self, pixel_values: Tensor, features: tuple[Tensor, ...]) -> None:
+    def _check_strides(self, pixel_values: Tensor, features: list[Tensor]) -> None:
         for stride, level in zip(self.config.feature_strides, features, strict=True):
             for length, side in zip(level.shape[2:], pixel_values.shape[2:], strict=True):
                 if abs(length * stride - side) >= stride:
@@ -203,7 +203,8 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
             pixel_values = channels_last(pixel_values)
         size = (pixel_values.shape[2], pixel_values.shape[3])
         batch = None if image_sizes is None else PaddedBatch(image_sizes, size)
-        features = call_on_batch(batch, self.encoder, pixel_values).feature_maps
+        # A list that lets go of the backbone's own maps, so that no map is held in two layouts.
+        features = list(map(channels_last, call_on_batch(batch, self.encoder, pixel_values).feature_maps))
         if not torch.compiler.is_exporting():  # there a size may be a symbol, which a comparison would pin down
             self._check_strides(pixel_values, features)
         paddings: tuple[Tensor | None, ...] = (None,) * len(features)
@@ -212,7 +213,7 @@ class Mask2FormerPixelLevelModule(PartlyFrozen):
                 hidden_padding(image_sizes, stride, (level.shape[2], level.shape[3]))
                 for stride, level in zip(self.config.feature_strides, features, strict=True)
             )
-        decoded = self.decoder(features, paddings)
+        decoded = self.decoder(tuple(features), paddings)
         return Mask2FormerPixelLevelModuleOutput(
             encoder_last_hidden_state=features[-1],
             encoder_hidden_states=tuple(features) if output_hidden_states else None,

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from ..kernels.chunks import channels_last
 from ..kernels.deformable_attention import multi_scale_deformable_attention
 from ..kernels.deformable_encoder_layer import deformable_encoder_layer
 from ..kernels.fast_path import fast_path
@@ -210,17 +209,21 @@ class Mask2FormerPixelDecoder(nn.Module):
     def encode(self, coarse: list[Tensor], paddings: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         """Three maps of the backbone and their paddings -> as many (B, feature_size, H, W); coarsest first."""
         levels = [
-            projection(channels_last(level), padding)
+            projection(level, padding)
             for projection, level, padding in zip(self.input_projections, coarse, paddings, strict=True)
-        ]
-        encodings = [
-            self.position_embedding(level, padding) + embed[:, None, None]
-            for level, padding, embed in zip(levels, paddings, self.level_embed, strict=True)
         ]
         shapes = [(level.shape[2], level.shape[3]) for level in levels]
         known = [padding.flatten(1) for padding in paddings if padding is not None]
         places = Places.of(shapes, torch.cat(known, dim=1) if known else None, levels[0].device, NUM_SAMPLING_POINTS)
-        encoded = self.encoder(flatten_levels(levels), flatten_levels(encodings), places)
+        encodings = flatten_levels(
+            [
+                self.position_embedding(level, padding) + embed[:, None, None]
+                for level, padding, embed in zip(levels, paddings, self.level_embed, strict=True)
+            ]
+        )
+        hidden_states = flatten_levels(levels)
+        del levels  # not held twice while the layers run
+        encoded = self.encoder(hidden_states, encodings, places)
         # (B, S, C) -> three (B, C, H, W)
         tokens = encoded.split([height * width for height, width in shapes], dim=1)
         return tuple(to_map(level, shape) for level, shape in zip(tokens, shapes, strict=True))
@@ -228,8 +231,8 @@ class Mask2FormerPixelDecoder(nn.Module):
     def fuse(self, finest: Tensor, encoded: Tensor, padding: Tensor | None) -> Tensor:
         """Map at stride 4, the encoded one at stride 8, padding of the first -> (B, mask_feature_size, H, W)."""
         # One name, so that each map of this size is freed once the next exists: most memory is needed here.
-        fused = self.adapter_1(channels_last(finest), padding)
-        fused = fused + nn.functional.interpolate(encoded, fused.shape[-2:], mode="bilinear", align_corners=False)
+        fused = self.adapter_1(finest, padding)
+        fused += nn.functional.interpolate(encoded, fused.shape[-2:], mode="bilinear", align_corners=False)
         if padding is not None:
             fused = fused.masked_fill(padding[:, None], 0.0)
         fused = self.layer_1(fused, padding)
@@ -257,7 +260,6 @@ class Mask2FormerFPNPixelDecoder(nn.Module):
         self, features: tuple[Tensor, ...], paddings: tuple[Tensor | None, ...]
     ) -> Mask2FormerPixelDecoderOutput:
         """Backbone maps and their paddings, finest first -> mask features and three maps, coarsest first."""
-        features = tuple(map(channels_last, features))
         coarsest, padding = features[-1], paddings[-1]
         if padding is not None:
             coarsest = coarsest.masked_fill(padding[:, None], 0.0)

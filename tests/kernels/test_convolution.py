@@ -209,7 +209,7 @@ def test_pixel_decoders_learn_by_tiles(kind, count, monkeypatch):
     monkeypatch.setattr(TiledConvolution, "apply", lambda *args: applied.append(args) or apply(*args))
     results = []
     for _ in range(2):
-        features = [each.clone().requires_grad_() for each in maps]
+        features = [each.to(memory_format=torch.channels_last, copy=True).requires_grad_() for each in maps]
         outputs = decoder(tuple(features), (None,) * 4)
         flat = [outputs.mask_features, *outputs.multi_scale_features]
         parameters = list(decoder.parameters())
