@@ -167,7 +167,7 @@ def check_segmentation(
             return None
         return segmentation
     if not segmentation:
-        problems.warn("Annotations have no mask (a box alone does not do) and are left out.", where)
+        problems.warn("Annotations have no mask (a box alone is not enough) and are left out.", where)
         return None
     try:
         polygons = as_polygons(segmentation)

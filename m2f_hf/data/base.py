@@ -150,7 +150,10 @@ class Selection(Dataset[dict[str, Any]]):
 
 
 class SegmentationDataset(Selection):
-    """Images with segments. Subclasses define `_load`.
+    """Images with segments.
+
+    Subclasses define `_load` and set `categories`, `task` and `_positions = np.arange(n)` for n images; `segments` too
+    where they are known.
 
     An item has
 
@@ -159,7 +162,8 @@ class SegmentationDataset(Selection):
     - `segments_info`: a list of dicts: `id`, `category_id` (contiguous), `iscrowd` (0 or 1), `isthing` (bool or None),
       and what else the annotation says;
     - either `segmentation_map`, (height, width) int32 of segment ids, where 0 and ids that are not listed are void; or
-      in each segment a `segmentation`, COCO's RLE or polygons: such masks may overlap. `segment_masks` decodes both.
+      in each segment a `segmentation`, COCO's RLE or polygons in pixels: such masks may overlap. `segment_masks`
+      decodes both.
 
     Attributes:
         categories: for each class `id` (contiguous), `name`, `isthing` (bool or None), `color` where known, and
@@ -170,7 +174,10 @@ class SegmentationDataset(Selection):
     """
 
     def _load(self, position: int) -> tuple[ImageFile, dict[str, Any]]:
-        """Return the image's file, and the item without image and size; `category_id` is the annotation's own."""
+        """Return the image's file, and the item without image and size (`read_size(file, name)` gives it if needed).
+
+        `category_id` is the contiguous id, as in the `categories` that this reader made.
+        """
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Random training samples of videos, as the original makes them: a few frames around one, all placed alike."""
+"""Random training clips, as in the original: a random frame and some near it, cropped and resized the same way."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -63,12 +63,12 @@ class ClipTransform:
     """Makes random training clips of videos by a recipe, drawing size, place, mirroring and colours once for a clip.
 
     Args:
-        recipe: the original's are in `m2f_hf.known.recipes.VIDEO_RECIPES`; those for images do, too.
+        recipe: the original's are in `m2f_hf.known.recipes.VIDEO_RECIPES`; recipes for images also work.
         num_frames: frames of a clip.
         frame_range: most distance in frames from the first one drawn.
 
     Raises:
-        ValueError: with fewer than one frame, or a recipe that draws windows by the share of a class.
+        ValueError: with fewer than one frame, or a recipe with `max_category_share` below 1.
     """
 
     def __init__(self, recipe: Recipe, num_frames: int = NUM_FRAMES, frame_range: int = FRAME_RANGE) -> None:
@@ -113,7 +113,7 @@ class ClipTransform:
 
 
 class CollateClips:
-    """Makes batches of clips with as many frames each: a processor normalises and pads them to the largest."""
+    """Makes batches of clips with the same number of frames: a processor normalises and pads them to the largest."""
 
     def __init__(self, processor: Mask2FormerVideoProcessor) -> None:
         self.processor = processor

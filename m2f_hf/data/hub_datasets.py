@@ -90,7 +90,7 @@ def _is_picture(value: Any) -> bool:
 def _is_map(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim >= 2 and value.dtype.kind in "iu"
-    # Lists of lists of whole numbers, all rows as long.
+    # Lists of lists of whole numbers, all rows of the same length.
     is_table = isinstance(value, list) and bool(value) and all(isinstance(part, list) for part in value)
     return is_table and len({len(part) for part in value}) == 1 and all(isinstance(n, int) for n in value[0])
 
@@ -228,7 +228,7 @@ class TableDataset(SegmentationDataset):
     def _object(self, entry: Mapping[str, Any], index: int, where: str) -> dict[str, Any]:
         key = _key(entry, SEGMENTATION_KEYS)
         if key is None:
-            raise FileProblem("Objects have no mask; a box alone does not do.", f"{where}: object {index}")
+            raise FileProblem("Objects have no mask; a box alone is not enough.", f"{where}: object {index}")
         kept = {name: entry[name] for name in ("area", "bbox") if entry.get(name) is not None}
         return {
             "id": int(entry["id"]) if isinstance(entry.get("id"), int) else index + 1,
@@ -272,7 +272,7 @@ def _as_segmentation(value: Any, where: str) -> Any:
     if isinstance(value, np.ndarray) and value.ndim == 2 and value.dtype.kind in "bu":
         return encode_rle(value != 0)
     try:
-        if isinstance(value, str):  # tables keep what has no fixed form as text
+        if isinstance(value, str):  # tables store values without a fixed schema as JSON text
             value = json.loads(value)
         if isinstance(value, Mapping):
             rle = {"size": list(value.get("size", ())), "counts": value.get("counts")}
@@ -284,7 +284,7 @@ def _as_segmentation(value: Any, where: str) -> Any:
             "Masks are neither polygons nor run lengths: draw them again.", f"{where}: {error}"
         ) from error
     if not polygons:
-        raise FileProblem("Objects have no mask; a box alone does not do.", where)
+        raise FileProblem("Objects have no mask; a box alone is not enough.", where)
     return polygons
 
 
@@ -292,7 +292,7 @@ class StreamingDataset(IterableDataset[dict[str, Any]]):
     """Items of a stream of rows (`datasets.IterableDataset`), read once from front to back.
 
     Args:
-        rows: the stream; among several workers it is shared out by `datasets` itself.
+        rows: the stream; `datasets` splits it between workers.
         reader: makes items of rows.
     """
 

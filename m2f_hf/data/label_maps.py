@@ -35,7 +35,7 @@ SPLITS = {
 """Names of splits, and what folders and files call them."""
 
 _VOID_NAMES = ("void", "ignore", "ignored", "unlabeled", "unlabelled")
-# What tools add to the name of an image for that of its map, or to that of the image for the camera.
+# Endings that tools add to file names: for maps (`_mask`, `_gtFine_…`) and for the camera (`_leftImg8bit`).
 _ADDED = re.compile(r"(_leftImg8bit|_gt(Fine|Coarse)_\w+|[-_.](masks?|labels?|seg|gt|annotation|L|jpe?g|png))$")
 _MAX_UNNAMED = 1000
 
@@ -47,8 +47,8 @@ class LabelCoding(NamedTuple):
     """What the numbers of label maps mean, with notes on what was assumed.
 
     Attributes:
-        categories: the classes; `dataset_id` is a class's number, or in maps of colours its order.
-        void: numbers of pixels without a class; in maps of colours R + 256 G + 65536 B.
+        categories: the classes; `dataset_id` is a class's number, or in colour maps its position in the class list.
+        void: numbers of pixels without a class; in colour maps R + 256 G + 65536 B.
         is_color: maps hold the classes' colours instead of numbers.
     """
 
@@ -58,7 +58,7 @@ class LabelCoding(NamedTuple):
     notes: tuple[str, ...]
 
     def table(self) -> np.ndarray:
-        """Return the lookup table of numbers: class + 1, 0 for void, -1 for no meaning: (numbers,) int16."""
+        """Return the lookup table (numbers,) int16: class + 1, 0 for void, -1 for a number that no class has."""
         numbers = [_number(category, "dataset_id", self.is_color) for category in self.categories]
         table = np.full(max([*numbers, *self.void, 255]) + 1, -1, dtype=np.int16)
         table[list(self.void)] = 0
@@ -67,7 +67,7 @@ class LabelCoding(NamedTuple):
 
 
 def _number(entry: Mapping[str, Any], key: str, is_color: bool) -> int:
-    """Return what stands in maps for a class."""
+    """Return the number that marks a class in the maps."""
     return int(rgb_to_id(np.array(entry["color"]))) if is_color else entry[key]
 
 
@@ -88,8 +88,8 @@ def choose_coding(
         numbers: returns the numbers that occur in the maps; called only if needed, as it opens files.
         is_color: maps hold colours.
         reduce_labels: 0 stands for "other" and 1 for the first class. None: only where that is known.
-        ignore_index: the number of pixels without a class, also where the class list has it (in maps of colours the
-            place in the class list). None: 255 unless a class has it, or what the known data set has.
+        ignore_index: the number of void. A class with this number is dropped. In colour maps it is a position in the
+            class list. None: the known data set's value, else 255 if no class uses it.
         name: of the data set.
 
     Raises:
@@ -121,7 +121,7 @@ def choose_coding(
     ignored = [e for e in entries if str(e["name"]).lower() in _VOID_NAMES or e["id"] == ignore_index]
     if ignored:
         void |= {_number(entry, "id", is_color) for entry in ignored}
-        notes.append(f"no class, but void: {named([entry['name'] for entry in ignored])}")
+        notes.append(f"treated as void, not as a class: {named([entry['name'] for entry in ignored])}")
         entries = [entry for entry in entries if entry not in ignored]
     ids = {entry["id"] for entry in entries}
     if min(ids, default=0) < 0:
@@ -194,7 +194,8 @@ def decode_labels(values: np.ndarray, coding: LabelCoding, table: np.ndarray, na
         unknown = np.unique(numbers[labels < 0])
         if coding.is_color:
             raise FileProblem(
-                "Label maps hold colours that no class has: list them; the class of those without one is called void.",
+                "Label maps hold colours that no class has: add them to the class list; put colours that mean "
+                "nothing under a class named `void`.",
                 f"{name}: {named([(n & 255, n >> 8 & 255, n >> 16) for n in unknown.tolist()])}",
             )
         raise FileProblem(_unlisted(coding), f"{name}: {named(unknown.tolist())}")
@@ -256,7 +257,7 @@ class LabelMapDataset(_MapDataset):
 
 
 class InstanceMapDataset(_MapDataset):
-    """Images with maps of class and instance in one number, class * divisor + instance, for panoptic segmentation.
+    """Images with maps where number = class * divisor + instance, for panoptic segmentation.
 
     Cityscapes (`instanceIds`, divisor 1000; a number below it is a class without instances, and a crowd if that is a
     thing) and Mapillary Vistas (`instances`, divisor 256).
@@ -315,7 +316,8 @@ def find_pairs(root: Path) -> dict[str, Pairs]:
         pairs = next((pairs for name in names if (pairs := _split_pairs(root, images, maps, name))), None)
         if pairs is not None:
             found[split] = pairs
-    if found:
+    # Folders of these names may hold other labels: YOLO's labels/ has text files.
+    if any(list_files(pairs.maps, MAP_SUFFIXES, first=True) for pairs in found.values()):
         return found
     lists = root / "ImageSets" / "Segmentation"
     if images is not None and maps is not None and (lists / "train.txt").is_file():  # PASCAL VOC
@@ -392,7 +394,7 @@ def match_files(pairs: Pairs, root: Path, map_ending: str, problems: Problems) -
             problems.error(f"Images listed in {pairs.list_file} are missing in {pairs.images}.", name)
         images, maps = ([path for path in paths if path.stem in listed] for paths in (images, maps))
     by_image, by_map = _by_name(images, pairs.images, problems), _by_name(maps, pairs.maps, problems)
-    # Names that differ are tried once more without what tools add to them, and without the folders they are in.
+    # Files still unmatched are compared again without those endings, then without their folders.
     for simplify in (lambda name: _ADDED.sub("", name), lambda name: _ADDED.sub("", Path(name).name)):
         rest_of_images = _unique(simplify, by_image.keys() - by_map.keys())
         rest_of_maps = _unique(simplify, by_map.keys() - by_image.keys())

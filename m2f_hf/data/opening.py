@@ -1,7 +1,12 @@
 """Open labelled data of any known form for training: recognise it, agree on classes, split it, check it.
 
-To add a form: write its reader, a `SegmentationDataset` that defines `_load`, in its own module; name it in `FORMS`;
-return its splits in a branch of `_open_folder`, or of `_open` where a single file is enough.
+To add a form:
+
+1. write its reader in its own module, a `SegmentationDataset` (its docstring says what a subclass defines);
+2. name it in `FORMS`;
+3. return its splits in a branch of `_open_folder`, or of `_open` where a single file is enough. The first branch that
+   recognises the data wins: put a strict test before a loose one, and leave label maps and tables last;
+4. name it in the message at the end of `_open_folder`, and in `docs/data.md`.
 """
 
 import contextlib
@@ -70,7 +75,7 @@ def open_dataset(
         source: a folder; an annotation file in COCO's or YouTube-VIS' form; a folder of `save_to_disk` or of Parquet
             files; the name of a data set on the Hub; or a `datasets.Dataset`, `IterableDataset` or dict of them.
         task: "panoptic", "instance", "semantic" or "video"; what the annotations are made for if None. Panoptic
-            annotations do for all three of images, instances for semantic segmentation too.
+            annotations also work for instance and semantic segmentation, instances for semantic segmentation.
         form: one of `FORMS`, where the guess is wrong.
         labels: class names, where the data set does not name them: a known label set ("ade20k-semantic"), a file
             (JSON or one name a line), `{number: name}`, or a list.
@@ -101,51 +106,55 @@ def open_dataset(
     problems = Problems()
     options = (task, form, labels, image_folder, reduce_labels, ignore_index, streaming, config_name)
     arguments = _Arguments(*options, problems)
-    splits, taken_for, notes = _open(source, arguments)
+    splits, detected_format, notes = _open(source, arguments)
     if validation is not None:
         other = _open(validation, arguments)[0]
         splits = {"train": _first(splits, "train"), "validation": _first(other, "validation")}
     if any(isinstance(split, SegmentationDataset) and not len(split) for split in splits.values()):
         problems.error("The data set is empty: there is no image with an annotation.", name)
         problems.raise_errors(name)
-    native, native_held, more = _split(splits, held_out, seed)
-    if native.task != native_held.task:
+    train_as_stored, validation_as_stored, more = _split(splits, held_out, seed)
+    if train_as_stored.task != validation_as_stored.task:
         raise ValueError(
-            f"The training data is for task {native.task!r}, the validation data for {native_held.task!r}."
+            f"The training data is for task {train_as_stored.task!r}, the validation data for "
+            f"{validation_as_stored.task!r}."
         )
-    native_held = _with_classes_of(native, native_held)
-    if task is not None and (task == "video") != (native.task == "video"):
+    validation_as_stored = _with_classes_of(train_as_stored, validation_as_stored)
+    if task is not None and (task == "video") != (train_as_stored.task == "video"):
         raise ValueError(
-            f"{name} was taken for {taken_for}, whose task is {native.task!r}: that does not do for task={task!r}, "
-            "which needs YouTube-VIS' annotations of videos."
+            f"{name} was taken for {detected_format}, whose task is {train_as_stored.task!r}: that cannot be used for "
+            f"task={task!r}, which needs YouTube-VIS' annotations of videos."
             if task == "video"
             else f"{name} has annotations of videos: no good for task={task!r}. Use task='video'."
         )
-    train, held = native, native_held
-    if native.task != "video":
-        train = native.with_task(task or native.task)
-        held = train if native_held is native else native_held.with_task(task or native.task)
-    if len(train.categories) < len(native.categories):
-        more.append(f"{len(native.categories) - len(train.categories)} stuff classes have no instances: left out")
-    reports = [_report_on(train, native, "train", problems, max_opened)]
-    if native_held is native:
+    is_same = validation_as_stored is train_as_stored
+    train, held = train_as_stored, validation_as_stored
+    if train.task != "video":
+        task = task or train.task
+        train = train.with_task(task)
+        held = train if is_same else held.with_task(task)
+    num_dropped = len(train_as_stored.categories) - len(train.categories)
+    if num_dropped > 0:
+        more.append(f"{num_dropped} stuff classes have no instances: left out")
+    reports = [_report_on(train, train_as_stored, "train", problems, max_opened)]
+    if is_same:
         reports.append(replace(reports[0], name="validation"))
     else:
-        reports.append(_report_on(held, native_held, "validation", problems, max_opened))
+        reports.append(_report_on(held, validation_as_stored, "validation", problems, max_opened))
     if not problems.errors and reports[0].counts_all and not reports[0].counts.any():
         problems.error("The training data is empty: no image has a segment that is not a crowd.", name)
     problems.raise_errors(name)
     warn_about_empty_classes(train.categories, reports, problems)
-    report = DatasetReport(name, taken_for, train.task, train.categories, reports, notes + more, problems)
+    report = DatasetReport(name, detected_format, train.task, train.categories, reports, notes + more, problems)
     return DataSplits(train, held, train.categories, train.task, report)
 
 
-def _report_on(split: Any, native: Any, name: str, problems: Problems, max_opened: int | None) -> SplitReport:
+def _report_on(split: Any, as_stored: Any, name: str, problems: Problems, max_opened: int | None) -> SplitReport:
     if isinstance(split, hub_datasets.StreamingDataset):
         return stream_report(split, name)
     if isinstance(split, YouTubeVISDataset):  # a video has many images
         return inspect_videos(split, name, problems, None if max_opened is None else max_opened // 10)
-    return inspect_split(split, native, name, problems, max_opened)
+    return inspect_split(split, as_stored, name, problems, max_opened)
 
 
 class _Arguments(NamedTuple):
@@ -198,7 +207,8 @@ def _open_folder(folder: Path, arguments: _Arguments) -> _Opened:
         f"{folder} has no {'data set' if form is None else form} in a layout that is known (it has: "
         f"{named(names) or 'nothing'}). Known are COCO's and YouTube-VIS' annotation files (in the folder, in "
         "annotations/ or in train/ and valid/), images/ with masks/ (each with or without training/ and validation/), "
-        "Cityscapes, Mapillary, Parquet files, and what save_to_disk writes."
+        "Cityscapes, Mapillary, Parquet files, and what save_to_disk writes. YOLO's text files are not read: convert "
+        "them to COCO's."
     )
 
 
@@ -273,7 +283,7 @@ def _open_coco(files: dict[str, Path], arguments: _Arguments, kind: str | None) 
         notes = [f"{split}: no annotations, left out" for split in splits if split not in annotated]
         return (annotated, f"YouTube-VIS' annotations in {listed}", notes)
     other = "coco-instance" if kind == "panoptic" else "coco-panoptic"
-    return (splits, f"COCO {kind} annotations in {listed} (override: form={other!r})", [])
+    return (splits, f"COCO {kind} annotations in {listed} (override in Python: form={other!r})", [])
 
 
 # --- label maps ---
@@ -326,7 +336,9 @@ def _open_maps(folder: Path, found: dict[str, label_maps.Pairs], arguments: _Arg
             str(folder),
         )
     datasets = {split: label_maps.LabelMapDataset(folder, pairs, coding) for split, pairs in matched.items()}
-    form = f"{what}label maps for semantic segmentation: {layout} (override: form=…, labels=…, reduce_labels=…)"
+    form = (
+        f"{what}label maps for semantic segmentation: {layout} (override in Python: form=…, labels=…, reduce_labels=…)"
+    )
     return (dict(datasets), form, [*notes, *coding.notes])
 
 
@@ -397,7 +409,7 @@ def _open_table(source: Any, name: str, arguments: _Arguments) -> _Opened:
         datasets[split] = hub_datasets.StreamingDataset(table, reader) if is_stream else reader
     used = ", ".join(f"{key} in `{value}`" for key, value in columns._asdict().items() if value is not None)
     kind = "stream" if is_stream else "table"
-    form = f"{kind} for {columns.task} segmentation: {used} (override: rename columns, task=…)"
+    form = f"{kind} for {columns.task} segmentation: {used} (override: rename columns, or task=…)"
     return (datasets, form, notes)
 
 

@@ -22,6 +22,8 @@ CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # The last line of a card made here. Where the rest has another digest, someone edited it.
 _MARK = re.compile(r"\n*<!-- m2f_hf: card of (?P<repo_id>\S+), (?P<digest>[0-9a-f]{16}) -->\s*$")
+_RESULTS = re.compile(r"^## Results\n.*?(?=^## |^<!-- |\Z)", re.M | re.S)
+_AFTER_RESULTS = re.compile(r"^## Source and licence\n|^<!-- m2f_hf: card of |\Z", re.M)
 _STOCK_CARD = "This model card has been automatically generated"
 
 
@@ -154,7 +156,24 @@ def _eval_result(figure: Figure, is_video: bool) -> EvalResult:
         metric_type=_slug(figure.metric, "_"),
         metric_name=f"{figure.metric} ({figure.task})",
         metric_value=figure.value,
+        # The Hub has one source for all metrics of a data set, and only as an address.
+        metric_args={"source": figure.source} if figure.source else None,
         source_url=_url(figure.source),
+    )
+
+
+def _to_figure(entry: EvalResult) -> Figure:
+    """Return the figure that `_eval_result` made an entry of."""
+    named = re.fullmatch(r"(?P<metric>.+) \((?P<task>\w+)\)", entry.metric_name or "")
+    metric, task = (named["metric"], named["task"]) if named else (entry.metric_name or entry.metric_type, "")
+    return Figure(
+        task,
+        entry.dataset_name,
+        entry.dataset_split or "",
+        metric,
+        float(entry.metric_value),
+        source=(entry.metric_args or {}).get("source") or entry.source_url,
+        dataset_id=entry.dataset_type if "/" in entry.dataset_type else None,
     )
 
 
@@ -211,6 +230,40 @@ def _slug(text: str, mark: str = "-") -> str:
 
 def _url(source: str | None) -> str | None:
     return source if source and source.startswith(("https://", "http://")) else None
+
+
+# --- figures measured later ---
+
+
+def put_figures(card: ModelCard, figures: Sequence[Figure], config: Mask2FormerConfig, name: str) -> ModelCard:
+    """Put figures into the metadata and the Results section of a card, in place, and return the card.
+
+    Those of the same task, data set, split and metric are replaced; everything else stays. A card made here and not
+    edited since still counts as such.
+
+    Args:
+        config: the model's.
+        name: of the model, where the card has none.
+    """
+    mark = _MARK.search(card.text) if is_untouched(card) else None
+    data: Any = card.data
+    new = {_key(figure) for figure in figures}
+    kept = [entry for entry in data.eval_results or [] if _key(_to_figure(entry)) not in new]
+    is_video = isinstance(config, Mask2FormerVideoConfig)
+    data.eval_results = [*kept, *(_eval_result(figure, is_video) for figure in figures)]
+    data.model_name = data.model_name or name
+    section = f"## Results\n\n{_figure_table([*map(_to_figure, kept), *figures])}\n\n"
+    if _RESULTS.search(card.text):
+        text = _RESULTS.sub(lambda _: section, card.text, count=1)
+    else:
+        place = next(_AFTER_RESULTS.finditer(card.text)).start()
+        text = f"{card.text[:place].rstrip()}\n\n{section}{card.text[place:]}"
+    card.text = text.rstrip() + "\n"
+    return card if mark is None else mark_card(card, mark["repo_id"])
+
+
+def _key(figure: Figure) -> tuple[str, str, str, str]:
+    return figure.task, figure.dataset, figure.split, figure.metric
 
 
 # --- who wrote a card ---

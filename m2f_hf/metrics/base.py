@@ -13,7 +13,11 @@ M = TypeVar("M", bound="Metric")
 
 
 class Metric(ABC):
-    """A measure over images. Its state is a few numbers per class or per object, never a map."""
+    """A measure over images. Its state is a few numbers per class or per object, never a map.
+
+    Each subclass has its own `update`, with the arguments that it needs for one image; `Evaluation.add` calls it. Keys
+    of figures must differ from those of the other measures of a task, per class too.
+    """
 
     @abstractmethod
     def merge(self: M, other: M) -> None:

@@ -21,7 +21,17 @@ from ..inference.loading import checkpoint_family
 from ..inference.test_time_augmentation import semantic_scores_with_augmentation
 from .evaluation import MAIN_FIGURE, MEASURES, Evaluation, Prediction
 from .options import check_options, option
-from .results import draw_per_class, draw_worst, headline, in_percent, put_on_card, to_markdown, units_of, write_text
+from .results import (
+    card_figures,
+    dataset_on_card,
+    draw_per_class,
+    draw_worst,
+    in_percent,
+    put_on_card,
+    to_markdown,
+    units_of,
+    write_text,
+)
 from .stock_processor import StockProcessor
 
 
@@ -129,7 +139,9 @@ def evaluate_dataset(args: EvaluationArguments) -> dict[str, Any]:
     write_text(args.output / "results.json", json.dumps(result, indent=2) + "\n")
     write_text(args.output / "results.md", to_markdown(result))
     if args.card:
-        put_on_card(Path(args.model), model, processor, headline(task, figures, Path(args.dataset).name, split))
+        name, hub_id = (args.dataset, None) if args.dataset in GENERATED else dataset_on_card(args.dataset)
+        measured_here = card_figures(figures, name, split, "m2f evaluate", hub_id)
+        put_on_card(Path(args.model), model, processor, measured_here)
     figure = in_percent(figures[MAIN_FIGURE[task]])
     units = f"{num_images} {units_of(task)} ({split})"
     print(f"{MAIN_FIGURE[task]} {figure} on {units}; see {args.output / 'results.md'}")

@@ -22,6 +22,15 @@ MEASURES: dict[str, tuple[str, ...]] = {
 """What the papers report for each task, the main one first."""
 MAIN_FIGURE = {"panoptic": "pq_all", "instance": "ap", "semantic": "miou", "video": "ap"}
 """The figure by which checkpoints and images of a task are compared."""
+CARD_FIGURES = {
+    "pq_all": ("panoptic", "PQ"),
+    "pq_things": ("panoptic", "PQ things"),
+    "pq_stuff": ("panoptic", "PQ stuff"),
+    "ap": ("instance", "AP"),
+    "ap50": ("instance", "AP50"),
+    "miou": ("semantic", "mIoU"),
+}
+"""The figures on a model's card, of clips too: key in `Evaluation.compute` -> task and metric on the card."""
 VOID_LABEL = -1  # outside the classes, however many there are
 
 
@@ -135,6 +144,9 @@ class Evaluation:
         Returns:
             For PQ `pq_all`, `sq_things`, …; for mask AP `ap`, `ap50`, …; for mIoU `miou`, `fwiou`, `macc`,
             `pixel_accuracy`; and `per_class`: `{name: {"pq": …, "ap": …, "iou": …, …}}`.
+
+        Raises:
+            ValueError: if two measures report a figure with the same key.
         """
         parts = [self.metrics] if gather is None else gather([self.metrics])
         result: dict[str, Any] = {}
@@ -143,9 +155,17 @@ class Evaluation:
             metric: Metric = merged([part[name] for part in parts])
             figures = metric.compute()
             for class_name, own in figures.pop("per_class").items():
-                per_class[class_name] |= own
-            result |= figures
+                _add_figures(per_class[class_name], own, name)
+            _add_figures(result, figures, name)
         return {**result, "per_class": per_class}
+
+
+def _add_figures(result: dict[str, Any], figures: Mapping[str, Any], name: str) -> None:
+    """Add the figures of the measure `name` to the result, in place; refuse keys that it has already."""
+    duplicates = sorted(result.keys() & figures.keys())
+    if duplicates:
+        raise ValueError(f"Measure {name!r} reports {', '.join(duplicates)}, as another measure does: rename its keys.")
+    result.update(figures)
 
 
 # --- items ---

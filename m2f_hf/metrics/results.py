@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import ModelCard
 
-from ..hub.card import Figure, model_card
-from .evaluation import MAIN_FIGURE, Evaluation, Prediction
+from ..hub.card import CARD, Figure, model_card, put_figures
+from .evaluation import CARD_FIGURES, MAIN_FIGURE, Evaluation, Prediction
 from .pictures import comparison_sheet, draw_prediction
-
-
-RESULTS_SECTION = re.compile(r"^## Results\n.*?(?=^## |^<!-- |\Z)", re.M | re.S)
 
 
 # --- pictures ---
@@ -129,47 +126,28 @@ def write_text(path: Path, text: str) -> None:
 # --- the model's card ---
 
 
-def headline(task: str, figures: Mapping[str, Any], dataset: str, split: str) -> list[Figure]:
-    """Return the figures that the paper's tables have, on their scale, for a model's card."""
-    names = {"pq_all": "PQ", "ap": "AP", "miou": "mIoU"}
-    card_task = "instance" if task == "video" else task  # the card knows from the model that they are of clips
+def dataset_on_card(dataset: str) -> tuple[str, str | None]:
+    """Return a data set's name on cards, and its name on the Hub, or None where it is a local path."""
+    path = Path(dataset).expanduser()
+    return (path.resolve().name, None) if path.exists() else (dataset, dataset)
+
+
+def card_figures(
+    figures: Mapping[str, Any], dataset: str, split: str, source: str, dataset_id: str | None = None
+) -> list[Figure]:
+    """Return the defined figures that `CARD_FIGURES` names, in percent, for a model's card."""
     return [
-        Figure(card_task, dataset, split, names[name], round(100 * figures[name], 2), source="m2f evaluate")
-        for name in names
-        if figures.get(name) is not None
+        Figure(task, dataset, split, metric, round(100 * figures[key], 2), source, dataset_id)
+        for key, (task, metric) in CARD_FIGURES.items()
+        if figures.get(key) is not None
     ]
 
 
 def put_on_card(folder: Path, model: Any, processor: Any, figures: Sequence[Figure]) -> None:
-    """Write the figures into the model's card, replacing older ones of the same data; other words stay."""
-    path, name = folder / "README.md", folder.resolve().name
-    if not path.exists():
-        write_text(path, str(model_card(model.config, processor, repo_id=name, figures=figures)))
-        return
-    card: Any = ModelCard.load(path)
-    new = {(figure.task, figure.dataset, figure.split, figure.metric) for figure in figures}
-    kept = [
-        figure
-        for figure in map(_to_figure, card.data.eval_results or [])
-        if (figure.task, figure.dataset, figure.split, figure.metric) not in new
-    ]
-    fresh: Any = model_card(model.config, processor, repo_id=name, figures=[*kept, *figures])
-    card.data.eval_results = fresh.data.eval_results
-    card.data.model_name = card.data.model_name or name
-    section = RESULTS_SECTION.search(fresh.text)
-    assert section is not None
-    if RESULTS_SECTION.search(card.text):
-        card.text = RESULTS_SECTION.sub(lambda _: section[0], card.text, count=1)
+    """Write figures into the model's card (see `put_figures`); make the card if there is none."""
+    path, name = folder / CARD, folder.resolve().name
+    if path.exists():
+        card = put_figures(ModelCard.load(path), figures, model.config, name)
     else:
-        card.text = f"{card.text.rstrip()}\n\n{section[0].rstrip()}\n"
+        card = model_card(model.config, processor, repo_id=name, figures=figures)
     write_text(path, str(card))
-
-
-def _to_figure(entry: EvalResult) -> Figure:
-    """Return the figure that `model_card` made an entry of."""
-    named = re.fullmatch(r"(?P<metric>.+) \((?P<task>\w+)\)", entry.metric_name or "")
-    metric, task = (named["metric"], named["task"]) if named else (entry.metric_name or entry.metric_type, "")
-    dataset_id = entry.dataset_type if "/" in entry.dataset_type else None
-    value = float(entry.metric_value)
-    split = entry.dataset_split or ""
-    return Figure(task, entry.dataset_name, split, metric, value, source=entry.source_url, dataset_id=dataset_id)

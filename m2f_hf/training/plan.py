@@ -4,7 +4,6 @@ import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from ..data.hub_datasets import StreamingDataset
 from ..data.synthetic.by_name import GENERATED, NUM_UNSEEN, open_generated
 from ..data.synthetic.shapes import TEST_SEED, VALIDATION_SEED
 from ..known.label_sets import find_label_set
+from ..metrics.results import dataset_on_card
 from .arguments import FinetuningArguments
 from .optimization import choose_num_steps, scale_learning_rate
 
@@ -80,8 +80,7 @@ def open_data(args: FinetuningArguments, checks_files: bool = True) -> Data:
     validation = found.validation
     if isinstance(validation, StreamingDataset):
         validation = list(itertools.islice(validation, NUM_STREAMED))
-    hub_id = None if Path(args.dataset).exists() else args.dataset
-    name = hub_id or Path(args.dataset).resolve().name
+    name, hub_id = dataset_on_card(args.dataset)
     most_segments = found.report.splits[0].most_segments
     return Data(found.train, validation, found.categories, found.task, name, str(found.report), hub_id, most_segments)
 

@@ -17,10 +17,10 @@ from ..hub.push import HubFolder
 from ..inference.segmenter import Segmenter
 from ..known.recipes import Recipe
 from ..metrics import MAIN_FIGURE
+from ..metrics.results import card_figures
 from .arguments import FinetuningArguments
 from .checkpoints import read_log
 from .plan import Data
-from .validation import FIGURES
 
 
 if TYPE_CHECKING:
@@ -56,15 +56,11 @@ def draw_samples(args: FinetuningArguments, data: Data, recipe: Recipe) -> None:
 
 
 def measured_figures(output: Path, data: Data, step: int) -> list[Figure]:
-    """Return what the run measured of the step that was kept; in percent, as the field gives them."""
+    """Return the figures that the run measured at the step that it kept, in percent."""
     rows = read_log(output / LOG)
     best = next(row for row in rows if row["step"] == step and MAIN_FIGURE[data.task] in row)
     source = "the training run, which chose its step by them"
-    return [
-        Figure(task, data.name, "validation", metric, round(100 * best[key], 2), source, data.hub_id)
-        for key, (task, metric) in FIGURES.items()
-        if key in best
-    ]
+    return card_figures(best, data.name, "validation", source, data.hub_id)
 
 
 def write_card(trainer: "Trainer", repo_id: str) -> None:

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, gather_object
 
 from ..data.loading import evaluation_loader
 from ..metrics import MAIN_FIGURE, Evaluation, evaluate_model
+from ..metrics.evaluation import CARD_FIGURES
 from ..metrics.pictures import comparison_sheet, draw_prediction
 from .plan import Data
 
@@ -18,8 +19,6 @@ from .plan import Data
 THRESHOLDS = {"threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "overlap_mask_area_threshold": (0.5, 0.65, 0.8)}
 MEASURED = {"panoptic": ("pq", "miou"), "instance": ("ap",), "semantic": ("miou",), "video": ("ap",)}
 """What is measured during training. (A panoptic model's AP takes longer than everything else: `m2f evaluate`.)"""
-FIGURES = {"pq_all": ("panoptic", "PQ"), "pq_things": ("panoptic", "PQ things"), "pq_stuff": ("panoptic", "PQ stuff")}
-FIGURES |= {"ap": ("instance", "AP"), "ap50": ("instance", "AP50"), "miou": ("semantic", "mIoU")}
 NUM_PICTURES = 4
 
 
@@ -72,8 +71,8 @@ def summarize(result: Mapping[str, Any], task: str) -> dict[str, float]:
 
 
 def in_words(row: Mapping[str, Any]) -> str:
-    """Return the figures that the paper's tables have, in percent."""
-    return ", ".join(f"{name} {100 * row[key]:.1f}" for key, (_, name) in FIGURES.items() if key in row)
+    """Return the figures that go onto the card as text, in percent."""
+    return ", ".join(f"{name} {100 * row[key]:.1f}" for key, (_, name) in CARD_FIGURES.items() if key in row)
 
 
 def choose_thresholds(model: Any, processor: Any, data: Data, batch_size: int) -> str:

@@ -469,7 +469,7 @@ def test_reduced_labels_and_ignore_index(tmp_path):
     found = open_dataset(tmp_path, labels=["other", "a", "b"], ignore_index=0, held_out=0)
     assert [category["name"] for category in found.categories] == ["a", "b"]
     assert np.array_equal(found.train[0]["segmentation_map"], label_map(0, [0, 1, 2]))
-    assert "no class, but void: other" in str(found.report)
+    assert "treated as void, not as a class: other" in str(found.report)
     found = open_dataset(tmp_path, labels=["a", "void"], reduce_labels=True, held_out=0)
     assert np.array_equal(found.train[0]["segmentation_map"], label_map(0, [0, 1, 2]) % 2)
     with pytest.raises(ValueError, match="the number -1"):
@@ -936,6 +936,15 @@ def test_sources_that_are_no_data_set_are_refused(tmp_path):
         open_dataset([1, 2])
     with pytest.raises(ValueError, match="someone/nothing is no folder here"):
         open_dataset("someone/nothing")
+
+
+@pytest.mark.parametrize("split", ["train", ""])
+def test_yolo_folders_are_not_taken_for_label_maps(split, tmp_path):
+    write_image(tmp_path / "images" / split / "a.jpg")
+    (tmp_path / "labels" / split).mkdir(parents=True)
+    (tmp_path / "labels" / split / "a.txt").write_text("0 0.1 0.1 0.9 0.1 0.5 0.9\n")
+    with pytest.raises(ValueError, match=r"no data set in a layout that is known .*YOLO's text files are not read"):
+        open_dataset(tmp_path)
 
 
 def test_empty_data_sets_are_refused(tmp_path):

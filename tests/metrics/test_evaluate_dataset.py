@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -16,11 +17,12 @@ from two_processes import run_two
 
 from m2f_hf import BUNDLED_MODEL, M2FImageProcessor, Mask2FormerForUniversalSegmentation
 from m2f_hf.data import CATEGORIES, ShapesDataset, open_dataset, segment_masks, write_coco_panoptic
+from m2f_hf.hub.card import is_untouched, model_card, read_card
 from m2f_hf.metrics import Evaluation, MaskAP, MeanIoU, PanopticQuality, PixelScores, merged, module_path
 from m2f_hf.metrics.evaluate_dataset import EvaluationArguments, Items, evaluate_dataset, match_labels
 from m2f_hf.metrics.evaluation import semantic_map, with_masks
 from m2f_hf.metrics.options import parse_options
-from m2f_hf.metrics.results import headline, put_on_card
+from m2f_hf.metrics.results import card_figures, put_on_card
 from m2f_hf.metrics.stock_processor import StockProcessor
 from m2f_hf.processing.rle import encode_rle
 
@@ -139,6 +141,10 @@ def test_tasks_and_measures_that_do_not_exist(processor):
     with pytest.raises(ValueError, match=r"\['pq'\] do not exist for task 'instance'"):
         Evaluation("instance", processor, CATEGORIES, ["pq"])
     assert "ap" not in Evaluation("panoptic", processor, CATEGORIES, ["pq", "miou"]).compute()
+    twice = Evaluation("semantic", processor, CATEGORIES)
+    twice.metrics["again"] = twice.metrics["miou"]
+    with pytest.raises(ValueError, match="'again' reports accuracy, iou, as another measure does"):
+        twice.compute()
 
 
 def as_prediction(item: dict) -> dict:
@@ -326,7 +332,7 @@ def test_a_folder_is_measured_as_evaluation_does_and_put_on_the_card(model, tmp_
     assert found == {"notes.txt", Path(worst["picture"]).name}, "an earlier evaluation's pictures go, other files stay"
     path = tmp_path / "model" / "README.md"
     assert f"value: {round(100 * result['figures']['pq_all'], 2)}" in path.read_text()
-    figures = headline("panoptic", {"pq_all": 0.1234, "ap": None}, "scenes", "all images")
+    figures = card_figures({"pq_all": 0.1234, "ap": None}, "scenes", "all images", "m2f evaluate")
     put_on_card(path.parent, network, own, figures)
     card = path.read_text()
     assert words in card, "what the card said stays"
@@ -335,6 +341,39 @@ def test_a_folder_is_measured_as_evaluation_does_and_put_on_the_card(model, tmp_
     path.unlink()
     put_on_card(path.parent, network, own, figures)
     assert "| all images | PQ | 12.34 |" in path.read_text()
+
+
+@pytest.mark.parametrize("has_results", [False, True])
+def test_figures_put_on_a_card_leave_it_untouched_and_keep_others(has_results, model, tmp_path):
+    """Training's figures of the same data are replaced, those of other data keep their source, and the mark fits."""
+    network = Mask2FormerForUniversalSegmentation.from_pretrained(model)
+    own = M2FImageProcessor.from_pretrained(model)
+    values = {"pq_all": 0.5, "pq_things": 0.4, "pq_stuff": 0.6, "ap50": 0.3, "miou": 0.7}
+    trained = card_figures(values, "scenes", "validation", "the training run", "owner/scenes") if has_results else []
+    url = "https://example.org/log"
+    other = card_figures({"pq_all": 0.8}, "photos", "validation", url) if has_results else []
+    card = model_card(network.config, own, repo_id="owner/name", figures=[*trained, *other], training={"steps": 1})
+    card.save(tmp_path / "README.md")
+
+    measured = card_figures({**values, "ap": 0.2, "miou": 0.75}, "scenes", "validation", "m2f evaluate", "owner/scenes")
+    put_on_card(tmp_path, network, own, measured)
+    more = card_figures({"miou": 0.65}, "streets", "validation", "m2f evaluate")
+    put_on_card(tmp_path, network, own, more)
+    text = (tmp_path / "README.md").read_text()
+    fresh = model_card(network.config, own, repo_id="owner/name", figures=[*other, *measured, *more])
+    section = re.compile(r"^## Results.*?(?=^## |^<!-- )", re.M | re.S)
+    assert section.findall(text) == section.findall(fresh.text), "one row for each figure, with who measured it"
+    assert f"| {url} |" in text or not has_results
+    assert is_untouched(read_card(tmp_path / "README.md")) and '"owner/name"' in text
+    assert (
+        text.index("## Results") < text.index("## Source and licence") < text.index("<!-- m2f_hf: card of owner/name")
+    )
+
+    edited = text.replace("7 classes", "seven classes")
+    (tmp_path / "README.md").write_text(edited)
+    put_on_card(tmp_path, network, own, measured)
+    assert not is_untouched(read_card(tmp_path / "README.md"))
+    assert "seven classes" in (tmp_path / "README.md").read_text()
 
 
 def test_what_was_measured_is_told(model, tmp_path):

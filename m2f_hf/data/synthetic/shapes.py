@@ -1,4 +1,4 @@
-"""Generated panoptic scenes: things that only their shape tells apart, on stuff that only its pattern tells apart.
+"""Generated panoptic scenes: things differ only in shape, stuff only in pattern.
 
 Colours and textures of things come from one distribution for all classes, so a model needs the outline to name a thing.
 Every scene is a function of `(seed, index)` alone.
@@ -33,7 +33,7 @@ NUM_THINGS = (3, 8)
 THING_SIZE = (0.08, 0.50)
 """Smallest and largest diameter of a thing, as a share of the image's side."""
 THING_TEXTURES = ("plain", "gradient", "striped", "dotted", "blotchy")
-"""Textures of things, drawn alike for every class; the three of the stuff classes are among them."""
+"""Textures of things, drawn with equal probability for every class; the three of the stuff classes are among them."""
 
 VALIDATION_SEED = 1_000_001
 TEST_SEED = 2_000_003
@@ -130,7 +130,7 @@ def outline(rng: Generator, shape: str) -> np.ndarray:
         angles = np.arange(10) * math.pi / 5
         radii = np.where(np.arange(10) % 2 == 0, 1.0, rng.uniform(0.38, 0.5))
     elif shape == "cross":
-        half = math.asin(rng.uniform(0.22, 0.32))  # of an arm's end, seen from the centre
+        half = math.asin(rng.uniform(0.22, 0.32))  # half the angle covered by an arm's end
         inner = math.sqrt(2) * math.sin(half)
         quarters = np.arange(4)[:, None] * math.pi / 2
         angles = (quarters + np.array([-half, half, math.pi / 4])).ravel()
