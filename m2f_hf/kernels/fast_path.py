@@ -3,7 +3,7 @@
 A layer's own text is plain PyTorch. A kernel is a module of this room with two functions that take the layer's
 arguments, and hangs on the layer by a decorator:
 
-    encoder_layer = Kernel(serves, forward)        # at the end of kernels/encoder_layer.py
+    encoder_layer = Kernel(serves, forward)        # at the end of kernels/deformable_encoder_layer.py
 
     @fast_path(encoder_layer)                      # in the model; a plain function takes it as well
     def forward(self, hidden_states, places): ...
