@@ -1,4 +1,4 @@
-"""The `m2f` command: one module for each subcommand, a thin face of a room of the library."""
+"""The `m2f` command: one module for each subcommand, a thin layer over one sub-package."""
 
 from .._lazy import lazy_names
 from .main import main as main

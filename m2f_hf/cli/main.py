@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show stop nothing
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal cannot show must not raise
     try:
         status: int = options.run(options)
         return status

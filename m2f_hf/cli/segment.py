@@ -172,7 +172,7 @@ def write_result(folder: Path, stem: str, result: SegmentedImage, record: Mappin
         with tempfile.TemporaryDirectory(dir=folder, prefix=".m2f-") as work:
             result.draw(scale).save(Path(work, overlay.name))
             Image.fromarray(id_to_rgb(result.segmentation)).save(Path(work, segments.name))
-            # Names of files may hold bytes that are no text; so written, json.loads gives them back.
+            # File names may contain bytes that are not valid text; with this error handler, json.loads restores them.
             Path(work, description.name).write_text(text, encoding="utf-8", errors="backslashreplace")
             for target in (overlay, segments, description):
                 os.replace(Path(work, target.name), target)

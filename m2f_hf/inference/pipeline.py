@@ -54,7 +54,7 @@ class M2FImageSegmentationPipeline(ImageSegmentationPipeline):
     def preprocess(  # type: ignore[override]
         self, image: Any, subtask: Any = None, timeout: float | None = None
     ) -> Any:
-        """Return the model's inputs of one image; for our models as lists, which batch whatever the images' sizes."""
+        """Return the model's inputs of one image; ours as lists, so images of different sizes can be batched."""
         if not isinstance(self.image_processor, M2FImageProcessor):
             return super().preprocess(image, subtask=subtask, timeout=timeout)
         if (

@@ -1,17 +1,17 @@
-"""Run a kernel in place of a layer's plain `forward` where it serves, and the plain one everywhere else.
+"""Run a kernel in place of a layer's plain `forward` where it applies, and the plain one everywhere else.
 
-A layer's own text is plain PyTorch. A kernel is a module of this room with two functions that take the layer's
-arguments, and hangs on the layer by a decorator:
+A layer's own code is plain PyTorch. A kernel is a module of this folder with two functions that take the layer's
+arguments. It is attached to the layer by a decorator:
 
-    encoder_layer = Kernel(serves, forward)        # at the end of kernels/deformable_encoder_layer.py
+    my_kernel = Kernel(serves, forward)            # at the end of kernels/my_kernel.py
 
-    @fast_path(encoder_layer)                      # in the model; a plain function takes it as well
+    @fast_path(my_kernel)                          # in the model, on a method or a function
     def forward(self, hidden_states, places): ...
 
-`serves` holds what is particular to the kernel: device, dtype, sizes, dropout. What all have in common is decided here:
-`torch.export` and `torch.jit.trace` see the plain layer, compilers too unless the kernel is one registered operator;
-so do layers whose parts other tools have changed (hooks, adapters, quantised or sharded weights), because a kernel
-reads the parts' parameters without calling them. Hooks on the layer itself run in any case.
+`serves` returns whether the kernel applies to this call: device, dtype, sizes, dropout. What all kernels have in common
+is decided here: `torch.export` and `torch.jit.trace` see the plain layer, compilers too unless the kernel is one
+registered operator. Layers whose parts other tools have changed (hooks, adapters, quantised or sharded weights) also
+run plainly, because a kernel reads the parts' parameters without calling them. Hooks on the layer itself always run.
 
 `M2F_HF_KERNELS=plain` in the environment, read at import, turns all kernels off.
 """
