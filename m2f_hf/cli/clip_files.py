@@ -20,8 +20,7 @@ from ..inference.tracking import to_id_map
 from ..known.label_sets import find_label_set
 from ..processing.frames import DamagedFrame
 from ..processing.rle import encode_rle
-from .common import write_errors
-from .track import FILES, FOLDERS
+from .common import TRACK_FILES, TRACK_FOLDERS, write_errors
 
 
 # An overlay is enlarged until its shorter side has so many pixels, for labels that can be read.
@@ -146,9 +145,9 @@ def category_ids(id2label: Mapping[int, str]) -> list[int]:
 
 def replace_results(work: Path, output: Path) -> None:
     """Replace an earlier run's files; `results.json` goes first and comes last, as it vouches for the others."""
-    for name in FILES:
+    for name in TRACK_FILES:
         (output / name).unlink(missing_ok=True)
-    for name in FOLDERS:
+    for name in TRACK_FOLDERS:
         if (output / name).is_dir():
             for file in (output / name).glob("[0-9]*.png"):
                 if len(file.stem) == 6 and file.stem.isdecimal():
@@ -159,6 +158,6 @@ def replace_results(work: Path, output: Path) -> None:
             (output / name).mkdir(exist_ok=True)
             for file in (work / name).iterdir():
                 os.replace(file, output / name / file.name)
-    for name in reversed(FILES):
+    for name in reversed(TRACK_FILES):
         if (work / name).exists():
             shutil.move(work / name, output / name)

@@ -11,6 +11,11 @@ from pathlib import Path
 from ..known.errors import first_line
 
 
+# What `m2f track` writes: files, and folders of numbered pictures.
+TRACK_FILES = ("results.json", "overlay.mp4", "overlay.gif")
+TRACK_FOLDERS = ("ids", "overlay")
+
+
 class CommandError(Exception):
     """What was asked for cannot be started; the message says why and what to do, in one line."""
 

@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 from ..known.bundled import BUNDLED_VIDEO_MODEL
 from ..known.label_sets import VIDEO_TASKS
 from .common import (
+    TRACK_FILES,
+    TRACK_FOLDERS,
     CommandError,
     add_model_options,
     add_run_options,
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
     from ..inference.tracking import ClipTracker
 
 
-# What a run writes: files, and folders of numbered pictures.
-FILES = ("results.json", "overlay.mp4", "overlay.gif")
-FOLDERS = ("ids", "overlay")
 _DEFAULT_RATE = 10.0
 _LEAST_RATE, _MOST_RATE = 0.01, 1000.0
 
@@ -116,11 +115,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_places(clip: Path, output: Path) -> None:
     """Refuse an output folder where results cannot be put in place, before minutes are spent on them."""
-    for name in (*FILES, *FOLDERS):
+    for name in (*TRACK_FILES, *TRACK_FOLDERS):
         path = output / name
         if path.exists() and path.resolve() == clip.resolve():
             raise CommandError(f"{clip} would be replaced by the results: name another --output")
-        if path.exists() and path.is_dir() == (name in FILES):
+        if path.exists() and path.is_dir() == (name in TRACK_FILES):
             what = "folder" if path.is_dir() else "file"
             raise CommandError(f"the {what} {path} is where results would go: move it, or name another --output")
     check_output(output)

@@ -10,7 +10,7 @@ def free_name(name: str) -> str:
     """Return a name for an operator, with a number behind it where that name is taken.
 
     Operators are known to the whole process, and a copy of this package's files that travels with a checkpoint may be
-    loaded beside the package, or one file twice. Registered under one name, the operator loaded last would compute for
+    loaded next to the package, or one file twice. Registered under one name, the operator loaded last would compute for
     all, and the earlier ones would read memory that is no longer theirs.
     """
     candidate, number = name, 1

@@ -4,7 +4,7 @@ import itertools
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi
@@ -21,10 +21,6 @@ from ..metrics.results import card_figures
 from .arguments import FinetuningArguments
 from .checkpoints import read_log
 from .plan import Data
-
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 
 BEST = "best"
@@ -63,7 +59,7 @@ def measured_figures(output: Path, data: Data, step: int) -> list[Figure]:
     return card_figures(best, data.name, "validation", source, data.hub_id)
 
 
-def write_card(trainer: "Trainer", repo_id: str) -> None:
+def write_card(trainer: Any, repo_id: str) -> None:
     """Put a card and an example picture next to the weights that the run kept."""
     args, data, step = trainer.args, trainer.data, trainer.progress.best_step
     best = args.output / BEST
