@@ -10,6 +10,7 @@ from typing import Any
 
 # Old module -> the modules that its names are in now.
 MOVED_MODULES: Mapping[str, tuple[str, ...]] = {
+    "checkpoint_lookup": ("known.lookup",),
     "configuration_mask2former": ("model.configuration",),
     "data.masks": ("processing.rle", "data"),
     "data.moving_shapes": ("data.synthetic.moving_shapes",),
@@ -20,8 +21,11 @@ MOVED_MODULES: Mapping[str, tuple[str, ...]] = {
     "label_sets": ("known.label_sets",),
     "modeling_mask2former": ("model.modeling",),
     "modeling_mask2former_video": ("model.modeling_video",),
+    "multi_scale_deformable_attention": ("kernels.deformable_attention",),
     "optimization": ("training.optimization",),
+    "point_sampling": ("loss.points",),
     "post_processing": ("processing.post_processing", "processing.rle"),
+    "stock_checkpoints": ("known.stock_checkpoints",),
     "test_time_augmentation": ("inference.test_time_augmentation",),
     "tracking": ("inference.tracking",),
     "video_processing_mask2former": ("processing.video_processor",),

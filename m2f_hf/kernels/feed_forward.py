@@ -65,8 +65,12 @@ class FeedForward(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_weight1, grad_bias1, grad_weight2 = map(torch.zeros_like, parameters)
         for chunk in chunks(len(rows), len(weight1)):
-            wide = torch.addmm(bias1, rows[chunk], weight1.T) if expanded is None else expanded[chunk]
-            activated = F.gelu(wide) if ctx.gelu else wide.relu_()
+            if expanded is None:
+                wide = torch.addmm(bias1, rows[chunk], weight1.T)
+                activated = F.gelu(wide) if ctx.gelu else wide.relu_()
+            else:  # what was kept is not changed: there may be a second backward pass
+                wide = expanded[chunk]
+                activated = F.gelu(wide) if ctx.gelu else wide
             add_product(grad_weight2, grad_output[chunk].T, activated)
             grad_wide = grad_output[chunk] @ weight2
             # In place: fresh memory of that width would not be in the cache.

@@ -176,8 +176,10 @@ class ConvNorm(nn.Sequential):
     @fast_path(channels_last_group_norm)
     def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B, H, W) True = padding -> (B, D, H, W)."""
-        # PyTorch's GroupNorm loses digits where channels are last in memory.
-        normalised = masked_group_norm(self.convolution(features).contiguous(), self.norm, padding)
+        convolved = self.convolution(features)
+        if padding is None and convolved.device.type == "cpu":
+            convolved = convolved.contiguous()  # PyTorch's own GroupNorm loses digits where channels are last in memory
+        normalised = masked_group_norm(convolved, self.norm, padding)
         return normalised.relu() if self.relu else normalised
 
 

@@ -40,6 +40,19 @@ def test_gradients_are_those_of_the_layers(activation, numbers, kept, by_onednn,
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_second_backward_pass_gives_the_same(activation, kept, monkeypatch):
+    monkeypatch.setattr(feed_forward, "_NUMBERS_KEPT", kept)
+    layers, states = make_layers(), torch.randn(2, 9, WIDTHS[0]).requires_grad_()
+    loss = feed_forward.feed_forward(states, *layers, activation).square().sum()
+    inputs = [states, *nn.ModuleList(layers).parameters()]
+    for one, other in zip(
+        torch.autograd.grad(loss, inputs, retain_graph=True), torch.autograd.grad(loss, inputs), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_kept_states_are_used_however_the_backward_pass_would_cut(activation, monkeypatch):
     """The size of pieces depends on the number of threads, which another pass may not have."""
