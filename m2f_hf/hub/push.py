@@ -46,7 +46,7 @@ class HubFolder:
 
     Raises:
         FileNotFoundError: no such folder, or it lacks the configuration, the processor or the weights.
-        ValueError: another model's configuration or processor, stuff that is none of the model's labels, weights that
+        ValueError: another model's configuration or processor, stuff ids that the model has no label for, weights that
             are not this model's or not finite, a card that the Hub would not read.
         OSError, RuntimeError, SafetensorError: files that cannot be read.
     """

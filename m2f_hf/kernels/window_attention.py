@@ -108,7 +108,7 @@ class WindowRows(NamedTuple):
         return places if self.positions is None else places.index_select(0, self.positions)
 
     def scatter(self, rows: Tensor, others: Tensor | None = None) -> Tensor:
-        """(n, C), and (C,) for what is none of them, None for zeros -> (num_positions, C)."""
+        """(n, C), and (C,) for the other positions, None for zeros -> (num_positions, C)."""
         if self.positions is None:
             return rows
         if others is None:
